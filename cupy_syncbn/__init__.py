@@ -1,0 +1,55 @@
+"""Synchronized batch normalization for mpirun-launched Python, without a deep-learning framework.
+
+``SyncBatchNorm`` has the interface and the semantics of ``torch.nn.SyncBatchNorm``, on NumPy arrays:
+``y = bn(x)``, ``dx = bn.backward(dy)``. Launched by mpirun, the batches of all ranks are one batch.
+"""
+
+from cupy_syncbn.convert import convert_sync_batchnorm
+from cupy_syncbn.data_parallel import DistributedDataParallel
+from cupy_syncbn.device import local_rank
+from cupy_syncbn.errors import CollectiveTimeoutError, RankMismatchError, RemoteRankError
+from cupy_syncbn.functional import Gradients, sync_batch_norm, sync_batch_norm_backward
+from cupy_syncbn.layers import (
+    BatchNorm1d,
+    BatchNorm2d,
+    BatchNorm3d,
+    Module,
+    Parameter,
+    Sequential,
+    SyncBatchNorm,
+)
+from cupy_syncbn.process_group import (
+    MPIProcessGroup,
+    ProcessGroup,
+    SingleProcessGroup,
+    default_group,
+    new_group,
+    split_group,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "CollectiveTimeoutError",
+    "DistributedDataParallel",
+    "Gradients",
+    "MPIProcessGroup",
+    "Module",
+    "Parameter",
+    "ProcessGroup",
+    "RankMismatchError",
+    "RemoteRankError",
+    "Sequential",
+    "SingleProcessGroup",
+    "SyncBatchNorm",
+    "convert_sync_batchnorm",
+    "default_group",
+    "local_rank",
+    "new_group",
+    "split_group",
+    "sync_batch_norm",
+    "sync_batch_norm_backward",
+]

@@ -1,0 +1,37 @@
+"""Which of a node's GPUs is this process's."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from cupy_syncbn.process_group import default_group
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+
+def local_rank(comm: MPI.Intracomm | None = None) -> int:
+    """Return this process's number among those of `comm` on the same node.
+
+    Parameters
+    ----------
+    comm : mpi4py.MPI.Intracomm, optional
+        Default MPI.COMM_WORLD, or a single process as in `default_group`.
+
+    Returns
+    -------
+    int
+        0 to the number of processes on the node less 1.
+
+    Notes
+    -----
+    **Collective** over `comm`: processes find each other by the memory they share.
+    """
+    if comm is None and default_group().size == 1:
+        return 0
+    from mpi4py import MPI
+
+    node = (MPI.COMM_WORLD if comm is None else comm).Split_type(MPI.COMM_TYPE_SHARED)
+    rank: int = node.rank
+    node.Free()
+    return rank

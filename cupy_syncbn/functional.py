@@ -1,0 +1,372 @@
+"""The algorithm: statistics, exchange, normalize; reduce, exchange, apply."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from cupy_syncbn.backends import Array, Backend, Layout, Normalization, Running, backend_of
+from cupy_syncbn.exchange import Call
+from cupy_syncbn.process_group import ProcessGroup, SingleProcessGroup, as_group
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+Activation = str | tuple[str, float] | None
+
+GRAD_REDUCTIONS = ("none", "sum", "mean")
+DATA_TYPES = ("float16", "bfloat16", "float32", "float64")
+LEAKY_SLOPE = 0.01
+"""Slope of "leaky_relu" below zero, as in torch.nn.LeakyReLU."""
+
+
+class Saved(NamedTuple):
+    """What a forward keeps for its backward. `x` and `residual` are kept as they are, not copied."""
+
+    x: Array
+    """(outer, C, inner), see `Layout`."""
+    residual: Array | None
+    """(outer, C, inner), where the activation's derivative needs it."""
+    has_residual: bool
+    layout: Layout
+    normalization: Normalization
+    parameter_type: Any
+    constant_statistics: bool
+    """Whether running statistics were used, which do not depend on x."""
+    group: ProcessGroup
+    synchronized: bool
+    call: Call
+    intact: bool
+    """False if the output was written over `x`."""
+
+
+class Gradients(NamedTuple):
+    """Gradients with respect to the arguments of `sync_batch_norm`; None for those not given."""
+
+    x: Array
+    weight: Array | None
+    bias: Array | None
+    residual: Array | None
+
+
+def sync_batch_norm(
+    x: Array,
+    weight: Array | None = None,
+    bias: Array | None = None,
+    running_mean: Array | None = None,
+    running_var: Array | None = None,
+    *,
+    num_batches_tracked: Array | None = None,
+    training: bool = True,
+    momentum: float | None = 0.1,
+    eps: float = 1e-5,
+    process_group: ProcessGroup | MPI.Intracomm | None = None,
+    channels_last: bool = False,
+    activation: Activation = None,
+    residual: Array | None = None,
+    out: Array | None = None,
+    call: Call | None = None,
+) -> tuple[Array, Saved]:
+    """Normalize a batch by the mean and variance of each channel over all ranks.
+
+    ``y = activation((x - mean) / sqrt(var + eps) * weight + bias + residual)`` (Ioffe and Szegedy 2015).
+
+    Parameters
+    ----------
+    x : array of shape (N, C, *spatial), or (N, *spatial, C) if `channels_last`
+        This rank's part of the batch, of type float16, bfloat16, float32 or float64; N may differ between
+        ranks and be 0. A transposed view is computed in its memory order, without a copy.
+    weight, bias : array of shape (C,), optional
+        Scale and offset, of the type of `x`, or float32 for 16-bit `x`; so are the running statistics.
+    running_mean, running_var : array of shape (C,), optional
+        Running statistics: updated in place when training, used in place of the batch's when not.
+    num_batches_tracked : int64 array of shape (), optional
+        Counts the training batches that had any data.
+    training : bool
+        Normalize by the batch's statistics, over all ranks. Without it and without running statistics,
+        this rank's own batch statistics are used.
+    momentum : float or None
+        Share of the batch in the new running statistics; None is ``1 / num_batches_tracked``, so that
+        they are the average over all batches. The running variance takes the unbiased variance.
+    eps : float
+        Added to the variance.
+    process_group : ProcessGroup, mpi4py.MPI.Intracomm or None
+        The ranks whose batches are one; None is all.
+    channels_last : bool
+        Whether the channels are the last axis of `x`.
+    activation : {None, "relu", "leaky_relu"} or ("leaky_relu", slope)
+        Applied to the result.
+    residual : array like `x`, optional
+        Added before the activation.
+    out : array like `x`, optional
+        Where to write y. While training it must not overlap `x`, which the backward needs.
+    call : Call, optional
+        What this call is named in errors, and compared by between ranks; layers give theirs.
+
+    Returns
+    -------
+    y : array like `x`
+        The result, in the memory order of `x`.
+    saved : Saved
+        For `sync_batch_norm_backward`. It refers to `x` and `residual`: leave them unchanged until then.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument is wrong. Nothing has been changed then, and the other ranks raise RemoteRankError.
+    RemoteRankError, RankMismatchError, CollectiveTimeoutError
+        See `Call.exchange`.
+
+    Notes
+    -----
+    **Collective** when training: every rank of the group must call it. One allreduce of 32C + 32 bytes.
+    """
+    group = as_group(process_group)
+    peers = group if training else _LOCAL
+    call = call or Call("sync_batch_norm", _channels(x, weight, running_mean, channels_last), "forward", 0)
+    with call.faults_join(peers, 4 * call.channels + 4):
+        backend, layout = _check_input(x, channels_last, call.channels)
+        running = _check_running(running_mean, running_var, num_batches_tracked, momentum, x.dtype, call)
+        for name, values in (("weight", weight), ("bias", bias)):
+            if values is not None:
+                _check_parameter(name, values, x.dtype, call)
+        slope = activation_slope(activation)
+        y = _check_output(backend, x, residual, out, layout, slope, training)
+        if not eps >= 0:
+            raise ValueError(f"expected eps of at least 0 (got {eps!r})")
+        use_batch = training or running is None
+        if use_batch and peers.size == 1 and layout.count == 1:
+            raise ValueError(
+                f"Expected more than 1 value per channel when training, got input size {x.shape}"
+            )
+        tensor, target = layout.as_3d(x), layout.as_3d(y)
+        added = None if residual is None else layout.as_3d(residual)
+        vector = backend.statistics(tensor, call.trailer()) if use_batch else None
+
+    if vector is not None:
+        call.exchange(peers, vector)
+        update = running if training else None
+        normalization = backend.normalize(tensor, target, vector, weight, bias, update, eps, added, slope)
+    else:
+        assert running is not None
+        normalization = backend.normalize_fixed(
+            tensor, target, running.mean, running.var, weight, bias, eps, added, slope
+        )
+    if out is not None and not backend.overlaps(target, out):  # its strides allowed no 3-D view
+        out[...] = target.reshape([out.shape[axis] for axis in layout.axes]).transpose(
+            np.argsort(layout.axes)
+        )
+    saved = Saved(
+        x=tensor,
+        residual=added if slope is not None else None,
+        has_residual=residual is not None,
+        layout=layout,
+        normalization=normalization,
+        parameter_type=next((p.dtype for p in (weight, bias) if p is not None), None),
+        constant_statistics=vector is None,
+        group=group,
+        synchronized=training,
+        call=call,
+        intact=out is None or not backend.overlaps(out, x),
+    )
+    return y, saved
+
+
+def sync_batch_norm_backward(dy: Array, saved: Saved, *, grad_reduction: str = "none") -> Gradients:
+    """Compute the gradients of `sync_batch_norm`.
+
+    With g the gradient behind the activation, and ``sum_dy = Σ g``, ``sum_dy_xmu = Σ g (x - mean)`` over
+    all ranks: ``dx = (g - sum_dy/count - (x - mean) invstd² sum_dy_xmu/count) invstd weight``, and
+    ``dx = g invstd weight`` where running statistics were used.
+
+    Parameters
+    ----------
+    dy : array
+        Gradient with respect to y: of its shape and type, in any memory order.
+    saved : Saved
+        From the forward.
+    grad_reduction : {"none", "sum", "mean"}
+        Whether the gradients of weight and bias are this rank's (as in torch, for a data-parallel wrapper
+        to average), or summed or averaged over the ranks. That takes no further message when training.
+
+    Returns
+    -------
+    Gradients
+        With respect to x and residual, in the memory order of x, and to weight and bias.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If `dy` does not match y.
+    RuntimeError
+        If y was written over x.
+    RemoteRankError, RankMismatchError, CollectiveTimeoutError
+        See `Call.exchange`.
+
+    Notes
+    -----
+    **Collective** if the forward was. One allreduce of 16C + 24 bytes.
+    """
+    x, residual, normalization = saved.x, saved.residual, saved.normalization
+    peers = saved.group if saved.synchronized or grad_reduction != "none" else _LOCAL
+    call = saved.call._replace(direction="backward")
+    with call.faults_join(peers, 2 * call.channels + 3):
+        backend = _check_output_gradient(dy, saved)
+        scale = _reduction_scale(grad_reduction, peers)
+        dx = backend.empty(saved.layout, x.dtype)
+        dresidual = backend.empty(saved.layout, x.dtype) if saved.has_residual else None
+        gradient = saved.layout.as_3d(dy)
+        own = backend.reduce_gradients(gradient, x, residual, normalization, call.trailer())
+
+    total = own.copy()
+    call.exchange(peers, total)
+    backend.input_gradient(
+        gradient,
+        x,
+        residual,
+        normalization,
+        None if saved.constant_statistics else total if saved.synchronized else own,
+        saved.layout.as_3d(dx),
+        None if dresidual is None else saved.layout.as_3d(dresidual),
+    )
+    sums = own if grad_reduction == "none" else total
+    weight, bias = backend.parameter_gradients(sums, normalization, scale, saved.parameter_type)
+    return Gradients(dx, weight, bias, dresidual)
+
+
+_LOCAL = SingleProcessGroup()
+
+
+def _channels(x: object, weight: Array | None, running_mean: Array | None, channels_last: bool) -> int:
+    """Return the number of channels that the other ranks expect, whatever is wrong with this one's `x`."""
+    for known in (weight, running_mean):
+        if known is not None:
+            return int(known.size)
+    shape: Sequence[int] = getattr(x, "shape", ())
+    return int(shape[-1 if channels_last else 1]) if len(shape) > 1 else 0
+
+
+def _check_input(x: Array, channels_last: bool, channels: int) -> tuple[Backend, Layout]:
+    backend = backend_of(x)
+    if x.dtype.name not in DATA_TYPES:
+        raise TypeError(f"expected x of type {', '.join(DATA_TYPES)} (got {x.dtype}): use x.astype(...)")
+    if x.ndim < 2:
+        raise ValueError(f"expected at least 2D input (got {x.ndim}D input)")
+    axis = x.ndim - 1 if channels_last else 1
+    if x.shape[axis] != channels:
+        raise ValueError(
+            f"expected {channels} channels on axis {axis} (got input size {x.shape}): "
+            "set num_features to the channels of the data, or channels_last if they are its last axis"
+        )
+    if channels == 0:
+        raise ValueError("SyncBatchNorm number of input channels should be non-zero")
+    return backend, Layout.of(x, channels_last)
+
+
+def _check_parameter(name: str, values: Array, x_type: Any, call: Call) -> None:
+    if backend_of(values) is None or values.shape != (call.channels,):
+        raise ValueError(f"expected {name} of shape ({call.channels},) (got {values.shape})")
+    if values.dtype.name != x_type.name and not (x_type.itemsize == 2 and values.dtype.name == "float32"):
+        wanted = x_type.name if x_type.itemsize > 2 else f"float32 or {x_type.name}"
+        raise TypeError(
+            f"expected {name} of type {wanted} for {x_type.name} data (got {values.dtype}): "
+            f"use x.astype({values.dtype.name!r}), or a layer with dtype={x_type.name!r}"
+        )
+
+
+def _check_running(
+    mean: Array | None,
+    var: Array | None,
+    tracked: Array | None,
+    momentum: float | None,
+    x_type: Any,
+    call: Call,
+) -> Running | None:
+    if momentum is not None and not 0 <= momentum <= 1:
+        raise ValueError(f"expected momentum between 0 and 1, or None (got {momentum!r})")
+    if mean is None or var is None:
+        if mean is not var:
+            raise ValueError("expected running_mean and running_var together (got one of them)")
+        return None
+    _check_parameter("running_mean", mean, x_type, call)
+    _check_parameter("running_var", var, x_type, call)
+    if tracked is None and momentum is None:
+        raise ValueError("expected num_batches_tracked with momentum=None, the average over all batches")
+    if tracked is not None and (tracked.shape != () or tracked.dtype != np.int64):
+        raise ValueError(f"expected num_batches_tracked to be a 0-d int64 array (got {tracked!r})")
+    return Running(mean, var, tracked, momentum)
+
+
+def _check_like(name: str, array: Array, x: Array) -> None:
+    if backend_of(array) is not backend_of(x):
+        raise TypeError(f"expected {name} on the device of the input (got {type(array).__qualname__})")
+    if array.shape != x.shape:
+        raise ValueError(f"expected {name} of the input's size {x.shape} (got {array.shape})")
+    if array.dtype.name != x.dtype.name:
+        raise TypeError(f"expected {name} of the input's type {x.dtype.name} (got {array.dtype})")
+
+
+def _check_output(
+    backend: Backend,
+    x: Array,
+    residual: Array | None,
+    out: Array | None,
+    layout: Layout,
+    slope: float | None,
+    training: bool,
+) -> Array:
+    """Check what has the shape of `x`, and return the array to write y to."""
+    if residual is not None:
+        _check_like("residual", residual, x)
+    if out is None:
+        return backend.empty(layout, x.dtype.newbyteorder("="))
+    _check_like("out", out, x)
+    if not out.flags.writeable:
+        raise ValueError("expected a writeable array as out (got a read-only one)")
+    if training and backend.overlaps(out, x):
+        raise ValueError("expected out to share no memory with the input, which backward needs")
+    if residual is not None and slope is not None and backend.overlaps(out, residual):
+        raise ValueError("expected out to share no memory with residual, which backward needs")
+    return out
+
+
+def activation_slope(activation: Activation) -> float | None:
+    """Return the slope of an activation below zero; None for no activation.
+
+    Raises
+    ------
+    ValueError
+        If the activation is unknown, or its slope not between 0 and 1.
+    """
+    if activation is None:
+        return None
+    name, *rest = (activation,) if isinstance(activation, str) else activation
+    if name == "relu" and not rest:
+        return 0.0
+    if name == "leaky_relu" and len(rest) < 2:
+        slope = float(rest[0]) if rest else LEAKY_SLOPE
+        if 0 < slope < 1:
+            return slope
+    raise ValueError(
+        "expected activation None, 'relu', 'leaky_relu' or ('leaky_relu', slope between 0 and 1) "
+        f"(got {activation!r})"
+    )
+
+
+def _check_output_gradient(dy: Array, saved: Saved) -> Backend:
+    backend = backend_of(dy)
+    if not saved.intact:
+        raise RuntimeError("backward needs the input, but the forward wrote its result over it (out=)")
+    if dy.shape != saved.layout.shape:
+        raise ValueError(f"expected dy of the output's size {saved.layout.shape} (got {dy.shape})")
+    if dy.dtype.name != saved.x.dtype.name:
+        raise TypeError(f"expected dy of the output's type {saved.x.dtype.name} (got {dy.dtype})")
+    return backend
+
+
+def _reduction_scale(grad_reduction: str, group: ProcessGroup) -> float:
+    if grad_reduction not in GRAD_REDUCTIONS:
+        raise ValueError(f"expected grad_reduction 'none', 'sum' or 'mean' (got {grad_reduction!r})")
+    return 1 / group.size if grad_reduction == "mean" else 1.0

@@ -1,0 +1,641 @@
+"""Layers with parameters and buffers: Module, Sequential, the batch normalizations."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
+
+import numpy as np
+
+from cupy_syncbn.backends import Array, array_module
+from cupy_syncbn.exchange import Call
+from cupy_syncbn.functional import (
+    DATA_TYPES,
+    GRAD_REDUCTIONS,
+    Activation,
+    Saved,
+    activation_slope,
+    sync_batch_norm,
+    sync_batch_norm_backward,
+)
+from cupy_syncbn.process_group import ProcessGroup, SingleProcessGroup, as_group
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+
+class Parameter:
+    """An array that training changes, and its gradient.
+
+    Parameters
+    ----------
+    data : array
+        The values; kept, not copied.
+
+    Attributes
+    ----------
+    data : array
+        The values. An optimizer may change them in place, or assign others.
+    grad : array or None
+        The gradient, of the shape and type of `data`: None until a backward, which then adds to it.
+    """
+
+    def __init__(self, data: Array) -> None:
+        self.data = data
+        self.grad: Array | None = None
+
+    def accumulate(self, gradient: Array) -> None:
+        """Add to the gradient."""
+        if self.grad is None:
+            self.grad = gradient
+        else:
+            self.grad += gradient
+
+    def __repr__(self) -> str:
+        return f"Parameter(shape={self.data.shape}, dtype={self.data.dtype})"
+
+
+class IncompatibleKeys(NamedTuple):
+    """What a state dict lacked, and what it had too much."""
+
+    missing_keys: list[str]
+    unexpected_keys: list[str]
+
+
+class Module:
+    """A part of a network. Subclasses write `forward` and `backward`.
+
+    Parameters, buffers and modules are found through its attributes, and the lists, tuples and dicts in
+    them, by dotted names: ``blocks.0.bn.weight``.
+
+    Attributes
+    ----------
+    training : bool
+        Whether it is in training mode.
+    """
+
+    training: bool = True
+    _buffer_names: tuple[str, ...] = ()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Compute the output."""
+        raise NotImplementedError(f"{type(self).__name__} has no forward")
+
+    def backward(self, *args: Any, **kwargs: Any) -> Any:
+        """Compute the gradient of the input from that of the output, and add to the parameters' gradients."""
+        raise NotImplementedError(f"{type(self).__name__} has no backward")
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call `forward`."""
+        return self.forward(*args, **kwargs)
+
+    def register_buffer(self, name: str, array: Array | None) -> None:
+        """Set an attribute that is part of the state, but not trained.
+
+        Parameters
+        ----------
+        name : str
+            The attribute.
+        array : array or None
+            Its value; None is left out of the state.
+        """
+        setattr(self, name, array)
+        if name not in self._buffer_names:
+            self._buffer_names = (*self._buffer_names, name)
+
+    def _members(self) -> Iterator[tuple[str, Any]]:
+        """Yield (name, value) of what may hold parameters and modules."""
+        yield from vars(self).items()
+
+    def _leaves(self) -> Iterator[tuple[str, Parameter | Module]]:
+        """Yield the parameters and modules that are not within another module."""
+        pending = list(self._members())[::-1]
+        seen: set[int] = set()
+        while pending:
+            name, value = pending.pop()
+            if isinstance(value, Parameter | Module):
+                yield name, value
+            elif isinstance(value, list | tuple | dict) and id(value) not in seen:
+                seen.add(id(value))
+                items = value.items() if isinstance(value, dict) else enumerate(value)
+                pending += [(f"{name}.{key}", item) for key, item in items][::-1]
+
+    def named_modules(self) -> Iterator[tuple[str, Module]]:
+        """Yield (dotted name, module) of this module, named "", and all within it, each once."""
+        pending: list[tuple[str, Module]] = [("", self)]
+        seen: set[int] = set()
+        while pending:
+            prefix, module = pending.pop()
+            if id(module) in seen:
+                continue
+            seen.add(id(module))
+            yield prefix, module
+            children = [(_join(prefix, name), leaf) for name, leaf in module._leaves()]
+            pending += [(name, leaf) for name, leaf in children[::-1] if isinstance(leaf, Module)]
+
+    def named_parameters(self) -> Iterator[tuple[str, Parameter]]:
+        """Yield (dotted name, parameter) of all parameters, each once."""
+        seen: set[int] = set()
+        for prefix, module in self.named_modules():
+            for name, leaf in module._leaves():
+                if isinstance(leaf, Parameter) and id(leaf) not in seen:
+                    seen.add(id(leaf))
+                    yield _join(prefix, name), leaf
+
+    def parameters(self) -> Iterator[Parameter]:
+        """Yield all parameters, each once."""
+        return (parameter for _, parameter in self.named_parameters())
+
+    def named_buffers(self) -> Iterator[tuple[str, Array]]:
+        """Yield (dotted name, array) of all buffers, each once."""
+        seen: set[int] = set()
+        for prefix, module in self.named_modules():
+            for name in module._buffer_names:
+                buffer = getattr(module, name)
+                if buffer is not None and id(buffer) not in seen:
+                    seen.add(id(buffer))
+                    yield _join(prefix, name), buffer
+
+    def buffers(self) -> Iterator[Array]:
+        """Yield all buffers, each once."""
+        return (buffer for _, buffer in self.named_buffers())
+
+    def train(self, mode: bool = True) -> Self:
+        """Set training mode here and in all modules within.
+
+        Parameters
+        ----------
+        mode : bool
+            False for evaluation.
+
+        Returns
+        -------
+        Self
+            This module.
+        """
+        for _, module in self.named_modules():
+            module.training = mode
+        return self
+
+    def eval(self) -> Self:
+        """Set evaluation mode here and in all modules within, and return this module."""
+        return self.train(False)
+
+    def zero_grad(self) -> None:
+        """Set the gradients of all parameters to None."""
+        for parameter in self.parameters():
+            parameter.grad = None
+
+    def state_dict(self) -> dict[str, Array]:
+        """Return the arrays of all parameters and buffers by name: the arrays themselves, not copies.
+
+        Returns
+        -------
+        dict of str to array
+            Names, shapes and types as torch gives them to the same layers.
+        """
+        state = {name: parameter.data for name, parameter in self.named_parameters()}
+        return state | dict(self.named_buffers())
+
+    def load_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> IncompatibleKeys:
+        """Copy values into the parameters and buffers.
+
+        Parameters
+        ----------
+        state : mapping of str to array
+            From `state_dict`, ``np.load`` of an npz file, safetensors, or a torch state_dict: anything that
+            `numpy.asarray` takes. An older one without ``num_batches_tracked`` counts as 0.
+        strict : bool
+            Whether the names must be the same.
+
+        Returns
+        -------
+        IncompatibleKeys
+            ``missing_keys`` and ``unexpected_keys``, empty if `strict`.
+
+        Raises
+        ------
+        KeyError
+            If names are missing or unexpected, and `strict`.
+        ValueError
+            If a shape differs. Nothing has been changed in either case.
+        """
+        own = self.state_dict()
+        missing = [name for name in own if name not in state]
+        values = {name: np.asarray(state[name]) for name in own if name in state}
+        for name in [name for name in missing if name.split(".")[-1] == "num_batches_tracked"]:
+            missing.remove(name)
+            values[name] = np.zeros((), np.int64)
+        unexpected = [name for name in state if name not in own]
+        if strict and (missing or unexpected):
+            raise KeyError(f"state_dict has missing keys {missing} and unexpected keys {unexpected}")
+        for name, value in values.items():
+            if value.shape != own[name].shape:
+                raise ValueError(f"expected {name} of shape {own[name].shape} (got {value.shape})")
+        for name, value in values.items():
+            own[name][...] = value
+        return IncompatibleKeys(missing, unexpected)
+
+    def to(self, device: str) -> Self:
+        """Move all parameters and buffers to a device.
+
+        Parameters
+        ----------
+        device : {"cpu"}
+            The device.
+
+        Returns
+        -------
+        Self
+            This module.
+
+        Raises
+        ------
+        ValueError
+            If there is no such device.
+        """
+        xp = array_module(device)
+        for parameter in self.parameters():
+            parameter.data = xp.asarray(parameter.data)
+        for _, module in self.named_modules():
+            for name in module._buffer_names:
+                buffer = getattr(module, name)
+                setattr(module, name, None if buffer is None else xp.asarray(buffer))
+        return self
+
+
+def _join(prefix: str, name: str) -> str:
+    return f"{prefix}.{name}" if prefix else name
+
+
+class Sequential(Module):
+    """Modules one after the other, named "0", "1" and so on.
+
+    Parameters
+    ----------
+    *layers : Module
+        The modules, in the order of the forward.
+    """
+
+    def __init__(self, *layers: Module) -> None:
+        self.layers = list(layers)
+
+    def _members(self) -> Iterator[tuple[str, Any]]:
+        return ((str(index), layer) for index, layer in enumerate(self.layers))
+
+    def forward(self, x: Any) -> Any:
+        """Call each layer on the result of the one before."""
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+    def backward(self, dy: Any) -> Any:
+        """Take the gradient of the output back to the input, through the last layer first."""
+        for layer in reversed(self.layers):
+            dy = layer.backward(dy)
+        return dy
+
+    def __getitem__(self, index: int) -> Module:
+        """Return a layer."""
+        return self.layers[index]
+
+    def __len__(self) -> int:
+        """Return how many layers there are."""
+        return len(self.layers)
+
+
+class _BatchNorm(Module):
+    """What all batch normalizations share: parameters, running statistics, forward and backward."""
+
+    _buffer_names = ("running_mean", "running_var", "num_batches_tracked")
+    _dimensions: ClassVar[tuple[int, ...] | None] = None
+
+    weight: Parameter | None
+    bias: Parameter | None
+    running_mean: Array | None
+    running_var: Array | None
+    num_batches_tracked: Array | None
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        *,
+        dtype: Any = "float32",
+        device: str | None = None,
+        channels_last: bool = False,
+        activation: Activation = None,
+        grad_reduction: str = "none",
+        name: str | None = None,
+    ) -> None:
+        self.num_features = operator.index(num_features)
+        if self.num_features < 1:
+            raise ValueError(f"expected num_features of at least 1 (got {num_features})")
+        if not eps >= 0:
+            raise ValueError(f"expected eps of at least 0 (got {eps!r})")
+        if momentum is not None and not 0 <= momentum <= 1:
+            raise ValueError(f"expected momentum between 0 and 1, or None (got {momentum!r})")
+        if grad_reduction not in GRAD_REDUCTIONS:
+            raise ValueError(f"expected grad_reduction 'none', 'sum' or 'mean' (got {grad_reduction!r})")
+        activation_slope(activation)
+        self.eps, self.momentum = eps, momentum
+        self.affine, self.track_running_stats = affine, track_running_stats
+        self.channels_last, self.activation = channels_last, activation
+        self.grad_reduction, self.name = grad_reduction, name
+        self.process_group: ProcessGroup | None = None
+        xp, shape, dtype = array_module(device), (self.num_features,), data_type(dtype)
+        self.weight = Parameter(xp.ones(shape, dtype)) if affine else None
+        self.bias = Parameter(xp.zeros(shape, dtype)) if affine else None
+        self.running_mean = xp.zeros(shape, dtype) if track_running_stats else None
+        self.running_var = xp.ones(shape, dtype) if track_running_stats else None
+        self.num_batches_tracked = xp.zeros((), np.int64) if track_running_stats else None
+        self.dtype = dtype
+        self._saved: Saved | None = None
+        self._exchanges = 0
+
+    def forward(self, x: Array, residual: Array | None = None, out: Array | None = None) -> Array:
+        """Normalize a batch; see `sync_batch_norm`.
+
+        Parameters
+        ----------
+        x : array of shape (N, C, *spatial), or (N, *spatial, C) if `channels_last`
+            The batch, of the layer's type, or float16 or bfloat16 with a float32 layer.
+        residual : array like `x`, optional
+            Added before the activation.
+        out : array like `x`, optional
+            Where to write the result.
+
+        Returns
+        -------
+        array like `x`
+            The result, in the memory order of `x`.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If an argument is wrong. Nothing has been changed then.
+        """
+        y, self._saved = sync_batch_norm(
+            self._checked(x),
+            None if self.weight is None else self.weight.data,
+            None if self.bias is None else self.bias.data,
+            self.running_mean,
+            self.running_var,
+            num_batches_tracked=self.num_batches_tracked,
+            training=self.training,
+            momentum=self.momentum,
+            eps=self.eps,
+            process_group=self.process_group,
+            channels_last=self.channels_last,
+            activation=self.activation,
+            residual=residual,
+            out=out,
+            call=self._call("forward"),
+        )
+        self._exchanges += self.training
+        return y
+
+    def _call(self, direction: str) -> Call:
+        return Call(self.name or type(self).__name__, self.num_features, direction, self._exchanges)
+
+    def _checked(self, x: Array) -> Array:
+        if self._dimensions and getattr(x, "ndim", None) not in (None, *self._dimensions):
+            wanted = " or ".join(f"{n}D" for n in self._dimensions)
+            raise ValueError(f"expected {wanted} input (got {x.ndim}D input)")
+        return x
+
+    def backward(self, dy: Array) -> Array | tuple[Array, Array]:
+        """Compute the gradient of the last forward's input; see `sync_batch_norm_backward`.
+
+        Parameters
+        ----------
+        dy : array like the last forward's result
+            The gradient of the result.
+
+        Returns
+        -------
+        dx : array like `x`
+            The gradient of the input. Those of weight and bias are added to their ``grad``.
+        dresidual : array like `x`
+            The gradient of the residual, if the forward was given one: (dx, dresidual) is returned then.
+
+        Raises
+        ------
+        RuntimeError
+            If there was no forward since the last backward.
+        TypeError, ValueError
+            If `dy` does not match the result. The backward can be called again then.
+        """
+        if self._saved is None:
+            call = self._call("backward")
+            group = as_group(self.process_group) if self.training else SingleProcessGroup()
+            with call.faults_join(group, 2 * self.num_features + 3):
+                raise RuntimeError("backward needs a forward before it: each forward serves one backward")
+        gradients = sync_batch_norm_backward(dy, self._saved, grad_reduction=self.grad_reduction)
+        self._saved = None
+        for parameter, gradient in ((self.weight, gradients.weight), (self.bias, gradients.bias)):
+            if parameter is not None and gradient is not None:
+                parameter.accumulate(gradient)
+        return gradients.x if gradients.residual is None else (gradients.x, gradients.residual)
+
+    def reset_running_stats(self) -> None:
+        """Set the running statistics to their start: mean 0, variance 1, no batches."""
+        for buffer, start in (
+            (self.running_mean, 0),
+            (self.running_var, 1),
+            (self.num_batches_tracked, 0),
+        ):
+            if buffer is not None:
+                buffer[...] = start
+
+    def reset_parameters(self, weight: str = "ones", rng: np.random.Generator | None = None) -> None:
+        """Set running statistics and parameters to their start: weight 1, bias 0.
+
+        Parameters
+        ----------
+        weight : {"ones", "uniform"}
+            "uniform" draws the weight from U(0, 1), as the documentation of torch 1.7.1 says (its code,
+            and every later page, say 1).
+        rng : numpy.random.Generator, optional
+            What draws them: in the same state on all ranks, so that their weights are equal. By default
+            it is seeded with 0.
+
+        Raises
+        ------
+        ValueError
+            If `weight` is neither.
+        """
+        if weight not in ("ones", "uniform"):
+            raise ValueError(f"expected weight 'ones' or 'uniform' (got {weight!r})")
+        self.reset_running_stats()
+        if self.weight is not None and self.bias is not None:
+            self.weight.data[...] = 1
+            self.bias.data[...] = 0
+            if weight == "uniform":
+                rng = rng or np.random.default_rng(0)
+                self.weight.data[...] = rng.random(self.num_features).astype(self.dtype)
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}({self.num_features}, eps={self.eps}, momentum={self.momentum}, "
+            f"affine={self.affine}, track_running_stats={self.track_running_stats})"
+        )
+
+
+def data_type(dtype: Any) -> np.dtype[Any]:
+    """Return the type of parameters and buffers that an argument `dtype` means.
+
+    Raises
+    ------
+    TypeError
+        If it is none of the types of data.
+    ModuleNotFoundError
+        If it is "bfloat16" and ml_dtypes is not installed.
+    """
+    if dtype == "bfloat16":
+        import ml_dtypes
+
+        dtype = ml_dtypes.bfloat16
+    result = np.dtype(dtype)
+    if result.name not in DATA_TYPES:
+        raise TypeError(f"expected dtype to be one of {', '.join(DATA_TYPES)} (got {dtype!r})")
+    return result
+
+
+class SyncBatchNorm(_BatchNorm):
+    """Batch normalization by the statistics of the batches of all ranks, as torch.nn.SyncBatchNorm.
+
+    ``y = activation((x - mean) / sqrt(var + eps) * weight + bias + residual)``, with the mean and biased
+    variance of each channel over the ranks, the samples and the spatial axes (Ioffe and Szegedy 2015).
+
+    Parameters
+    ----------
+    num_features : int
+        C, the number of channels.
+    eps : float
+        Added to the variance.
+    momentum : float or None
+        Share of each batch in the running statistics; None averages over all batches.
+    affine : bool
+        Whether there are weight and bias, which start at 1 and 0.
+    track_running_stats : bool
+        Whether there are running statistics, which evaluation uses.
+    process_group : ProcessGroup, mpi4py.MPI.Intracomm or None
+        The ranks whose batches are one; None is all.
+    dtype : {"float16", "bfloat16", "float32", "float64"}
+        Type of parameters and running statistics. float32 is for 16-bit data too.
+    device : {"cpu", None}
+        Where parameters and running statistics are.
+    channels_last : bool
+        Whether the channels are the last axis of the input.
+    activation : {None, "relu", "leaky_relu"} or ("leaky_relu", slope)
+        Applied to the result.
+    grad_reduction : {"none", "sum", "mean"}
+        Whether weight and bias get the gradients of this rank, for a data-parallel wrapper to average, or
+        their sum or mean over the ranks, which comes with the backward's exchange at no cost.
+    name : str, optional
+        What errors call the layer.
+
+    Attributes
+    ----------
+    weight, bias : Parameter or None
+        Of shape (C,).
+    running_mean, running_var : array or None
+        Of shape (C,).
+    num_batches_tracked : array or None
+        Of shape (), int64.
+    training : bool
+        Whether it is in training mode; see `train` and `eval`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument is wrong.
+
+    Notes
+    -----
+    forward and backward are **collective** in training mode: every rank of the group must call them, one
+    with no samples too, with N = 0. In evaluation mode nothing is exchanged, except that the backward
+    reduces the gradients of weight and bias if `grad_reduction` says so.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> bn = SyncBatchNorm(3)
+    >>> y = bn(np.random.default_rng(0).normal(5, 2, (8, 3, 4, 4)).astype("float32"))
+    >>> bool(abs(y.mean()) < 1e-6)
+    True
+    >>> bn.backward(np.ones_like(y)).shape
+    (8, 3, 4, 4)
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        process_group: ProcessGroup | MPI.Intracomm | None = None,
+        *,
+        dtype: Any = "float32",
+        device: str | None = None,
+        channels_last: bool = False,
+        activation: Activation = None,
+        grad_reduction: str = "none",
+        name: str | None = None,
+    ) -> None:
+        super().__init__(
+            num_features,
+            eps,
+            momentum,
+            affine,
+            track_running_stats,
+            dtype=dtype,
+            device=device,
+            channels_last=channels_last,
+            activation=activation,
+            grad_reduction=grad_reduction,
+            name=name,
+        )
+        # None stays None: the world is known at the first exchange, not at import.
+        self.process_group = None if process_group is None else as_group(process_group)
+
+    @classmethod
+    def convert_sync_batchnorm(
+        cls, module: Any, process_group: ProcessGroup | MPI.Intracomm | None = None
+    ) -> Any:
+        """Turn all batch normalizations within an object into SyncBatchNorm; see `convert_sync_batchnorm`."""
+        from cupy_syncbn.convert import convert_sync_batchnorm  # which imports this file
+
+        return convert_sync_batchnorm(module, process_group)
+
+
+class _LocalBatchNorm(_BatchNorm):
+    """Batch normalization by the statistics of this rank's batch."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.process_group = SingleProcessGroup()
+
+
+class BatchNorm1d(_LocalBatchNorm):
+    """Batch normalization of (N, C) or (N, C, L) input on one rank; arguments as `SyncBatchNorm`."""
+
+    _dimensions = (2, 3)
+
+
+class BatchNorm2d(_LocalBatchNorm):
+    """Batch normalization of (N, C, H, W) input on one rank; arguments as `SyncBatchNorm`."""
+
+    _dimensions = (4,)
+
+
+class BatchNorm3d(_LocalBatchNorm):
+    """Batch normalization of (N, C, D, H, W) input on one rank; arguments as `SyncBatchNorm`."""
+
+    _dimensions = (5,)

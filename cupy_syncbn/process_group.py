@@ -1,0 +1,373 @@
+"""Groups of ranks that add up vectors, and the transports that carry them."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from cupy_syncbn.errors import CollectiveTimeoutError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from mpi4py import MPI
+
+    Array = np.ndarray[Any, Any]
+
+DEFAULT_TIMEOUT = 600.0
+"""Seconds that a collective waits for the other ranks, unless CUPY_SYNCBN_TIMEOUT says otherwise."""
+
+# Set for each rank by the launchers of Open MPI, MPICH and Intel MPI (also by srun --mpi=pmi2),
+# PMIx (srun --mpi=pmix, prterun), MVAPICH2, and HPE Cray's PALS.
+_LAUNCHER_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "MV2_COMM_WORLD_RANK", "PALS_RANKID")
+
+_SPINS_BEFORE_YIELD = 200
+"""Tests of a request before the core is offered to others, such as ranks that share it."""
+
+
+class ProcessGroup(ABC):
+    """Ranks that exchange vectors.
+
+    Attributes
+    ----------
+    rank, size : int
+        This process's number within the group, and how many there are.
+    timeout : float
+        Seconds after which a collective call gives up waiting.
+    """
+
+    rank: int
+    size: int
+    timeout: float
+
+    @abstractmethod
+    def allreduce(self, buffer: Array) -> None:
+        """Replace `buffer`, contiguous, by its sum over the ranks. **Collective.**
+
+        Raises
+        ------
+        CollectiveTimeoutError
+            If a rank does not come within the timeout.
+        """
+
+    @abstractmethod
+    def broadcast(self, buffer: Array, root: int = 0) -> None:
+        """Replace `buffer`, contiguous, by that of rank `root`. **Collective.**
+
+        Raises
+        ------
+        CollectiveTimeoutError
+            If a rank does not come within the timeout.
+        """
+
+    # A layer may be copied; its group is where it is, and stays the same.
+    def __copy__(self) -> ProcessGroup:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ProcessGroup:
+        return self
+
+
+class SingleProcessGroup(ProcessGroup):
+    """One process by itself: nothing to exchange, nothing to wait for."""
+
+    rank, size, timeout = 0, 1, math.inf
+
+    def allreduce(self, buffer: Array) -> None:
+        """Leave `buffer` as it is."""
+
+    def broadcast(self, buffer: Array, root: int = 0) -> None:
+        """Leave `buffer` as it is."""
+
+    def __repr__(self) -> str:
+        return "SingleProcessGroup()"
+
+
+class MPIProcessGroup(ProcessGroup):
+    """The ranks of an MPI communicator; buffers are NumPy arrays.
+
+    Messages travel on a duplicate of the communicator, made at the first exchange, so that none meets the
+    caller's own. All groups and layers on one communicator share one duplicate: MPI has only so many.
+
+    Parameters
+    ----------
+    comm : mpi4py.MPI.Intracomm
+        The communicator.
+    timeout : float, optional
+        Seconds that an exchange waits for the other ranks; default CUPY_SYNCBN_TIMEOUT, or 600.
+
+    Raises
+    ------
+    TypeError
+        If `comm` is not an intracommunicator.
+    ValueError
+        If `comm` is MPI.COMM_NULL, or the timeout is not positive.
+    """
+
+    def __init__(self, comm: MPI.Intracomm, *, timeout: float | None = None) -> None:
+        from mpi4py import MPI
+
+        if not isinstance(comm, MPI.Comm) or (comm != MPI.COMM_NULL and comm.Is_inter()):
+            raise TypeError(f"expected an mpi4py.MPI.Intracomm (got {type(comm).__name__})")
+        if comm == MPI.COMM_NULL:
+            raise ValueError("expected a communicator (got MPI.COMM_NULL): this process is not in it")
+        self.rank, self.size = comm.rank, comm.size
+        self.timeout = _timeout(timeout)
+        self._comm = comm
+        self._channel: _Channel | None = None
+
+    def allreduce(self, buffer: Array) -> None:
+        """Replace `buffer`, contiguous, by its sum over the ranks. **Collective.**
+
+        Raises
+        ------
+        CollectiveTimeoutError
+            If a rank does not come within the timeout.
+        """
+        from mpi4py import MPI
+
+        self._wait(self._messages.Iallreduce(MPI.IN_PLACE, buffer, op=MPI.SUM), buffer)
+
+    def broadcast(self, buffer: Array, root: int = 0) -> None:
+        """Replace `buffer`, contiguous, by that of rank `root`. **Collective.**
+
+        Raises
+        ------
+        CollectiveTimeoutError
+            If a rank does not come within the timeout.
+        """
+        self._wait(self._messages.Ibcast(_bytes(buffer), root), buffer)
+
+    @property
+    def _messages(self) -> MPI.Intracomm:
+        """The duplicate that messages travel on, kept as an attribute of the communicator."""
+        if self._channel is None:
+            keyval = _keyval()
+            self._channel = self._comm.Get_attr(keyval)
+            if self._channel is None:
+                self._channel = _Channel(self._comm.Dup())
+                self._comm.Set_attr(keyval, self._channel)
+        if self._channel.abandoned:
+            raise CollectiveTimeoutError(
+                "an earlier exchange on this communicator ended by its timeout: its ranks are out of step"
+            )
+        return self._channel.comm
+
+    def _wait(self, request: MPI.Request, buffer: Array) -> None:
+        deadline = None
+        spins = 0
+        while not request.Test():
+            spins += 1
+            if spins < _SPINS_BEFORE_YIELD:
+                continue
+            os.sched_yield()
+            now = time.monotonic()
+            if deadline is None:
+                deadline = now + self.timeout
+            elif now > deadline:
+                assert self._channel is not None
+                self._channel.abandoned.append((request, buffer))
+                raise CollectiveTimeoutError(
+                    f"rank {self.rank} of {self.size} waited {self.timeout:g} s for the other ranks: "
+                    "one of them ended, is stuck, or did not make this call"
+                )
+
+    def __repr__(self) -> str:
+        return f"MPIProcessGroup(rank={self.rank}, size={self.size})"
+
+
+class _Channel:
+    """The one duplicate of a communicator, and what was left unfinished on it."""
+
+    def __init__(self, comm: MPI.Intracomm) -> None:
+        self.comm = comm
+        self.abandoned: list[tuple[MPI.Request, Array]] = []  # MPI may still write to these buffers
+
+
+class _NotAMember(ProcessGroup):
+    """What a process gets that is not in the group it helped to create."""
+
+    def __init__(self, ranks: list[int]) -> None:
+        self._ranks = ranks
+
+    def _raise(self, *_: object) -> NoReturn:
+        raise RuntimeError(f"this process is not a member of the group of ranks {self._ranks}")
+
+    allreduce = broadcast = _raise
+    rank = size = timeout = property(_raise)  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return f"<not a member of the group of ranks {self._ranks}>"
+
+
+_SINGLE = SingleProcessGroup()
+_world: list[ProcessGroup] = []
+_keyvals: list[int] = []
+
+
+def _keyval() -> int:
+    """Key of the attribute in which a communicator keeps its duplicate."""
+    if not _keyvals:
+        from mpi4py import MPI
+
+        _keyvals.append(MPI.Comm.Create_keyval())
+    return _keyvals[0]
+
+
+def _bytes(buffer: Array) -> Array:
+    """View any dtype as bytes, as MPI has no type for 16-bit floats."""
+    return buffer.reshape(-1).view("u1")
+
+
+def _timeout(seconds: float | None) -> float:
+    if seconds is None:
+        text = os.environ.get("CUPY_SYNCBN_TIMEOUT", str(DEFAULT_TIMEOUT))
+        try:
+            seconds = float(text)
+        except ValueError:
+            raise ValueError(f"expected CUPY_SYNCBN_TIMEOUT to be seconds (got {text!r})") from None
+    if not seconds > 0:
+        raise ValueError(f"expected a timeout of more than 0 seconds (got {seconds!r})")
+    return seconds
+
+
+def default_group() -> ProcessGroup:
+    """Return the group of the whole world.
+
+    Returns
+    -------
+    ProcessGroup
+        All ranks of MPI.COMM_WORLD, when an MPI launcher started this process or it has imported
+        mpi4py.MPI already; else this process by itself, and MPI is not initialised.
+    """
+    if "mpi4py.MPI" not in sys.modules and not any(name in os.environ for name in _LAUNCHER_VARIABLES):
+        return _SINGLE
+    if not _world:
+        from mpi4py import MPI
+
+        _world.append(as_group(MPI.COMM_WORLD))
+    return _world[0]
+
+
+def as_group(process_group: ProcessGroup | MPI.Intracomm | None) -> ProcessGroup:
+    """Return the group that an argument `process_group` means.
+
+    Parameters
+    ----------
+    process_group : ProcessGroup, mpi4py.MPI.Intracomm or None
+        None is the whole world.
+
+    Returns
+    -------
+    ProcessGroup
+        A communicator of one rank is a SingleProcessGroup.
+
+    Raises
+    ------
+    TypeError
+        If it is none of these.
+    """
+    if process_group is None:
+        return default_group()
+    if isinstance(process_group, ProcessGroup):
+        return process_group
+    if "mpi4py.MPI" in sys.modules:
+        from mpi4py import MPI
+
+        if isinstance(process_group, MPI.Comm):
+            group = MPIProcessGroup(process_group)
+            return group if group.size > 1 else _SINGLE
+    raise TypeError(
+        f"expected process_group to be None, a ProcessGroup or an mpi4py communicator "
+        f"(got {type(process_group).__name__})"
+    )
+
+
+def new_group(
+    ranks: Iterable[int] | None = None,
+    *,
+    comm: MPI.Intracomm | None = None,
+    transport: str = "auto",
+    timeout: float | None = None,
+) -> ProcessGroup:
+    """Create a group of some ranks.
+
+    Parameters
+    ----------
+    ranks : iterable of int, optional
+        Ranks of `comm`, in the order that they have in the group; default all.
+    comm : mpi4py.MPI.Intracomm, optional
+        The communicator that the ranks are counted in; default MPI.COMM_WORLD.
+    transport : {"auto", "mpi"}
+        What carries the messages.
+    timeout : float, optional
+        Seconds that an exchange waits for the other ranks; default CUPY_SYNCBN_TIMEOUT, or 600.
+
+    Returns
+    -------
+    ProcessGroup
+        On a process that is not among `ranks`, an object that says so when it is used.
+
+    Raises
+    ------
+    ValueError
+        If the ranks are not distinct ranks of `comm`, or the transport is unknown.
+
+    Notes
+    -----
+    **Collective** over `comm`: each of its processes calls it, with the same ranks.
+    """
+    if transport not in ("auto", "mpi"):
+        raise ValueError(f"expected transport 'auto' or 'mpi' (got {transport!r})")
+    from mpi4py import MPI
+
+    comm = MPI.COMM_WORLD if comm is None else comm
+    members = list(range(comm.size)) if ranks is None else [int(rank) for rank in ranks]
+    if not members or len(set(members)) < len(members) or not set(members) <= set(range(comm.size)):
+        raise ValueError(f"expected distinct ranks between 0 and {comm.size - 1} (got {members})")
+    color = 0 if comm.rank in members else MPI.UNDEFINED
+    key = members.index(comm.rank) if comm.rank in members else 0
+    part = comm.Split(color, key)
+    if part == MPI.COMM_NULL:
+        return _NotAMember(members)
+    return MPIProcessGroup(part, timeout=timeout)
+
+
+def split_group(
+    group_size: int, *, comm: MPI.Intracomm | None = None, timeout: float | None = None
+) -> ProcessGroup:
+    """Divide the ranks into groups of `group_size` consecutive ranks and return this process's.
+
+    Parameters
+    ----------
+    group_size : int
+        Ranks a group; it must divide the number of ranks.
+    comm : mpi4py.MPI.Intracomm, optional
+        The communicator to divide; default MPI.COMM_WORLD.
+    timeout : float, optional
+        Seconds that an exchange waits for the other ranks; default CUPY_SYNCBN_TIMEOUT, or 600.
+
+    Returns
+    -------
+    ProcessGroup
+        The group that this process is in.
+
+    Raises
+    ------
+    ValueError
+        If `group_size` does not divide the number of ranks.
+
+    Notes
+    -----
+    **Collective** over `comm`.
+    """
+    from mpi4py import MPI
+
+    comm = MPI.COMM_WORLD if comm is None else comm
+    if group_size < 1 or comm.size % group_size:
+        raise ValueError(f"expected a group_size that divides {comm.size} ranks (got {group_size})")
+    return MPIProcessGroup(comm.Split(comm.rank // group_size, comm.rank), timeout=timeout)
