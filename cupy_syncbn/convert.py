@@ -66,7 +66,7 @@ class _Conversion:
         return result
 
     def _replacement(self, value: Any) -> Any:
-        """Return the new layer for an old one, a new tuple for one with old layers, anything else as it is."""
+        """Return the new layer for an old one, a new tuple for one that has any, anything else as it is."""
         if isinstance(value, _BatchNorm):
             return self._layer(value)
         if isinstance(value, tuple):

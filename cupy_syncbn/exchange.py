@@ -41,7 +41,7 @@ class Call(NamedTuple):
 
     @contextmanager
     def faults_join(self, group: ProcessGroup, length: int) -> Iterator[None]:
-        """Let a rank that fails inside take part in the exchange of `length`, so that the others hear of it."""
+        """Let a rank that fails inside join the exchange of `length` numbers, so that the others hear of it."""
         try:
             yield
         except Exception:
@@ -53,7 +53,7 @@ class Call(NamedTuple):
             raise
 
     def exchange(self, group: ProcessGroup, vector: Array) -> None:
-        """Replace `vector` by its sum over the ranks. **Collective.**
+        """Replace `vector` by its sum over the ranks (**collective**).
 
         Raises
         ------

@@ -137,7 +137,7 @@ def sync_batch_norm(
         if not eps >= 0:
             raise ValueError(f"expected eps of at least 0 (got {eps!r})")
         use_batch = training or running is None
-        if use_batch and peers.size == 1 and layout.count == 1:
+        if use_batch and peers.size == 1 and layout.values_per_channel == 1:
             raise ValueError(
                 f"Expected more than 1 value per channel when training, got input size {x.shape}"
             )

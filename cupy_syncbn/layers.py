@@ -500,7 +500,7 @@ def data_type(dtype: Any) -> np.dtype[Any]:
         import ml_dtypes
 
         dtype = ml_dtypes.bfloat16
-    result = np.dtype(dtype)
+    result: np.dtype[Any] = np.dtype(dtype)
     if result.name not in DATA_TYPES:
         raise TypeError(f"expected dtype to be one of {', '.join(DATA_TYPES)} (got {dtype!r})")
     return result

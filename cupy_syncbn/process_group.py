@@ -8,7 +8,7 @@ import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, cast
 
 from cupy_syncbn.errors import CollectiveTimeoutError
 
@@ -46,7 +46,7 @@ class ProcessGroup(ABC):
 
     @abstractmethod
     def allreduce(self, buffer: Array) -> None:
-        """Replace `buffer`, contiguous, by its sum over the ranks. **Collective.**
+        """Replace `buffer`, contiguous, by its sum over the ranks (**collective**).
 
         Raises
         ------
@@ -56,7 +56,7 @@ class ProcessGroup(ABC):
 
     @abstractmethod
     def broadcast(self, buffer: Array, root: int = 0) -> None:
-        """Replace `buffer`, contiguous, by that of rank `root`. **Collective.**
+        """Replace `buffer`, contiguous, by that of rank `root` (**collective**).
 
         Raises
         ------
@@ -108,7 +108,7 @@ class MPIProcessGroup(ProcessGroup):
         If `comm` is MPI.COMM_NULL, or the timeout is not positive.
     """
 
-    def __init__(self, comm: MPI.Intracomm, *, timeout: float | None = None) -> None:
+    def __init__(self, comm: MPI.Comm, *, timeout: float | None = None) -> None:
         from mpi4py import MPI
 
         if not isinstance(comm, MPI.Comm) or (comm != MPI.COMM_NULL and comm.Is_inter()):
@@ -121,7 +121,7 @@ class MPIProcessGroup(ProcessGroup):
         self._channel: _Channel | None = None
 
     def allreduce(self, buffer: Array) -> None:
-        """Replace `buffer`, contiguous, by its sum over the ranks. **Collective.**
+        """Replace `buffer`, contiguous, by its sum over the ranks (**collective**).
 
         Raises
         ------
@@ -133,7 +133,7 @@ class MPIProcessGroup(ProcessGroup):
         self._wait(self._messages.Iallreduce(MPI.IN_PLACE, buffer, op=MPI.SUM), buffer)
 
     def broadcast(self, buffer: Array, root: int = 0) -> None:
-        """Replace `buffer`, contiguous, by that of rank `root`. **Collective.**
+        """Replace `buffer`, contiguous, by that of rank `root` (**collective**).
 
         Raises
         ------
@@ -143,11 +143,11 @@ class MPIProcessGroup(ProcessGroup):
         self._wait(self._messages.Ibcast(_bytes(buffer), root), buffer)
 
     @property
-    def _messages(self) -> MPI.Intracomm:
+    def _messages(self) -> MPI.Comm:
         """The duplicate that messages travel on, kept as an attribute of the communicator."""
         if self._channel is None:
             keyval = _keyval()
-            self._channel = self._comm.Get_attr(keyval)
+            self._channel = cast("_Channel | None", self._comm.Get_attr(keyval))
             if self._channel is None:
                 self._channel = _Channel(self._comm.Dup())
                 self._comm.Set_attr(keyval, self._channel)
@@ -183,7 +183,7 @@ class MPIProcessGroup(ProcessGroup):
 class _Channel:
     """The one duplicate of a communicator, and what was left unfinished on it."""
 
-    def __init__(self, comm: MPI.Intracomm) -> None:
+    def __init__(self, comm: MPI.Comm) -> None:
         self.comm = comm
         self.abandoned: list[tuple[MPI.Request, Array]] = []  # MPI may still write to these buffers
 
@@ -194,11 +194,16 @@ class _NotAMember(ProcessGroup):
     def __init__(self, ranks: list[int]) -> None:
         self._ranks = ranks
 
-    def _raise(self, *_: object) -> NoReturn:
-        raise RuntimeError(f"this process is not a member of the group of ranks {self._ranks}")
+    def __getattribute__(self, name: str) -> Any:
+        if name in ("rank", "size", "timeout", "allreduce", "broadcast"):
+            raise RuntimeError(f"this process is not a member of the group of ranks {self._ranks}")
+        return super().__getattribute__(name)
 
-    allreduce = broadcast = _raise
-    rank = size = timeout = property(_raise)  # type: ignore[assignment]
+    def allreduce(self, buffer: Array) -> None:
+        """Raise RuntimeError, as does every other use."""
+
+    def broadcast(self, buffer: Array, root: int = 0) -> None:
+        """Raise RuntimeError, as does every other use."""
 
     def __repr__(self) -> str:
         return f"<not a member of the group of ranks {self._ranks}>"
@@ -329,12 +334,9 @@ def new_group(
     members = list(range(comm.size)) if ranks is None else [int(rank) for rank in ranks]
     if not members or len(set(members)) < len(members) or not set(members) <= set(range(comm.size)):
         raise ValueError(f"expected distinct ranks between 0 and {comm.size - 1} (got {members})")
-    color = 0 if comm.rank in members else MPI.UNDEFINED
-    key = members.index(comm.rank) if comm.rank in members else 0
-    part = comm.Split(color, key)
-    if part == MPI.COMM_NULL:
-        return _NotAMember(members)
-    return MPIProcessGroup(part, timeout=timeout)
+    is_member = comm.rank in members
+    part = comm.Split(0 if is_member else MPI.UNDEFINED, members.index(comm.rank) if is_member else 0)
+    return MPIProcessGroup(part, timeout=timeout) if is_member else _NotAMember(members)
 
 
 def split_group(

@@ -19,6 +19,7 @@ trailer, are the caller's.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, NamedTuple, Protocol
 
@@ -29,7 +30,8 @@ from cupy_syncbn.backends.layout import Array, Layout
 __all__ = ["Array", "Backend", "Layout", "Normalization", "Running", "array_module", "backend_of"]
 
 
-class Normalization(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Normalization:
     """What a forward applied to each element, and its backward needs again.
 
     ``y = activation((x - mean) * invstd * weight + bias + residual)``; arrays are float64 of shape (C,).

@@ -48,8 +48,8 @@ class Layout(NamedTuple):
         return sizes[0], sizes[1], math.prod(sizes[2:])
 
     @property
-    def count(self) -> int:
-        """Values a channel, N*S."""
+    def values_per_channel(self) -> int:
+        """How many values a channel has, N*S."""
         outer, _, inner = self.shape_3d
         return outer * inner
 

@@ -65,7 +65,7 @@ _scratch = _Scratch()
 class _Box(NamedTuple):
     """A part of a tensor that one round of NumPy calls works on."""
 
-    index: tuple[slice, slice, slice]
+    where: tuple[slice, slice, slice]
     shape: tuple[int, int, int]
     rows: tuple[int, int]
     """Its shape for elementwise operations: rows of the length of the block's operands."""
@@ -73,8 +73,8 @@ class _Box(NamedTuple):
     """Its shape for sums by columns: each row is a whole number of (C, S) samples."""
 
     @property
-    def count(self) -> int:
-        """Values a channel."""
+    def per_channel(self) -> int:
+        """How many values a channel has in it."""
         return self.shape[0] * self.shape[2]
 
 
@@ -83,7 +83,7 @@ class _Block(NamedTuple):
 
     channels: slice
     operand: tuple[int, int, int] | None
-    """Shape (samples, C, S) that a (C,) vector is broadcast to; None where rows are long enough as they are."""
+    """Shape (samples, C, S) that a (C,) vector is broadcast to; None where S is a row by itself."""
     boxes: tuple[_Box, ...]
 
 
@@ -145,7 +145,7 @@ def _split(length: int, parts: int) -> list[slice]:
 
 
 class _Tensor:
-    """A tensor seen box by box in the accumulator's type: in place where its memory allows, else by copies."""
+    """A tensor seen box by box in the accumulator's type: in place where memory allows, else by copies."""
 
     def __init__(self, name: str, array: Array, dtype: np.dtype[Any]) -> None:
         self.name, self.array, self.dtype = name, array, dtype
@@ -162,7 +162,7 @@ class _Tensor:
 
     def read(self, box: _Box) -> Array:
         """Return the box's values, to be left unchanged."""
-        part: Array = self.array[box.index]
+        part: Array = self.array[box.where]
         if self.direct:
             return part.reshape(box.rows)
         held = _scratch(self.name, box.shape, self.dtype)
@@ -172,7 +172,7 @@ class _Tensor:
     def place(self, box: _Box) -> Array:
         """Return where to compute the box's new values, for `placed` to store."""
         if self.direct:
-            return self.array[box.index].reshape(box.rows)
+            return self.array[box.where].reshape(box.rows)
         return _scratch(self.name, box.shape, self.dtype).reshape(box.rows)
 
     def placed(self, box: _Box, values: Array) -> None:
@@ -182,7 +182,7 @@ class _Tensor:
 
     def write(self, box: _Box, values: Array) -> None:
         """Store what was computed elsewhere, rounded to the tensor's type."""
-        np.copyto(self.array[box.index], values.reshape(box.shape), casting="unsafe")
+        np.copyto(self.array[box.where], values.reshape(box.shape), casting="unsafe")
 
 
 def empty(layout: Layout, dtype: Any) -> Array:
@@ -209,16 +209,12 @@ def vector(rows: int, channels: int, trailer: tuple[float, ...]) -> Array:
 
 def _channel_sums(values: Array, box: _Box) -> Array:
     """Σ values per channel, (C,) in float64."""
-    n, c, s = box.shape
+    _, c, s = box.shape
     if s < SHORT:
         matrix = values.reshape(box.columns)
-        partial = _ones(box.columns[0], values.dtype) @ matrix
-        total: Array = partial.reshape(-1, c, s).sum(axis=(0, 2), dtype=np.float64)
-        return total
-    return sum(
-        (piece @ _ones(piece.shape[-1], values.dtype)).sum(axis=(0, 2), dtype=np.float64)
-        for piece in _pieces(values, box)
-    )
+        by_column: Array = _ones(box.columns[0], values.dtype) @ matrix
+        return _add_up(by_column.reshape(-1, c, s))
+    return _add_up(*(piece @ _ones(piece.shape[-1], values.dtype) for piece in _pieces(values, box)))
 
 
 def _channel_products(a: Array, b: Array, box: _Box) -> Array:
@@ -226,10 +222,16 @@ def _channel_products(a: Array, b: Array, box: _Box) -> Array:
     if box.shape[2] < LONG:
         product = _scratch("product", a.shape, a.dtype)
         return _channel_sums(np.multiply(a, b, out=product), box)
-    return sum(
-        np.vecdot(left, right).sum(axis=(0, 2), dtype=np.float64)
-        for left, right in zip(_pieces(a, box), _pieces(b, box), strict=True)
-    )
+    pairs = zip(_pieces(a, box), _pieces(b, box), strict=True)
+    return _add_up(*(np.vecdot(left, right) for left, right in pairs))
+
+
+def _add_up(first: Array, *more: Array) -> Array:
+    """Add up partial sums (n, C, k) over n and k, in float64."""
+    total: Array = first.sum(axis=(0, 2), dtype=np.float64)
+    for partial in more:
+        total += partial.sum(axis=(0, 2), dtype=np.float64)
+    return total
 
 
 def _pieces(values: Array, box: _Box) -> list[Array]:
@@ -251,7 +253,7 @@ def _ones(length: int, dtype: np.dtype[Any]) -> Array:
 
 
 def _row(name: str, values: Array, block: _Block) -> Array:
-    """Write out the block's part (c,) of a vector to a row, which applies to ``box.rows`` as ``row[:width]``."""
+    """Write out the block's part (c,) of a vector to a row; it applies to ``box.rows`` as ``row[:width]``."""
     column: Array = values[:, None]
     if block.operand is None:
         return column
@@ -286,10 +288,10 @@ def statistics(x: Array, trailer: tuple[float, ...]) -> Array:
             values = tensor.read(box)
             s1 = _channel_sums(values, box)
             s2 = _channel_products(values, values, box)
-            outside = (1 + 1 / NEAR) * s1 * s1 > box.count * s2
+            outside = (1 + 1 / NEAR) * s1 * s1 > box.per_channel * s2
             offset = pivot
             if outside.any():
-                shift = np.where(outside, s1 / box.count, 0).astype(dtype)
+                shift = np.where(outside, s1 / box.per_channel, 0).astype(dtype)
                 row = _row("shift", shift, block)
                 difference = _scratch("difference", values.shape, dtype)
                 np.subtract(values, row[: values.shape[-1]], out=difference)
@@ -299,8 +301,8 @@ def statistics(x: Array, trailer: tuple[float, ...]) -> Array:
                     pivot = _round_to_12_bits(shift.astype(np.float64))
                 offset = (0 if pivot is None else pivot) - shift.astype(np.float64)
             if offset is not None:  # (x - shift) is taken to (x - pivot)
-                s2 += offset * (box.count * offset - 2 * s1)
-                s1 -= box.count * offset
+                s2 += offset * (box.per_channel * offset - 2 * s1)
+                s1 -= box.per_channel * offset
             sum_[channels] += s1
             square[channels] += s2
         if pivot is not None:
@@ -439,9 +441,9 @@ class _Affine(NamedTuple):
 
     @classmethod
     def of(cls, normalization: Normalization, dtype: np.dtype[Any]) -> _Affine:
-        mean, _, invstd, weight, bias, _, _ = normalization
+        mean, weight, bias = normalization.mean, normalization.weight, normalization.bias
         shift = _shift(normalization)
-        scale = invstd if weight is None else invstd * weight
+        scale = normalization.invstd if weight is None else normalization.invstd * weight
         if shift is None:
             offset = -mean * scale
         else:
