@@ -59,7 +59,7 @@ class DistributedDataParallel(Module):
         self._reductions = 0
         state = module.state_dict()
         call = self._call("construction", state)
-        call.exchange(self.process_group, np.array(call.trailer()))
+        call.exchange(self.process_group, np.array(call.trailer(self.process_group)))
         for array in state.values():
             values = np.ascontiguousarray(array)
             self.process_group.broadcast(values)
@@ -107,7 +107,7 @@ class DistributedDataParallel(Module):
                         f"(got {parameter.grad.shape})"
                     )
             present = np.array([parameter.grad is not None for _, parameter in named] + [0] * 3, np.float64)
-            present[-3:] = call.trailer()
+            present[-3:] = call.trailer(group)
         call.exchange(group, present)
         if group.size > 1:
             parameters = [p for (_, p), ranks in zip(named, present[:-3], strict=True) if ranks]

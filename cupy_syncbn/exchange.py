@@ -30,24 +30,26 @@ class Call(NamedTuple):
     def __str__(self) -> str:
         return f"{self.direction} {self.number} of {self.name} with {self.channels} channels"
 
-    def trailer(self) -> tuple[float, float, float]:
+    def trailer(self, group: ProcessGroup) -> tuple[float, float, float]:
         """End of the vector of a rank without fault, ``(fault, tag, tag²)``.
 
         The sums of tag and tag² satisfy ``size Σtag² = (Σtag)²`` exactly if all tags are equal (equality
         in Cauchy and Schwarz's inequality), and in float64 exactly for 12-bit tags of up to 2^14 ranks.
         """
+        if group.size == 1:
+            return 0.0, 0.0, 0.0
         tag = zlib.crc32(repr(tuple(self)).encode()) & 0xFFF
         return 0.0, tag, tag * tag
 
     @contextmanager
     def faults_join(self, group: ProcessGroup, length: int) -> Iterator[None]:
-        """Let a rank that fails inside join the exchange of `length` numbers, so that the others hear of it."""
+        """Let a rank that fails inside join the exchange of `length` numbers: the others hear of it."""
         try:
             yield
         except Exception:
             if group.size > 1:
                 vector = np.zeros(length)
-                vector[-3:] = self.trailer()
+                vector[-3:] = self.trailer(group)
                 vector[-3] = _fault_code(group)
                 self._allreduce(group, vector)
             raise

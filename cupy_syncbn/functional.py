@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from cupy_syncbn.backends import Array, Backend, Layout, Normalization, Running, backend_of
+from cupy_syncbn.backends import Array, Backend, Layout, Running, backend_of
 from cupy_syncbn.exchange import Call
 from cupy_syncbn.process_group import ProcessGroup, SingleProcessGroup, as_group
 
@@ -31,8 +32,11 @@ class Saved(NamedTuple):
     """(outer, C, inner), where the activation's derivative needs it."""
     has_residual: bool
     layout: Layout
-    normalization: Normalization
-    parameter_type: Any
+    normalization: Any
+    """The backend's: what it did to each element."""
+    weight_type: Any
+    """None if there was no weight."""
+    bias_type: Any
     constant_statistics: bool
     """Whether running statistics were used, which do not depend on x."""
     group: ProcessGroup
@@ -137,13 +141,13 @@ def sync_batch_norm(
         if not eps >= 0:
             raise ValueError(f"expected eps of at least 0 (got {eps!r})")
         use_batch = training or running is None
-        if use_batch and peers.size == 1 and layout.values_per_channel == 1:
+        if use_batch and peers.size == 1 and layout.shape_3d[0] * layout.shape_3d[2] == 1:
             raise ValueError(
                 f"Expected more than 1 value per channel when training, got input size {x.shape}"
             )
         tensor, target = layout.as_3d(x), layout.as_3d(y)
         added = None if residual is None else layout.as_3d(residual)
-        vector = backend.statistics(tensor, call.trailer()) if use_batch else None
+        vector = backend.statistics(tensor, call.trailer(peers)) if use_batch else None
 
     if vector is not None:
         call.exchange(peers, vector)
@@ -155,16 +159,15 @@ def sync_batch_norm(
             tensor, target, running.mean, running.var, weight, bias, eps, added, slope
         )
     if out is not None and not backend.overlaps(target, out):  # its strides allowed no 3-D view
-        out[...] = target.reshape([out.shape[axis] for axis in layout.axes]).transpose(
-            np.argsort(layout.axes)
-        )
+        out[...] = layout.as_batch(target)
     saved = Saved(
         x=tensor,
         residual=added if slope is not None else None,
         has_residual=residual is not None,
         layout=layout,
         normalization=normalization,
-        parameter_type=next((p.dtype for p in (weight, bias) if p is not None), None),
+        weight_type=None if weight is None else weight.dtype,
+        bias_type=None if bias is None else bias.dtype,
         constant_statistics=vector is None,
         group=group,
         synchronized=training,
@@ -215,10 +218,11 @@ def sync_batch_norm_backward(dy: Array, saved: Saved, *, grad_reduction: str = "
     with call.faults_join(peers, 2 * call.channels + 3):
         backend = _check_output_gradient(dy, saved)
         scale = _reduction_scale(grad_reduction, peers)
-        dx = backend.empty(saved.layout, x.dtype)
-        dresidual = backend.empty(saved.layout, x.dtype) if saved.has_residual else None
+        dtype = x.dtype.newbyteorder("=")
+        dx = backend.empty(saved.layout, dtype)
+        dresidual = backend.empty(saved.layout, dtype) if saved.has_residual else None
         gradient = saved.layout.as_3d(dy)
-        own = backend.reduce_gradients(gradient, x, residual, normalization, call.trailer())
+        own = backend.reduce_gradients(gradient, x, residual, normalization, call.trailer(peers))
 
     total = own.copy()
     call.exchange(peers, total)
@@ -231,9 +235,13 @@ def sync_batch_norm_backward(dy: Array, saved: Saved, *, grad_reduction: str = "
         saved.layout.as_3d(dx),
         None if dresidual is None else saved.layout.as_3d(dresidual),
     )
-    sums = own if grad_reduction == "none" else total
-    weight, bias = backend.parameter_gradients(sums, normalization, scale, saved.parameter_type)
-    return Gradients(dx, weight, bias, dresidual)
+    weight, bias = backend.parameter_gradients(own if grad_reduction == "none" else total, normalization)
+    return Gradients(
+        dx,
+        None if saved.weight_type is None else (weight * scale).astype(saved.weight_type),
+        None if saved.bias_type is None else (bias * scale).astype(saved.bias_type),
+        dresidual,
+    )
 
 
 _LOCAL = SingleProcessGroup()
@@ -248,9 +256,15 @@ def _channels(x: object, weight: Array | None, running_mean: Array | None, chann
     return int(shape[-1 if channels_last else 1]) if len(shape) > 1 else 0
 
 
+@functools.cache
+def is_data_type(dtype: np.dtype[Any]) -> bool:
+    """Tell whether data may have a type; cached, as NumPy takes its time to name a type."""
+    return dtype.name in DATA_TYPES
+
+
 def _check_input(x: Array, channels_last: bool, channels: int) -> tuple[Backend, Layout]:
     backend = backend_of(x)
-    if x.dtype.name not in DATA_TYPES:
+    if not is_data_type(x.dtype):
         raise TypeError(f"expected x of type {', '.join(DATA_TYPES)} (got {x.dtype}): use x.astype(...)")
     if x.ndim < 2:
         raise ValueError(f"expected at least 2D input (got {x.ndim}D input)")
@@ -266,9 +280,10 @@ def _check_input(x: Array, channels_last: bool, channels: int) -> tuple[Backend,
 
 
 def _check_parameter(name: str, values: Array, x_type: Any, call: Call) -> None:
-    if backend_of(values) is None or values.shape != (call.channels,):
+    backend_of(values)
+    if values.shape != (call.channels,):
         raise ValueError(f"expected {name} of shape ({call.channels},) (got {values.shape})")
-    if values.dtype.name != x_type.name and not (x_type.itemsize == 2 and values.dtype.name == "float32"):
+    if values.dtype != x_type.newbyteorder("=") and not (x_type.itemsize == 2 and values.dtype == np.float32):
         wanted = x_type.name if x_type.itemsize > 2 else f"float32 or {x_type.name}"
         raise TypeError(
             f"expected {name} of type {wanted} for {x_type.name} data (got {values.dtype}): "
@@ -304,7 +319,7 @@ def _check_like(name: str, array: Array, x: Array) -> None:
         raise TypeError(f"expected {name} on the device of the input (got {type(array).__qualname__})")
     if array.shape != x.shape:
         raise ValueError(f"expected {name} of the input's size {x.shape} (got {array.shape})")
-    if array.dtype.name != x.dtype.name:
+    if array.dtype.newbyteorder("=") != x.dtype.newbyteorder("="):
         raise TypeError(f"expected {name} of the input's type {x.dtype.name} (got {array.dtype})")
 
 
@@ -361,7 +376,7 @@ def _check_output_gradient(dy: Array, saved: Saved) -> Backend:
         raise RuntimeError("backward needs the input, but the forward wrote its result over it (out=)")
     if dy.shape != saved.layout.shape:
         raise ValueError(f"expected dy of the output's size {saved.layout.shape} (got {dy.shape})")
-    if dy.dtype.name != saved.x.dtype.name:
+    if dy.dtype.newbyteorder("=") != saved.x.dtype.newbyteorder("="):
         raise TypeError(f"expected dy of the output's type {saved.x.dtype.name} (got {dy.dtype})")
     return backend
 

@@ -16,6 +16,7 @@ from cupy_syncbn.functional import (
     Activation,
     Saved,
     activation_slope,
+    is_data_type,
     sync_batch_norm,
     sync_batch_norm_backward,
 )
@@ -501,7 +502,7 @@ def data_type(dtype: Any) -> np.dtype[Any]:
 
         dtype = ml_dtypes.bfloat16
     result: np.dtype[Any] = np.dtype(dtype)
-    if result.name not in DATA_TYPES:
+    if not is_data_type(result):
         raise TypeError(f"expected dtype to be one of {', '.join(DATA_TYPES)} (got {dtype!r})")
     return result
 

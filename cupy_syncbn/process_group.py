@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import sys
@@ -240,6 +241,12 @@ def _timeout(seconds: float | None) -> float:
     return seconds
 
 
+@functools.cache
+def _launched() -> bool:
+    """Tell whether an MPI launcher started this process."""
+    return any(name in os.environ for name in _LAUNCHER_VARIABLES)
+
+
 def default_group() -> ProcessGroup:
     """Return the group of the whole world.
 
@@ -249,9 +256,9 @@ def default_group() -> ProcessGroup:
         All ranks of MPI.COMM_WORLD, when an MPI launcher started this process or it has imported
         mpi4py.MPI already; else this process by itself, and MPI is not initialised.
     """
-    if "mpi4py.MPI" not in sys.modules and not any(name in os.environ for name in _LAUNCHER_VARIABLES):
-        return _SINGLE
     if not _world:
+        if "mpi4py.MPI" not in sys.modules and not _launched():
+            return _SINGLE
         from mpi4py import MPI
 
         _world.append(as_group(MPI.COMM_WORLD))

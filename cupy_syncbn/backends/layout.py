@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from typing import Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
-import numpy as np
+if TYPE_CHECKING:
+    import numpy as np
 
 Array: TypeAlias = "np.ndarray[Any, Any]"  # or a cupy.ndarray: it has the same methods
 
@@ -21,8 +23,10 @@ class Layout(NamedTuple):
     """Shape of the batch, as the caller sees it."""
     axes: tuple[int, ...]
     """The caller's axes in memory order."""
-    channels_last: bool
-    """Whether the channels are innermost in memory, whatever the shape says."""
+    inverse: tuple[int, ...]
+    """The memory's axes in the caller's order."""
+    shape_3d: tuple[int, int, int]
+    """Shape (outer, C, inner) of the batch in memory order."""
 
     @classmethod
     def of(cls, x: Array, channels_last: bool) -> Layout:
@@ -30,34 +34,30 @@ class Layout(NamedTuple):
 
         The order in memory is read off the strides: a transposed view is not copied to be computed on.
         """
-        channel = x.ndim - 1 if channels_last else 1
-        spatial = [axis for axis in range(1, x.ndim) if axis != channel]
-        steps = [abs(x.strides[axis]) for axis in spatial if x.shape[axis] > 1]
-        in_memory = channels_last
-        if steps and x.shape[channel] > 1:
-            in_memory = abs(x.strides[channel]) < min(steps)
-        axes = (0, *spatial, channel) if in_memory else (0, channel, *spatial)
-        return cls(x.shape, axes, in_memory)
-
-    @property
-    def shape_3d(self) -> tuple[int, int, int]:
-        """Shape (outer, C, inner) of the batch in memory order."""
-        sizes = [self.shape[axis] for axis in self.axes]
-        if self.channels_last:
-            return math.prod(sizes[:-1]), sizes[-1], 1
-        return sizes[0], sizes[1], math.prod(sizes[2:])
-
-    @property
-    def values_per_channel(self) -> int:
-        """How many values a channel has, N*S."""
-        outer, _, inner = self.shape_3d
-        return outer * inner
+        return _layout(x.shape, x.strides, channels_last)
 
     def as_3d(self, array: Array) -> Array:
         """`array`, of this layout's shape, as (outer, C, inner): a view wherever its strides permit."""
         return array.transpose(self.axes).reshape(self.shape_3d)
 
+    def as_batch(self, array: Array) -> Array:
+        """Undo `as_3d`."""
+        return array.reshape([self.shape[axis] for axis in self.axes]).transpose(self.inverse)
+
     def empty(self, xp: Any, dtype: Any) -> Array:
         """Allocate an array of this shape, contiguous in this memory order, in the namespace `xp`."""
-        storage: Array = xp.empty([self.shape[axis] for axis in self.axes], dtype)
-        return storage.transpose(np.argsort(self.axes).tolist())
+        return self.as_batch(xp.empty(self.shape_3d, dtype))
+
+
+@functools.lru_cache(maxsize=256)
+def _layout(shape: tuple[int, ...], strides: tuple[int, ...], channels_last: bool) -> Layout:
+    channel = len(shape) - 1 if channels_last else 1
+    spatial = [axis for axis in range(1, len(shape)) if axis != channel]
+    steps = [abs(strides[axis]) for axis in spatial if shape[axis] > 1]
+    innermost = channels_last
+    if steps and shape[channel] > 1:
+        innermost = abs(strides[channel]) < min(steps)
+    axes = (0, *spatial, channel) if innermost else (0, channel, *spatial)
+    inverse = tuple(axes.index(axis) for axis in range(len(axes)))
+    N, C, S = shape[0], shape[channel], math.prod(shape[axis] for axis in spatial)
+    return Layout(shape, axes, inverse, (N * S, C, 1) if innermost else (N, C, S))

@@ -1,0 +1,93 @@
+"""What a backend offers: the operations of batch normalization on the arrays of one library."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol
+
+from cupy_syncbn.backends.layout import Array, Layout
+
+
+class Running(NamedTuple):
+    """The running statistics, which a training forward updates in place."""
+
+    mean: Array
+    var: Array
+    num_batches_tracked: Array | None
+    momentum: float | None
+    """None for the cumulative average."""
+
+
+class Backend(Protocol):
+    """The operations of a backend; shapes are (outer, C, inner) for tensors and (C,) for the rest.
+
+    `residual` is added before the activation, whose slope below zero is `slope`: 0 for ReLU, None for no
+    activation. `trailer` ends a vector.
+    """
+
+    def empty(self, layout: Layout, dtype: Any) -> Array:
+        """Allocate a tensor."""
+
+    def overlaps(self, a: Array, b: Array) -> bool:
+        """Tell whether two arrays share memory."""
+
+    def vector(self, rows: int, channels: int, trailer: tuple[float, ...]) -> Array:
+        """Return an exchange vector of zeros that ends in `trailer`."""
+
+    def statistics(self, x: Array, trailer: tuple[float, ...]) -> Array:
+        """Reduce `x` to the exchange vector of the forward."""
+
+    def normalize(
+        self,
+        x: Array,
+        y: Array,
+        vector: Array,
+        weight: Array | None,
+        bias: Array | None,
+        running: Running | None,
+        eps: float,
+        residual: Array | None,
+        slope: float | None,
+    ) -> Any:
+        """Write y by the statistics in the exchanged `vector`, and update the running statistics.
+
+        What it returns is for the backward: of the backend's own type.
+        """
+
+    def normalize_fixed(
+        self,
+        x: Array,
+        y: Array,
+        mean: Array,
+        var: Array,
+        weight: Array | None,
+        bias: Array | None,
+        eps: float,
+        residual: Array | None,
+        slope: float | None,
+    ) -> Any:
+        """Write y by given statistics."""
+
+    def reduce_gradients(
+        self,
+        dy: Array,
+        x: Array,
+        residual: Array | None,
+        normalization: Any,
+        trailer: tuple[float, ...],
+    ) -> Array:
+        """Reduce `dy` and `x` to the exchange vector of the backward."""
+
+    def parameter_gradients(self, sums: Array, normalization: Any) -> tuple[Array, Array]:
+        """Gradients of weight and bias from the leading ``[sum_dy | sum_dy_xmu]`` of a vector, in float64."""
+
+    def input_gradient(
+        self,
+        dy: Array,
+        x: Array,
+        residual: Array | None,
+        normalization: Any,
+        vector: Array | None,
+        dx: Array,
+        dresidual: Array | None,
+    ) -> None:
+        """Write dx, and dresidual if given; `vector` is None where the statistics were constants."""

@@ -1,0 +1,238 @@
+"""How the NumPy backend walks a tensor: boxes that stay in cache, rows that suit NumPy, sums that suit BLAS.
+
+A tensor is walked in boxes that stay in a core's L2 cache while a handful of NumPy calls work on them, so
+main memory is read and written as often as the algorithm demands and no more. Three facts shape the code:
+
+* A NumPy ufunc copies a broadcast operand through its buffer wherever the inner dimension is shorter than
+  that buffer (8192 elements), which costs more than the arithmetic. So per-channel operands are written
+  out once to rows at least that long, and a tensor is viewed as such rows.
+* A matrix-vector product with ones is NumPy's fastest sum; `numpy.vecdot` is its fastest sum of products
+  of long rows. Both leave partial sums of a few hundred to a few thousand values, which are added in float64.
+* Masked copies and `numpy.where` branch at each element. Masks of bits do not.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import threading
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from cupy_syncbn.backends.layout import Array
+
+BOX_BYTES = 1 << 19
+"""Bytes of a box: half a MiB, so that a pass over two or three tensors works in a core's L2 cache."""
+ROW = 8192
+"""Elements of NumPy's ufunc buffer: the shortest row to which it applies an operand without a copy."""
+COLUMNS = 512
+"""Least width of the matrices whose columns are added up: their height, the length of a chain, is small."""
+SHORT = 64
+"""Rows of fewer elements are added up across rows, by columns, instead of within."""
+LONG = 128
+"""From this length on `numpy.vecdot` repays the overhead of a call of BLAS for each row."""
+PARTIAL = 4096
+"""The longest row that is added up in the precision of the data."""
+
+
+class _Scratch(threading.local):
+    """Named buffers that each thread allocates once and uses again."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, Array] = {}
+        self._views: dict[str, Array] = {}
+
+    def __call__(self, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+        view = self._views.get(name)
+        if view is None or view.shape != shape or view.dtype != dtype:
+            nbytes = math.prod(shape) * dtype.itemsize
+            buffer = self._buffers.get(name)
+            if buffer is None or buffer.nbytes < nbytes:
+                buffer = self._buffers[name] = np.empty(nbytes, np.uint8)
+            view = self._views[name] = buffer[:nbytes].view(dtype).reshape(shape)
+        return view
+
+
+scratch = _Scratch()
+
+
+class Box(NamedTuple):
+    """A part of a tensor that one round of NumPy calls works on."""
+
+    where: tuple[slice, slice, slice]
+    shape: tuple[int, int, int]
+    rows: tuple[int, int]
+    """Its shape for elementwise operations: rows of the length of the block's operands."""
+    columns: tuple[int, int]
+    """Its shape for sums by columns: each row is a whole number of (C, S) samples."""
+
+    @property
+    def per_channel(self) -> int:
+        """How many values a channel has in it."""
+        return self.shape[0] * self.shape[2]
+
+
+class Block(NamedTuple):
+    """The boxes of some channels, and how per-channel operands are written out for them."""
+
+    channels: slice
+    operand: tuple[int, int, int] | None
+    """Shape (samples, C, S) that a (C,) vector is broadcast to; None where S is a row by itself."""
+    boxes: tuple[Box, ...]
+
+
+@functools.lru_cache(maxsize=256)
+def blocks_of(shape: tuple[int, int, int], itemsize: int) -> tuple[Block, ...]:
+    """Divide a tensor into blocks of channels, and these into boxes of at most BOX_BYTES.
+
+    Rows of operands are between ROW and a box long: several samples where C*S is short of ROW, several
+    channels of one sample where S is, and a part of one channel where S exceeds a box.
+    """
+    N, C, S = shape
+    size = BOX_BYTES // itemsize
+    everything = slice(0, C), slice(0, S)
+    if C * S < ROW:
+        few = _ceil(COLUMNS, C * S)  # samples in a row of a column sum
+        fold = few * _ceil(ROW, few * C * S)  # samples in a row of an elementwise operation
+        boxes = []
+        start = 0
+        # As many samples as fill rows, then as many as fill columns, then the rest.
+        for unit, most in ((fold, max(fold, size // (C * S) // fold * fold)), (few, fold), (1, few)):
+            while N - start >= unit:
+                n = min(most, (N - start) // unit * unit)
+                width = min(unit, few) * C * S
+                rows = (n // fold, fold * C * S) if unit == fold else (1, n * C * S)
+                index = (slice(start, start + n), *everything)
+                boxes.append(Box(index, (n, C, S), rows, (n * C * S // width, width)))
+                start += n
+        return (Block(everything[0], (min(fold, N), C, S), tuple(boxes)),)
+    blocks = []
+    if S < ROW:
+        narrow = _ceil(ROW, S)
+        for channels in _split(C, C // max(narrow, min(2 * narrow, size // (N * S)))):
+            c = channels.stop - channels.start
+            boxes = []
+            for samples in _split(N, round(N * c * S / size)):
+                n = samples.stop - samples.start
+                boxes.append(Box((samples, channels, everything[1]), (n, c, S), (n, c * S), (n, c * S)))
+            blocks.append(Block(channels, (1, c, S), tuple(boxes)))
+        return tuple(blocks)
+    pieces = _split(S, _ceil(S, size))
+    for channels in _split(C, _ceil(C * S, max(size, S))):
+        c = channels.stop - channels.start
+        boxes = []
+        for n in range(N):
+            for positions in pieces:
+                s = positions.stop - positions.start
+                boxes.append(Box((slice(n, n + 1), channels, positions), (1, c, s), (c, s), (1, c * s)))
+        blocks.append(Block(channels, None, tuple(boxes)))
+    return tuple(blocks)
+
+
+def _ceil(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _split(length: int, parts: int) -> list[slice]:
+    """Split range(length) into at most `parts` slices that differ by one at most."""
+    parts = max(1, min(parts, length))
+    return [slice(length * i // parts, length * (i + 1) // parts) for i in range(parts)]
+
+
+class Tensor:
+    """A tensor seen box by box in the accumulator's type: in place where memory allows, else by copies."""
+
+    def __init__(self, name: str, array: Array, dtype: np.dtype[Any]) -> None:
+        self.name, self.array, self.dtype = name, array, dtype
+        N, C, S = array.shape
+        steps = array.strides
+        self.direct = (
+            array.dtype == dtype
+            and array.flags.aligned
+            and (S == 1 or steps[2] == dtype.itemsize)
+            and (C == 1 or steps[1] == S * dtype.itemsize)
+            # Samples share rows where C*S is short of ROW, so they must be adjacent.
+            and (N == 1 or C * S >= ROW or steps[0] == C * S * dtype.itemsize)
+        )
+
+    def read(self, box: Box) -> Array:
+        """Return the box's values, to be left unchanged."""
+        part: Array = self.array[box.where]
+        if self.direct:
+            return part.reshape(box.rows)
+        held = scratch(self.name, box.shape, self.dtype)
+        np.copyto(held, part)
+        return held.reshape(box.rows)
+
+    def place(self, box: Box) -> Array:
+        """Return where to compute the box's new values, for `placed` to store."""
+        if self.direct:
+            return self.array[box.where].reshape(box.rows)
+        return scratch(self.name, box.shape, self.dtype).reshape(box.rows)
+
+    def placed(self, box: Box, values: Array) -> None:
+        """Store what was computed in `place`."""
+        if not self.direct:
+            self.write(box, values)
+
+    def write(self, box: Box, values: Array) -> None:
+        """Store what was computed elsewhere, rounded to the tensor's type."""
+        np.copyto(self.array[box.where], values.reshape(box.shape), casting="unsafe")
+
+
+def channel_sums(values: Array, box: Box) -> Array:
+    """Σ values per channel, (C,) in float64."""
+    _, c, s = box.shape
+    if s < SHORT:
+        by_column: Array = _ones(box.columns[0], values.dtype) @ values.reshape(box.columns)
+        by_sample = by_column.reshape(-1, c, s)
+        return _add_up([by_sample[:, :, 0] if s == 1 else by_sample @ _ones(s, values.dtype)])
+    return _add_up([piece @ _ones(piece.shape[-1], values.dtype) for piece in _pieces(values, box)])
+
+
+def channel_products(a: Array, b: Array, box: Box, product: Array) -> Array:
+    """Σ a*b per channel, (C,) in float64; `product` is an array to use for a*b, which may be `a`."""
+    if box.shape[2] < LONG:
+        return channel_sums(np.multiply(a, b, out=product), box)
+    pairs = zip(_pieces(a, box), _pieces(b, box), strict=True)
+    return _add_up([np.vecdot(left, right) for left, right in pairs])
+
+
+def _pieces(values: Array, box: Box) -> list[Array]:
+    """Split (n, C, S) into (n, C, k, PARTIAL) and what remains, (n, C, rest)."""
+    n, c, s = box.shape
+    tensor = values.reshape(box.shape)
+    if s <= PARTIAL:
+        return [tensor]
+    whole = s - s % PARTIAL
+    return [tensor[:, :, :whole].reshape(n, c, -1, PARTIAL), tensor[:, :, whole:]]
+
+
+def _add_up(partials: list[Array]) -> Array:
+    """Add up partial sums (n, C) or (n, C, k) over n and k, in float64."""
+    first, *more = (np.add.reduce(p, axis=(0, 2) if p.ndim == 3 else 0, dtype=np.float64) for p in partials)
+    total: Array = first
+    for rest in more:
+        total += rest
+    return total
+
+
+@functools.lru_cache(maxsize=64)
+def _ones(length: int, dtype: np.dtype[Any]) -> Array:
+    return np.ones(length, dtype)
+
+
+def row_of(name: str, values: Array, block: Block) -> Array:
+    """Write out the block's part (c,) of a vector to a row; it applies to ``box.rows`` as ``row[:width]``."""
+    column: Array = values[:, None]
+    if block.operand is None:
+        return column
+    row = scratch(name, block.operand, values.dtype)
+    np.copyto(row, column)
+    return row.reshape(-1)
+
+
+def operand_of(name: str, values: Array | None, block: Block) -> Array | None:
+    """Write out a vector (C,) to a row of the block; None stays None."""
+    return None if values is None else row_of(name, values[block.channels], block)
