@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
@@ -41,18 +39,9 @@ class Call(NamedTuple):
         tag = zlib.crc32(repr(tuple(self)).encode()) & 0xFFF
         return 0.0, tag, tag * tag
 
-    @contextmanager
-    def faults_join(self, group: ProcessGroup, length: int) -> Iterator[None]:
+    def faults_join(self, group: ProcessGroup, length: int) -> _FaultsJoin:
         """Let a rank that fails inside join the exchange of `length` numbers: the others hear of it."""
-        try:
-            yield
-        except Exception:
-            if group.size > 1:
-                vector = np.zeros(length)
-                vector[-3:] = self.trailer(group)
-                vector[-3] = _fault_code(group)
-                self._allreduce(group, vector)
-            raise
+        return _FaultsJoin(self, group, length)
 
     def exchange(self, group: ProcessGroup, vector: Array) -> None:
         """Replace `vector` by its sum over the ranks (**collective**).
@@ -68,7 +57,7 @@ class Call(NamedTuple):
         """
         if group.size == 1:
             return
-        self._allreduce(group, vector)
+        self.allreduce(group, vector)
         fault, tag, tag_square = vector[-3:].tolist()
         if fault:
             raise RemoteRankError(f"{_faulty(fault, group)} failed before {self}: see the error there")
@@ -78,11 +67,31 @@ class Call(NamedTuple):
                 "all ranks must call the same layers in the same order"
             )
 
-    def _allreduce(self, group: ProcessGroup, vector: Array) -> None:
+    def allreduce(self, group: ProcessGroup, vector: Array) -> None:
+        """Add up `vector`; a timeout names this call."""
         try:
             group.allreduce(vector)
         except CollectiveTimeoutError as error:
             raise CollectiveTimeoutError(f"{self}: {error}") from None
+
+
+class _FaultsJoin:
+    """The context of `Call.faults_join`."""
+
+    __slots__ = ("call", "group", "length")
+
+    def __init__(self, call: Call, group: ProcessGroup, length: int) -> None:
+        self.call, self.group, self.length = call, group, length
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, traceback: object) -> None:
+        if kind is not None and issubclass(kind, Exception) and self.group.size > 1:
+            vector = np.zeros(self.length)
+            vector[-3:] = self.call.trailer(self.group)
+            vector[-3] = _fault_code(self.group)
+            self.call.allreduce(self.group, vector)
 
 
 def _fault_code(group: ProcessGroup) -> float:

@@ -55,6 +55,7 @@ class Gradients(NamedTuple):
     residual: Array | None
 
 
+@np.errstate(all="ignore")  # infinities and NaN are the data's, and pass through
 def sync_batch_norm(
     x: Array,
     weight: Array | None = None,
@@ -132,10 +133,11 @@ def sync_batch_norm(
     call = call or Call("sync_batch_norm", _channels(x, weight, running_mean, channels_last), "forward", 0)
     with call.faults_join(peers, 4 * call.channels + 4):
         backend, layout = _check_input(x, channels_last, call.channels)
-        running = _check_running(running_mean, running_var, num_batches_tracked, momentum, x.dtype, call)
+        dtype = x.dtype.newbyteorder("=")
+        running = _check_running(running_mean, running_var, num_batches_tracked, momentum, dtype, call)
         for name, values in (("weight", weight), ("bias", bias)):
             if values is not None:
-                _check_parameter(name, values, x.dtype, call)
+                _check_parameter(name, values, dtype, call)
         slope = activation_slope(activation)
         y = _check_output(backend, x, residual, out, layout, slope, training)
         if not eps >= 0:
@@ -177,6 +179,7 @@ def sync_batch_norm(
     return y, saved
 
 
+@np.errstate(all="ignore")
 def sync_batch_norm_backward(dy: Array, saved: Saved, *, grad_reduction: str = "none") -> Gradients:
     """Compute the gradients of `sync_batch_norm`.
 
@@ -283,7 +286,7 @@ def _check_parameter(name: str, values: Array, x_type: Any, call: Call) -> None:
     backend_of(values)
     if values.shape != (call.channels,):
         raise ValueError(f"expected {name} of shape ({call.channels},) (got {values.shape})")
-    if values.dtype != x_type.newbyteorder("=") and not (x_type.itemsize == 2 and values.dtype == np.float32):
+    if values.dtype != x_type and not (x_type.itemsize == 2 and values.dtype == np.float32):
         wanted = x_type.name if x_type.itemsize > 2 else f"float32 or {x_type.name}"
         raise TypeError(
             f"expected {name} of type {wanted} for {x_type.name} data (got {values.dtype}): "

@@ -51,7 +51,6 @@ def vector(rows: int, channels: int, trailer: tuple[float, ...]) -> Array:
     return result
 
 
-@np.errstate(all="ignore")  # inf and NaN in the data are the data's; overflow is looked for below
 def statistics(x: Array, trailer: tuple[float, ...]) -> Array:
     """Reduce `x` to the exchange vector of the forward, in one pass wherever zero lies within the data.
 
@@ -107,7 +106,7 @@ def _shifted_sums(tensor: Tensor, block: Block) -> tuple[Array, Array, Array]:
         shift = (channel_sums(values, box) / box.per_channel).astype(tensor.dtype)
         shift[~np.isfinite(shift)] = 0
         difference = scratch("difference", values.shape, tensor.dtype)
-        np.subtract(values, row_of("shift", shift, block)[: values.shape[-1]], out=difference)
+        box.apply(np.subtract, values, row_of("shift", shift, block), difference)
         s1 = channel_sums(difference, box)
         s2 = channel_products(difference, difference, box, difference)
         exact = shift.astype(np.float64)
@@ -202,7 +201,6 @@ def _normalization(
     )
 
 
-@np.errstate(all="ignore")
 def normalize(
     x: Array,
     y: Array,
@@ -223,7 +221,6 @@ def normalize(
     return normalization
 
 
-@np.errstate(all="ignore")
 def normalize_fixed(
     x: Array,
     y: Array,
@@ -271,11 +268,10 @@ class _PreActivation:
 
     def compute(self, box: Box, x: Array, out: Array) -> Array:
         """Compute it to `out`; `x` is the box of x."""
-        width = x.shape[-1]
         if self.shift is not None:
-            x = np.subtract(x, self.shift[:width], out=out)
-        np.multiply(x, self.scale[:width], out=out)
-        np.add(out, self.offset[:width], out=out)
+            x = box.apply(np.subtract, x, self.shift, out)
+        box.apply(np.multiply, x, self.scale, out)
+        box.apply(np.add, out, self.offset, out)
         if self.residual is not None:
             np.add(out, self.residual.read(box), out=out)
         return out
@@ -333,7 +329,6 @@ class _OutputGradient:
         return z
 
 
-@np.errstate(all="ignore")
 def reduce_gradients(
     dy: Array,
     x: Array,
@@ -358,21 +353,19 @@ def reduce_gradients(
             g = gradient.read(box, values)
             product = scratch("difference", values.shape, dtype)
             if shift is not None:
-                values = np.subtract(values, shift[: values.shape[-1]], out=product)
+                values = box.apply(np.subtract, values, shift, product)
             sum_dy[block.channels] += channel_sums(g, box)
             sum_dy_xmu[block.channels] += channel_products(values, g, box, product)
     sum_dy_xmu -= sum_dy * normalization.distance
     return result
 
 
-@np.errstate(all="ignore")
 def parameter_gradients(sums: Array, normalization: _Normalization) -> tuple[Array, Array]:
     """Gradients of weight and bias from the leading ``[sum_dy | sum_dy_xmu]`` of a vector."""
     sum_dy, sum_dy_xmu = sums[: 2 * normalization.mean.size].reshape(2, -1)
     return sum_dy_xmu * normalization.invstd, sum_dy
 
 
-@np.errstate(all="ignore")
 def input_gradient(
     dy: Array,
     x: Array,
@@ -412,11 +405,10 @@ def input_gradient(
             if residual_target is not None:
                 residual_target.write(box, g)
             out = target.place(box)
-            width = out.shape[-1]
             if factors is not None and constants is not None:
                 if shift is not None:
-                    values = np.subtract(values, shift[:width], out=out)
-                np.multiply(values, factors[:width], out=out)
+                    values = box.apply(np.subtract, values, shift, out)
+                box.apply(np.multiply, values, factors, out)
                 np.add(out, g, out=out)
-                g = np.add(out, constants[:width], out=out)
-            target.placed(box, np.multiply(g, scale[:width], out=out))
+                g = box.apply(np.add, out, constants, out)
+            target.placed(box, box.apply(np.multiply, g, scale, out))

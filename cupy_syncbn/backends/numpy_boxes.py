@@ -62,8 +62,8 @@ class Box(NamedTuple):
 
     where: tuple[slice, slice, slice]
     shape: tuple[int, int, int]
-    rows: tuple[int, int]
-    """Its shape for elementwise operations: rows of the length of the block's operands."""
+    rows: tuple[int, ...]
+    """Its shape for elementwise operations, to which the block's operands apply."""
     columns: tuple[int, int]
     """Its shape for sums by columns: each row is a whole number of (C, S) samples."""
 
@@ -72,13 +72,20 @@ class Box(NamedTuple):
         """How many values a channel has in it."""
         return self.shape[0] * self.shape[2]
 
+    def apply(self, operation: np.ufunc, values: Array, operand: Array, out: Array) -> Array:
+        """Compute ``operation(values, operand)``; the last box of a block may be shorter than the operand."""
+        if operand.ndim == 1 and operand.size > self.rows[-1]:
+            operand = operand[: self.rows[-1]]
+        result: Array = operation(values, operand, out=out)
+        return result
+
 
 class Block(NamedTuple):
     """The boxes of some channels, and how per-channel operands are written out for them."""
 
     channels: slice
     operand: tuple[int, int, int] | None
-    """Shape (samples, C, S) that a (C,) vector is broadcast to; None where S is a row by itself."""
+    """Shape (samples, C, S) that a (C,) vector is written out to; None where (C, 1) applies as it is."""
     boxes: tuple[Box, ...]
 
 
@@ -92,6 +99,9 @@ def blocks_of(shape: tuple[int, int, int], itemsize: int) -> tuple[Block, ...]:
     N, C, S = shape
     size = BOX_BYTES // itemsize
     everything = slice(0, C), slice(0, S)
+    if N * C * S <= 2 * ROW and N <= COLUMNS:  # too little to repay any preparation
+        box = Box((slice(0, N), *everything), shape, shape, (N, C * S))
+        return (Block(everything[0], None, (box,)),)
     if C * S < ROW:
         few = _ceil(COLUMNS, C * S)  # samples in a row of a column sum
         fold = few * _ceil(ROW, few * C * S)  # samples in a row of an elementwise operation
@@ -211,10 +221,14 @@ def _pieces(values: Array, box: Box) -> list[Array]:
 
 def _add_up(partials: list[Array]) -> Array:
     """Add up partial sums (n, C) or (n, C, k) over n and k, in float64."""
-    first, *more = (np.add.reduce(p, axis=(0, 2) if p.ndim == 3 else 0, dtype=np.float64) for p in partials)
-    total: Array = first
-    for rest in more:
-        total += rest
+    total: Array | None = None
+    for partial in partials:
+        if len(partial) == 1 and partial.ndim == 2:
+            sums = partial[0].astype(np.float64)
+        else:
+            sums = np.add.reduce(partial, axis=(0, 2) if partial.ndim == 3 else 0, dtype=np.float64)
+        total = sums if total is None else total + sums
+    assert total is not None
     return total
 
 
@@ -224,7 +238,7 @@ def _ones(length: int, dtype: np.dtype[Any]) -> Array:
 
 
 def row_of(name: str, values: Array, block: Block) -> Array:
-    """Write out the block's part (c,) of a vector to a row; it applies to ``box.rows`` as ``row[:width]``."""
+    """Write out the block's part (c,) of a vector to an operand for `apply`."""
     column: Array = values[:, None]
     if block.operand is None:
         return column
@@ -234,5 +248,5 @@ def row_of(name: str, values: Array, block: Block) -> Array:
 
 
 def operand_of(name: str, values: Array | None, block: Block) -> Array | None:
-    """Write out a vector (C,) to a row of the block; None stays None."""
+    """Write out a vector (C,) to an operand; None stays None."""
     return None if values is None else row_of(name, values[block.channels], block)
