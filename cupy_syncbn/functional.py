@@ -24,12 +24,10 @@ LEAKY_SLOPE = 0.01
 
 
 class Saved(NamedTuple):
-    """What a forward keeps for its backward. `x` and `residual` are kept as they are, not copied."""
+    """What a forward keeps for its backward. `x` is kept as it is, not copied."""
 
     x: Array
     """(outer, C, inner), see `Layout`."""
-    residual: Array | None
-    """(outer, C, inner), where the activation's derivative needs it."""
     has_residual: bool
     layout: Layout
     normalization: Any
@@ -106,7 +104,8 @@ def sync_batch_norm(
     residual : array like `x`, optional
         Added before the activation.
     out : array like `x`, optional
-        Where to write y. While training it must not overlap `x`, which the backward needs.
+        Where to write y. It must not overlap `x`, which the backward needs, or `residual`; but without
+        training it may be `x`, if no backward follows.
     call : Call, optional
         What this call is named in errors, and compared by between ranks; layers give theirs.
 
@@ -115,7 +114,8 @@ def sync_batch_norm(
     y : array like `x`
         The result, in the memory order of `x`.
     saved : Saved
-        For `sync_batch_norm_backward`. It refers to `x` and `residual`: leave them unchanged until then.
+        For `sync_batch_norm_backward`. It refers to `x`: leave it unchanged until then. With an activation
+        it also holds one bit an element.
 
     Raises
     ------
@@ -139,7 +139,7 @@ def sync_batch_norm(
             if values is not None:
                 _check_parameter(name, values, dtype, call)
         slope = activation_slope(activation)
-        y = _check_output(backend, x, residual, out, layout, slope, training)
+        y = _check_output(backend, x, residual, out, layout, training)
         if not eps >= 0:
             raise ValueError(f"expected eps of at least 0 (got {eps!r})")
         use_batch = training or running is None
@@ -164,7 +164,6 @@ def sync_batch_norm(
         out[...] = layout.as_batch(target)
     saved = Saved(
         x=tensor,
-        residual=added if slope is not None else None,
         has_residual=residual is not None,
         layout=layout,
         normalization=normalization,
@@ -215,29 +214,29 @@ def sync_batch_norm_backward(dy: Array, saved: Saved, *, grad_reduction: str = "
     -----
     **Collective** if the forward was. One allreduce of 16C + 24 bytes.
     """
-    x, residual, normalization = saved.x, saved.residual, saved.normalization
+    x, normalization, layout = saved.x, saved.normalization, saved.layout
     peers = saved.group if saved.synchronized or grad_reduction != "none" else _LOCAL
     call = saved.call._replace(direction="backward")
     with call.faults_join(peers, 2 * call.channels + 3):
         backend = _check_output_gradient(dy, saved)
         scale = _reduction_scale(grad_reduction, peers)
         dtype = x.dtype.newbyteorder("=")
-        dx = backend.empty(saved.layout, dtype)
-        dresidual = backend.empty(saved.layout, dtype) if saved.has_residual else None
-        gradient = saved.layout.as_3d(dy)
-        own = backend.reduce_gradients(gradient, x, residual, normalization, call.trailer(peers))
+        dx = backend.empty(layout, dtype)
+        dresidual = backend.empty(layout, dtype) if saved.has_residual else None
+        target = layout.as_3d(dx)
+        own, gradient = backend.reduce_gradients(
+            layout.as_3d(dy),
+            x,
+            normalization,
+            target,
+            None if dresidual is None else layout.as_3d(dresidual),
+            call.trailer(peers),
+        )
 
     total = own.copy()
     call.exchange(peers, total)
-    backend.input_gradient(
-        gradient,
-        x,
-        residual,
-        normalization,
-        None if saved.constant_statistics else total if saved.synchronized else own,
-        saved.layout.as_3d(dx),
-        None if dresidual is None else saved.layout.as_3d(dresidual),
-    )
+    sums = None if saved.constant_statistics else total if saved.synchronized else own
+    backend.input_gradient(gradient, x, normalization, sums, target)
     weight, bias = backend.parameter_gradients(own if grad_reduction == "none" else total, normalization)
     return Gradients(
         dx,
@@ -332,7 +331,6 @@ def _check_output(
     residual: Array | None,
     out: Array | None,
     layout: Layout,
-    slope: float | None,
     training: bool,
 ) -> Array:
     """Check what has the shape of `x`, and return the array to write y to."""
@@ -343,10 +341,10 @@ def _check_output(
     _check_like("out", out, x)
     if not out.flags.writeable:
         raise ValueError("expected a writeable array as out (got a read-only one)")
-    if training and backend.overlaps(out, x):
+    if backend.overlaps(out, x) and (training or out is not x):
         raise ValueError("expected out to share no memory with the input, which backward needs")
-    if residual is not None and slope is not None and backend.overlaps(out, residual):
-        raise ValueError("expected out to share no memory with residual, which backward needs")
+    if residual is not None and backend.overlaps(out, residual):
+        raise ValueError("expected out to share no memory with residual")
     return out
 
 

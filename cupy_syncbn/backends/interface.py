@@ -71,23 +71,19 @@ class Backend(Protocol):
         self,
         dy: Array,
         x: Array,
-        residual: Array | None,
         normalization: Any,
+        dx: Array,
+        dresidual: Array | None,
         trailer: tuple[float, ...],
-    ) -> Array:
-        """Reduce `dy` and `x` to the exchange vector of the backward."""
+    ) -> tuple[Array, Any]:
+        """Reduce `dy` and `x` to the exchange vector of the backward; write dresidual.
+
+        Also returns the gradient behind the activation, in a form that `input_gradient` takes. It may be
+        in the memory of dx.
+        """
 
     def parameter_gradients(self, sums: Array, normalization: Any) -> tuple[Array, Array]:
         """Gradients of weight and bias from the leading ``[sum_dy | sum_dy_xmu]`` of a vector, in float64."""
 
-    def input_gradient(
-        self,
-        dy: Array,
-        x: Array,
-        residual: Array | None,
-        normalization: Any,
-        vector: Array | None,
-        dx: Array,
-        dresidual: Array | None,
-    ) -> None:
-        """Write dx, and dresidual if given; `vector` is None where the statistics were constants."""
+    def input_gradient(self, g: Any, x: Array, normalization: Any, vector: Array | None, dx: Array) -> None:
+        """Write dx; `vector` is None where the statistics were constants."""

@@ -6,7 +6,7 @@ Vectors of the length of the channels are float64. `numpy_boxes` says how tensor
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -175,6 +175,8 @@ class _Normalization:
     """Slope of the activation below zero; None for no activation."""
     count: float
     """Values a channel over all ranks."""
+    blocked: list[Array] = field(default_factory=list)
+    """For each box, last first, a bit for each element: whether the activation's input was at most 0."""
 
 
 def _normalization(
@@ -253,111 +255,95 @@ def _update(running: Running, mean: Array, unbiased_var: Array) -> None:
             buffer[...] = (1 - momentum) * buffer.astype(np.float64) + momentum * batch
 
 
-class _PreActivation:
-    """``(x - shift) * scale + offset + residual``, box by box; forward and backward get the same bits."""
-
-    def __init__(self, normalization: _Normalization, residual: Array | None, dtype: np.dtype[Any]) -> None:
-        self.normalization = normalization
-        self.residual = None if residual is None else Tensor("residual", residual, dtype)
-
-    def begin(self, block: Block) -> None:
-        """Write out the operands of a block."""
-        self.shift = operand_of("shift", self.normalization.shift, block)
-        self.scale = row_of("scale", self.normalization.scale[block.channels], block)
-        self.offset = row_of("offset", self.normalization.offset[block.channels], block)
-
-    def compute(self, box: Box, x: Array, out: Array) -> Array:
-        """Compute it to `out`; `x` is the box of x."""
-        if self.shift is not None:
-            x = box.apply(np.subtract, x, self.shift, out)
-        box.apply(np.multiply, x, self.scale, out)
-        box.apply(np.add, out, self.offset, out)
-        if self.residual is not None:
-            np.add(out, self.residual.read(box), out=out)
-        return out
-
-
 def _apply(x: Array, y: Array, residual: Array | None, normalization: _Normalization) -> None:
     """Write y, last box first: the last are what a cache still holds of the pass that made the statistics."""
     if x.size == 0:
         return
     dtype = accumulator(x.dtype)
     slope = normalization.slope
-    pre_activation = _PreActivation(normalization, residual, dtype)
     source, target = Tensor("x", x, dtype), Tensor("y", y, dtype)
+    added = None if residual is None else Tensor("residual", residual, dtype)
     for block in reversed(blocks_of(x.shape, dtype.itemsize)):
-        pre_activation.begin(block)
+        shift = operand_of("shift", normalization.shift, block)
+        scale = row_of("scale", normalization.scale[block.channels], block)
+        offset = row_of("offset", normalization.offset[block.channels], block)
         for box in reversed(block.boxes):
-            values = pre_activation.compute(box, source.read(box), target.place(box))
-            if slope == 0:
-                np.maximum(values, 0, out=values)
-            elif slope is not None:
-                below = scratch("difference", values.shape, dtype)
-                np.maximum(values, np.multiply(values, slope, out=below), out=values)
-            target.placed(box, values)
+            values, out = source.read(box), target.place(box)
+            if shift is not None:
+                values = box.apply(np.subtract, values, shift, out)
+            box.apply(np.multiply, values, scale, out)
+            box.apply(np.add, out, offset, out)
+            if added is not None:
+                np.add(out, added.read(box), out=out)
+            if slope is not None:
+                blocked = np.less_equal(out, 0, out=scratch("blocked", out.shape, np.dtype(bool)))
+                normalization.blocked.append(np.packbits(blocked))
+                below: Array | float = 0.0
+                if slope:
+                    below = np.multiply(out, slope, out=scratch("difference", out.shape, dtype))
+                np.maximum(out, below, out=out)
+            target.placed(box, out)
 
 
-class _OutputGradient:
-    """The gradient behind the activation, box by box: dy times the activation's derivative."""
-
-    def __init__(self, dy: Array, residual: Array | None, normalization: _Normalization) -> None:
-        self.dtype = normalization.scale.dtype
-        self.slope = normalization.slope
-        self.dy = Tensor("dy", dy, self.dtype)
-        self.pre_activation = _PreActivation(normalization, residual, self.dtype)
-
-    def begin(self, block: Block) -> None:
-        """Prepare for the boxes of a block."""
-        if self.slope is not None:
-            self.pre_activation.begin(block)
-
-    def read(self, box: Box, x: Array) -> Array:
-        """Return the box's gradient, to be left unchanged; `x` is the box of x."""
-        dy = self.dy.read(box)
-        if self.slope is None:
-            return dy
-        z = self.pre_activation.compute(box, x, scratch("z", dy.shape, self.dtype))
-        blocked = np.less_equal(z, 0, out=scratch("blocked", dy.shape, np.dtype(bool)))
-        if self.slope == 0:  # by bits, so that an infinite dy is masked too
-            bits = np.dtype(f"i{self.dtype.itemsize}")
-            keep = z.view(bits)
-            np.copyto(keep, np.subtract(blocked.view(np.int8), 1, out=blocked.view(np.int8)))
-            np.bitwise_and(dy.view(bits), keep, out=keep)
-        else:
-            np.copyto(z, np.logical_not(blocked, out=blocked))
-            np.multiply(dy, np.maximum(z, self.slope, out=z), out=z)
-        return z
+def _through_activation(dy: Array, blocked: Array, slope: float) -> Array:
+    """Return ``dy * (slope where blocked, else 1)``."""
+    result = scratch("gradient", dy.shape, dy.dtype)
+    bits = np.unpackbits(blocked, count=dy.size).view(np.int8).reshape(dy.shape)
+    if slope == 0:  # by masks of bits: 0 * dy would be NaN where dy is infinite
+        integer = np.dtype(f"i{dy.dtype.itemsize}")
+        keep = result.view(integer)
+        np.copyto(keep, np.subtract(bits, 1, out=bits))
+        np.bitwise_and(dy.view(integer), keep, out=keep)
+    else:
+        np.copyto(result, np.subtract(1, bits, out=bits))
+        np.multiply(dy, np.maximum(result, slope, out=result), out=result)
+    return result
 
 
 def reduce_gradients(
     dy: Array,
     x: Array,
-    residual: Array | None,
     normalization: _Normalization,
+    dx: Array,
+    dresidual: Array | None,
     trailer: tuple[float, ...],
-) -> Array:
-    """Reduce `dy` and `x` to the exchange vector of the backward, in one pass."""
+) -> tuple[Array, Array]:
+    """Reduce `dy` and `x` to the exchange vector of the backward, in one pass.
+
+    Returned with it is the gradient behind the activation, for `input_gradient`. It is written to
+    dresidual, or to the memory of dx, so that the activation's derivative is evaluated once.
+    """
     C = x.shape[1]
     result = vector(2, C, trailer)
     if x.size == 0:
-        return result
+        return result, dy
+    dtype, slope = normalization.scale.dtype, normalization.slope
+    behind = dresidual
+    if slope is not None and behind is None:
+        behind = dx
+    if slope and x.dtype != dtype:  # a product that 16 bits would round
+        behind = np.empty(x.shape, dtype)
+    source, gradient = Tensor("x", x, dtype), Tensor("dy", dy, dtype)
+    targets = [Tensor("", array, dtype) for array in (behind, dresidual) if array is not None]
+    if behind is dresidual:
+        targets = targets[:1]
+    blocked = reversed(normalization.blocked)
     sum_dy, sum_dy_xmu = result[: 2 * C].reshape(2, C)
-    gradient = _OutputGradient(dy, residual, normalization)
-    dtype = gradient.dtype
-    source = Tensor("x", x, dtype)
     for block in blocks_of(x.shape, dtype.itemsize):
-        gradient.begin(block)
         shift = operand_of("shift", normalization.shift, block)
         for box in block.boxes:
-            values = source.read(box)
-            g = gradient.read(box, values)
+            values, g = source.read(box), gradient.read(box)
+            if slope is not None:
+                g = _through_activation(g, next(blocked), slope)
+            for target in targets:
+                target.write(box, g)
             product = scratch("difference", values.shape, dtype)
             if shift is not None:
                 values = box.apply(np.subtract, values, shift, product)
             sum_dy[block.channels] += channel_sums(g, box)
             sum_dy_xmu[block.channels] += channel_products(values, g, box, product)
     sum_dy_xmu -= sum_dy * normalization.distance
-    return result
+    return result, dy if behind is None else behind
 
 
 def parameter_gradients(sums: Array, normalization: _Normalization) -> tuple[Array, Array]:
@@ -367,15 +353,9 @@ def parameter_gradients(sums: Array, normalization: _Normalization) -> tuple[Arr
 
 
 def input_gradient(
-    dy: Array,
-    x: Array,
-    residual: Array | None,
-    normalization: _Normalization,
-    vector: Array | None,
-    dx: Array,
-    dresidual: Array | None,
+    g: Array, x: Array, normalization: _Normalization, vector: Array | None, dx: Array
 ) -> None:
-    """Write dx and dresidual, last box first.
+    """Write dx, last box first; `g`, the gradient behind the activation, may be in its memory.
 
     ``dx = (g - sum_dy/count - (x - mean) * invstd² * sum_dy_xmu/count) * invstd * weight``, evaluated as
     ``((x - shift) * factor + g + constant) * scale``. `vector` is None where the statistics were constants:
@@ -383,32 +363,27 @@ def input_gradient(
     """
     if x.size == 0:
         return
-    gradient = _OutputGradient(dy, residual, normalization)
-    dtype = gradient.dtype
+    dtype = normalization.scale.dtype
     factor = constant = None
     if vector is not None:
         sum_dy, sum_dy_xmu = vector[: 2 * x.shape[1]].reshape(2, -1)
         exact = normalization.invstd**2 * sum_dy_xmu / -normalization.count
         constant = (sum_dy / -normalization.count - normalization.distance * exact).astype(dtype)
         factor = exact.astype(dtype)
-    source, target = Tensor("x", x, dtype), Tensor("y", dx, dtype)
-    residual_target = None if dresidual is None else Tensor("dresidual", dresidual, dtype)
+    source, gradient, target = Tensor("x", x, dtype), Tensor("dy", g, dtype), Tensor("y", dx, dtype)
     for block in reversed(blocks_of(x.shape, dtype.itemsize)):
-        gradient.begin(block)
         shift = operand_of("shift", normalization.shift, block)
         scale = row_of("scale", normalization.scale[block.channels], block)
         factors = operand_of("factor", factor, block)
         constants = operand_of("constant", constant, block)
         for box in reversed(block.boxes):
-            values = source.read(box)
-            g = gradient.read(box, values)
-            if residual_target is not None:
-                residual_target.write(box, g)
-            out = target.place(box)
+            out, values = target.place(box), gradient.read(box)
             if factors is not None and constants is not None:
+                product = out if g is not dx else scratch("difference", out.shape, dtype)
+                xs = source.read(box)
                 if shift is not None:
-                    values = box.apply(np.subtract, values, shift, out)
-                box.apply(np.multiply, values, factors, out)
-                np.add(out, g, out=out)
-                g = box.apply(np.add, out, constants, out)
-            target.placed(box, box.apply(np.multiply, g, scale, out))
+                    xs = box.apply(np.subtract, xs, shift, product)
+                box.apply(np.multiply, xs, factors, product)
+                np.add(product, values, out=out)
+                values = box.apply(np.add, out, constants, out)
+            target.placed(box, box.apply(np.multiply, values, scale, out))
