@@ -25,7 +25,7 @@ class Backend(Protocol):
     """
 
     def empty(self, layout: Layout, dtype: Any) -> Array:
-        """Allocate a tensor."""
+        """Allocate a batch of a layout, contiguous in its memory order."""
 
     def overlaps(self, a: Array, b: Array) -> bool:
         """Tell whether two arrays share memory."""

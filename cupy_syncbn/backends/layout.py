@@ -44,10 +44,6 @@ class Layout(NamedTuple):
         """Undo `as_3d`."""
         return array.reshape([self.shape[axis] for axis in self.axes]).transpose(self.inverse)
 
-    def empty(self, xp: Any, dtype: Any) -> Array:
-        """Allocate an array of this shape, contiguous in this memory order, in the namespace `xp`."""
-        return self.as_batch(xp.empty(self.shape_3d, dtype))
-
 
 @functools.lru_cache(maxsize=256)
 def _layout(shape: tuple[int, ...], strides: tuple[int, ...], channels_last: bool) -> Layout:

@@ -6,6 +6,7 @@ Vectors of the length of the channels are float64. `numpy_boxes` says how tensor
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +18,7 @@ from cupy_syncbn.backends.numpy_boxes import (
     Block,
     Box,
     Tensor,
+    aligned_empty,
     blocks_of,
     channel_products,
     channel_sums,
@@ -30,8 +32,10 @@ NEAR = 4.0
 
 
 def empty(layout: Layout, dtype: Any) -> Array:
-    """Allocate a tensor."""
-    return layout.empty(np, dtype)
+    """Allocate a batch of a layout, contiguous in its memory order."""
+    dtype = np.dtype(dtype)
+    size = math.prod(layout.shape)
+    return layout.as_batch(aligned_empty(size * dtype.itemsize).view(dtype))
 
 
 def overlaps(a: Array, b: Array) -> bool:
@@ -322,7 +326,7 @@ def reduce_gradients(
     if slope is not None and behind is None:
         behind = dx
     if slope and x.dtype != dtype:  # a product that 16 bits would round
-        behind = np.empty(x.shape, dtype)
+        behind = aligned_empty(x.size * dtype.itemsize).view(dtype).reshape(x.shape)
     source, gradient = Tensor("x", x, dtype), Tensor("dy", dy, dtype)
     targets = [Tensor("", array, dtype) for array in (behind, dresidual) if array is not None]
     if behind is dresidual:
