@@ -81,7 +81,9 @@ class _Conversion:
             return old
         if id(old) not in self.layers:
             new = SyncBatchNorm.__new__(SyncBatchNorm)
-            vars(new).update(vars(old), process_group=self.group, _saved=None, _exchanges=0)
+            vars(new).update(
+                vars(old), process_group=self.group, _saved=None, _exchanges=0, _introduced=False
+            )
             self.layers[id(old)] = old, new
             self.layers[id(new)] = old, new
         return self.layers[id(old)][1]

@@ -126,7 +126,7 @@ class DistributedDataParallel(Module):
             for _, layer in self.module.named_modules()
             if isinstance(layer, _BatchNorm)
             and layer.grad_reduction != "none"
-            and as_group(layer.process_group).size == self.process_group.size
+            and as_group(layer.process_group).has_same_ranks(self.process_group)
         ]
         return {id(parameter) for layer in layers for parameter in (layer.weight, layer.bias)}
 

@@ -26,7 +26,7 @@ class Call(NamedTuple):
     """How many exchanges of this direction the layer has made before."""
 
     def __str__(self) -> str:
-        return f"{self.direction} {self.number} of {self.name} with {self.channels} channels"
+        return f"{self.direction} {self.number} of {self.name} ({self.channels} channels)"
 
     def trailer(self, group: ProcessGroup) -> tuple[float, float, float]:
         """End of the vector of a rank without fault, ``(fault, tag, tag²)``.

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 
-from cupy_syncbn.backends import Array, array_module
+from cupy_syncbn.backends import Array, array_module, backend_of
 from cupy_syncbn.exchange import Call
 from cupy_syncbn.functional import (
     DATA_TYPES,
@@ -16,6 +16,7 @@ from cupy_syncbn.functional import (
     Activation,
     Saved,
     activation_slope,
+    check_types,
     is_data_type,
     sync_batch_norm,
     sync_batch_norm_backward,
@@ -220,7 +221,9 @@ class Module:
         KeyError
             If names are missing or unexpected, and `strict`.
         ValueError
-            If a shape differs. Nothing has been changed in either case.
+            If a shape differs.
+        TypeError
+            If a type cannot be cast. Nothing has been changed in any of these cases.
         """
         own = self.state_dict()
         missing = [name for name in own if name not in state]
@@ -234,6 +237,8 @@ class Module:
         for name, value in values.items():
             if value.shape != own[name].shape:
                 raise ValueError(f"expected {name} of shape {own[name].shape} (got {value.shape})")
+            if not np.can_cast(value.dtype, own[name].dtype, "same_kind"):
+                raise TypeError(f"expected {name} to be {own[name].dtype} (got {value.dtype})")
         for name, value in values.items():
             own[name][...] = value
         return IncompatibleKeys(missing, unexpected)
@@ -357,6 +362,7 @@ class _BatchNorm(Module):
         self.dtype = dtype
         self._saved: Saved | None = None
         self._exchanges = 0
+        self._introduced = False
 
     def forward(self, x: Array, residual: Array | None = None, out: Array | None = None) -> Array:
         """Normalize a batch; see `sync_batch_norm`.
@@ -380,8 +386,16 @@ class _BatchNorm(Module):
         TypeError, ValueError
             If an argument is wrong. Nothing has been changed then.
         """
+        if self.training and not self._introduced:
+            # Vectors of other lengths must never meet: a fixed-size one tells first.
+            introduction = self._call(f"introduction with {self.dtype} parameters")
+            introduction.exchange(self._peers(), np.array(introduction.trailer(self._peers())))
+            self._introduced = True
+        call = self._call("forward")
+        with call.faults_join(self._peers(), 4 * self.num_features + 4):
+            self._check(x)
         y, self._saved = sync_batch_norm(
-            self._checked(x),
+            x,
             None if self.weight is None else self.weight.data,
             None if self.bias is None else self.bias.data,
             self.running_mean,
@@ -395,7 +409,7 @@ class _BatchNorm(Module):
             activation=self.activation,
             residual=residual,
             out=out,
-            call=self._call("forward"),
+            call=call,
         )
         self._exchanges += self.training
         return y
@@ -403,11 +417,17 @@ class _BatchNorm(Module):
     def _call(self, direction: str) -> Call:
         return Call(self.name or type(self).__name__, self.num_features, direction, self._exchanges)
 
-    def _checked(self, x: Array) -> Array:
-        if self._dimensions and getattr(x, "ndim", None) not in (None, *self._dimensions):
+    def _peers(self) -> ProcessGroup:
+        """Return the ranks that forward and backward exchange with."""
+        return as_group(self.process_group) if self.training else SingleProcessGroup()
+
+    def _check(self, x: Array) -> None:
+        """Check what `sync_batch_norm` cannot know; it checks the rest."""
+        backend_of(x)
+        if self._dimensions and x.ndim not in self._dimensions:
             wanted = " or ".join(f"{n}D" for n in self._dimensions)
             raise ValueError(f"expected {wanted} input (got {x.ndim}D input)")
-        return x
+        check_types("the layer", self.dtype, x.dtype)
 
     def backward(self, dy: Array) -> Array | tuple[Array, Array]:
         """Compute the gradient of the last forward's input; see `sync_batch_norm_backward`.
@@ -432,9 +452,7 @@ class _BatchNorm(Module):
             If `dy` does not match the result. The backward can be called again then.
         """
         if self._saved is None:
-            call = self._call("backward")
-            group = as_group(self.process_group) if self.training else SingleProcessGroup()
-            with call.faults_join(group, 2 * self.num_features + 3):
+            with self._call("backward").faults_join(self._peers(), 2 * self.num_features + 3):
                 raise RuntimeError("backward needs a forward before it: each forward serves one backward")
         gradients = sync_batch_norm_backward(dy, self._saved, grad_reduction=self.grad_reduction)
         self._saved = None

@@ -65,6 +65,21 @@ class ProcessGroup(ABC):
             If a rank does not come within the timeout.
         """
 
+    def has_same_ranks(self, other: ProcessGroup) -> bool:
+        """Tell whether two groups, both with this process in them, are of the same ranks.
+
+        Parameters
+        ----------
+        other : ProcessGroup
+            The other group.
+
+        Returns
+        -------
+        bool
+            Whatever the order of the ranks.
+        """
+        return self is other or self.size == other.size == 1
+
     # A layer may be copied; its group is where it is, and stays the same.
     def __copy__(self) -> ProcessGroup:
         return self
@@ -142,6 +157,14 @@ class MPIProcessGroup(ProcessGroup):
             If a rank does not come within the timeout.
         """
         self._wait(self._messages.Ibcast(_bytes(buffer), root), buffer)
+
+    def has_same_ranks(self, other: ProcessGroup) -> bool:
+        """Tell whether two groups, both with this process in them, are of the same ranks."""
+        if not isinstance(other, MPIProcessGroup):
+            return super().has_same_ranks(other)
+        from mpi4py import MPI
+
+        return MPI.Comm.Compare(self._comm, other._comm) != MPI.UNEQUAL
 
     @property
     def _messages(self) -> MPI.Comm:

@@ -33,14 +33,21 @@ class Backend(Protocol):
     def vector(self, rows: int, channels: int, trailer: tuple[float, ...]) -> Array:
         """Return an exchange vector of zeros that ends in `trailer`."""
 
-    def statistics(self, x: Array, trailer: tuple[float, ...]) -> Array:
-        """Reduce `x` to the exchange vector of the forward."""
+    def statistics(self, x: Array, trailer: tuple[float, ...]) -> tuple[Array, Any]:
+        """Reduce `x` to the exchange vector of the forward; also return what `deviations` needs."""
+
+    def deviations(self, local: Any, vector: Array, trailer: tuple[float, ...]) -> Array:
+        """Return the vector of a second exchange, ``[Σ(x - mean)² (C) | trailer]``.
+
+        The mean is that of the exchanged `vector` of the first.
+        """
 
     def normalize(
         self,
         x: Array,
         y: Array,
         vector: Array,
+        squares: Array | None,
         weight: Array | None,
         bias: Array | None,
         running: Running | None,
@@ -48,7 +55,9 @@ class Backend(Protocol):
         residual: Array | None,
         slope: float | None,
     ) -> Any:
-        """Write y by the statistics in the exchanged `vector`, and update the running statistics.
+        """Write y by the statistics in the exchanged vectors, and update the running statistics.
+
+        `squares` is that of the second exchange, or None if there was none.
 
         What it returns is for the backward: of the backend's own type.
         """
@@ -72,18 +81,18 @@ class Backend(Protocol):
         dy: Array,
         x: Array,
         normalization: Any,
-        dx: Array,
         dresidual: Array | None,
         trailer: tuple[float, ...],
     ) -> tuple[Array, Any]:
-        """Reduce `dy` and `x` to the exchange vector of the backward; write dresidual.
+        """Reduce `dy` and `x` to the exchange vector of the backward, and write dresidual.
 
-        Also returns the gradient behind the activation, in a form that `input_gradient` takes. It may be
-        in the memory of dx.
+        Also returns what `input_gradient` takes for the gradient of the output.
         """
 
     def parameter_gradients(self, sums: Array, normalization: Any) -> tuple[Array, Array]:
         """Gradients of weight and bias from the leading ``[sum_dy | sum_dy_xmu]`` of a vector, in float64."""
 
-    def input_gradient(self, g: Any, x: Array, normalization: Any, vector: Array | None, dx: Array) -> None:
+    def input_gradient(
+        self, gradient: Any, x: Array, normalization: Any, vector: Array | None, dx: Array
+    ) -> None:
         """Write dx; `vector` is None where the statistics were constants."""

@@ -6,9 +6,10 @@ Vectors of the length of the channels are float64. `numpy_boxes` says how tensor
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -16,19 +17,17 @@ from cupy_syncbn.backends.interface import Running
 from cupy_syncbn.backends.layout import Array, Layout
 from cupy_syncbn.backends.numpy_boxes import (
     Block,
-    Box,
+    Sums,
     Tensor,
     aligned_empty,
     blocks_of,
-    channel_products,
-    channel_sums,
     operand_of,
     row_of,
     scratch,
 )
 
-NEAR = 4.0
-"""Zero counts as within the data where mean² <= NEAR * var: E[x²] - mean² then costs two bits at most."""
+NEAR = 1.0
+"""Zero counts as within the data where mean² <= NEAR * var: E[x²] - mean² then costs a bit at most."""
 
 
 def empty(layout: Layout, dtype: Any) -> Array:
@@ -55,83 +54,90 @@ def vector(rows: int, channels: int, trailer: tuple[float, ...]) -> Array:
     return result
 
 
-def statistics(x: Array, trailer: tuple[float, ...]) -> Array:
-    """Reduce `x` to the exchange vector of the forward, in one pass wherever zero lies within the data.
+class _Local(NamedTuple):
+    """Statistics of one rank: Σ(x - shift) and Σ(x - shift)², (C,) in float64."""
 
-    Σx and Σx² are taken in the precision of the data over each box, and in float64 over the boxes. Where
-    the first box of some channels, or all of them at last, show zero to lie outside the data, Σ(x - shift)
-    and Σ(x - shift)² take their place, the shift being the mean of each box: differences of values close
-    to each other are exact.
+    n: int
+    """Values a channel."""
+    shift: Array
+    sum: Array
+    square: Array
+
+
+def statistics(x: Array, trailer: tuple[float, ...]) -> tuple[Array, _Local]:
+    """Reduce `x` to the exchange vector of the forward, in one pass where zero lies within the data.
+
+    Elsewhere Σx² is of no use in the precision of the data, as Σx² - (Σx)²/count would cancel. A second
+    pass then takes the differences from the mean, which are exact between values close to each other.
     """
     N, C, S = x.shape
-    result = vector(4, C, (N * S, *trailer))
-    if N * S == 0:
-        return result
-    pivot_sum, pivot_square, sum_, square = result[: 4 * C].reshape(4, C)
     dtype = accumulator(x.dtype)
-    tensor = Tensor("x", x, dtype)
-    for block in blocks_of(x.shape, dtype.itemsize):
-        channels = block.channels
-        first, *rest = block.boxes
-        sums = _plain_sums(tensor, first)
-        count = first.per_channel
-        if rest and not _outside(*sums, count).any():
-            for box in rest:
-                sums = sums[0] + (more := _plain_sums(tensor, box))[0], sums[1] + more[1]
-            count = N * S
-        if not _outside(*sums, count).any():
-            sum_[channels], square[channels] = sums
-            continue
-        pivot, sum_[channels], square[channels] = _shifted_sums(tensor, block)
-        pivot_sum[channels] = N * S * pivot
-        pivot_square[channels] = N * S * pivot * pivot
-        square[channels] += 2 * pivot * sum_[channels]
-    if dtype == np.float32 and not np.isfinite(square).all():
-        _redo_overflown(x, result[: 4 * C].reshape(4, C))
+    local = _Local(N * S, np.zeros(C), np.zeros(C), np.zeros(C))
+    if x.size:
+        tensor, blocks = Tensor("x", x, dtype), blocks_of(x.shape, dtype.itemsize)
+        for block in blocks:
+            sums = Sums(x.shape, block, dtype)
+            for box in block.boxes:
+                values = tensor.read(box)
+                sums.add(box, values, values)
+            local.sum[block.channels], local.square[block.channels] = sums.total()
+        outside = (1 + 1 / NEAR) * local.sum * local.sum > N * S * local.square
+        if outside.any():
+            shift = np.where(outside & np.isfinite(local.sum), local.sum / (N * S), 0).astype(dtype)
+            local.shift[:] = shift
+            for block in blocks:
+                if shift[block.channels].any():
+                    local.sum[block.channels], local.square[block.channels] = _shifted(tensor, block, shift)
+        if dtype == np.float32 and not np.isfinite(local.square).all():
+            _redo_overflown(x, local)
+    return _exchange_vector(local, trailer), local
+
+
+def _shifted(tensor: Tensor, block: Block, shift: Array) -> Array:
+    """Return Σ(x - shift) and Σ(x - shift)² of the channels of a block."""
+    row = row_of("shift", shift[block.channels], block)
+    sums = Sums(tensor.array.shape, block, tensor.dtype)
+    for box in block.boxes:
+        values = tensor.read(box)
+        difference = scratch("difference", values.shape, tensor.dtype)
+        box.apply(np.subtract, values, row, difference)
+        sums.add(box, difference, difference)
+    return sums.total()
+
+
+def _redo_overflown(x: Array, local: _Local) -> None:
+    """Compute channels in float64 whose squares, unlike their values, exceed the range of float32."""
+    for channel in np.flatnonzero(~np.isfinite(local.square)):
+        values = x[:, channel].astype(np.float64)
+        if np.isfinite(values).all():
+            local.shift[channel] = values.mean()
+            values -= local.shift[channel]
+            local.sum[channel], local.square[channel] = values.sum(), np.vdot(values, values)
+
+
+def _exchange_vector(local: _Local, trailer: tuple[float, ...]) -> Array:
+    """Return the vector of the forward, about the shift rounded to a pivot."""
+    count, shift, sum_, square = local
+    C = shift.size
+    result = vector(4, C, (count, *trailer))
+    rows = result[: 4 * C].reshape(4, C)
+    rows[2:] = sum_, square
+    if shift.any():
+        pivot = _round_to_12_bits(shift)
+        rest = shift - pivot
+        rows[0] = count * pivot
+        rows[1] = count * pivot * pivot
+        rows[2] += count * rest
+        rows[3] += rest * (2 * sum_ + count * rest) + 2 * pivot * rows[2]
     return result
 
 
-def _outside(s1: Array, s2: Array, count: int) -> Array:
-    """Tell for which channels zero lies outside the data: mean² > NEAR * var."""
-    return (1 + 1 / NEAR) * s1 * s1 > count * s2
-
-
-def _plain_sums(tensor: Tensor, box: Box) -> tuple[Array, Array]:
-    values = tensor.read(box)
-    product = scratch("difference", values.shape, values.dtype)
-    return channel_sums(values, box), channel_products(values, values, box, product)
-
-
-def _shifted_sums(tensor: Tensor, block: Block) -> tuple[Array, Array, Array]:
-    """Return a pivot, Σ(x - pivot) and Σ(x - pivot)² for the channels of a block."""
-    pivot = total = square = np.zeros(())
-    for number, box in enumerate(block.boxes):
-        values = tensor.read(box)
-        shift = (channel_sums(values, box) / box.per_channel).astype(tensor.dtype)
-        shift[~np.isfinite(shift)] = 0
-        difference = scratch("difference", values.shape, tensor.dtype)
-        box.apply(np.subtract, values, row_of("shift", shift, block), difference)
-        s1 = channel_sums(difference, box)
-        s2 = channel_products(difference, difference, box, difference)
-        exact = shift.astype(np.float64)
-        if number == 0:
-            pivot = _round_to_12_bits(exact)
-        offset = exact - pivot  # from (x - shift) to (x - pivot)
-        square = square + (s2 + offset * (2 * s1 + box.per_channel * offset))
-        total = total + (s1 + box.per_channel * offset)
-    return pivot, total, square
-
-
-def _redo_overflown(x: Array, rows: Array) -> None:
-    """Compute channels in float64 whose squares, unlike their values, exceed the range of float32."""
-    for channel in np.flatnonzero(~np.isfinite(rows[3])):
-        values = x[:, channel].astype(np.float64)
-        if np.isfinite(values).all():
-            pivot = _round_to_12_bits(values.mean())
-            values -= pivot
-            total = values.sum()
-            square = np.vdot(values, values) + 2 * pivot * total
-            rows[:, channel] = values.size * pivot, values.size * pivot * pivot, total, square
+def deviations(local: _Local, vector: Array, trailer: tuple[float, ...]) -> Array:
+    """Return the vector [Σ(x - mean)² (C) | trailer] about the mean over all ranks, for float64 data."""
+    mean, _, _ = _moments(vector, local.shift.size)
+    distance = mean - local.shift
+    square = local.square - distance * (2 * local.sum - local.n * distance)
+    return np.concatenate([square, trailer])
 
 
 def _round_to_12_bits(values: Array) -> Array:
@@ -142,7 +148,7 @@ def _round_to_12_bits(values: Array) -> Array:
 
 
 def _moments(exchanged: Array, channels: int) -> tuple[Array, Array, float]:
-    """Return mean, biased variance and count from the exchanged vector of the forward."""
+    """Return mean, Σ(x - mean)² and count from the exchanged vector of the forward."""
     pivot_sum, pivot_square, sum_, square = exchanged[: 4 * channels].reshape(4, channels)
     count = float(exchanged[4 * channels])
     n = max(count, 1.0)
@@ -155,7 +161,7 @@ def _moments(exchanged: Array, channels: int) -> tuple[Array, Array, float]:
         mean = pivot + (rest + sum_) / n
         m2 = (pivot_square - pivot * pivot_sum) - pivot * rest
         m2 += square - 2 * pivot * sum_ - (rest + sum_) ** 2 / n
-    return mean, np.maximum(m2 / n, 0), count
+    return mean, m2, count
 
 
 @dataclass(slots=True)
@@ -211,6 +217,7 @@ def normalize(
     x: Array,
     y: Array,
     vector: Array,
+    squares: Array | None,
     weight: Array | None,
     bias: Array | None,
     running: Running | None,
@@ -218,8 +225,10 @@ def normalize(
     residual: Array | None,
     slope: float | None,
 ) -> _Normalization:
-    """Write y by the statistics in the exchanged `vector`, and update the running statistics."""
-    mean, var, count = _moments(vector, x.shape[1])
+    """Write y by the statistics in the exchanged vectors, and update the running statistics."""
+    C = x.shape[1]
+    mean, m2, count = _moments(vector, C)
+    var = np.maximum(m2 if squares is None else squares[:C], 0) / max(count, 1)
     normalization = _normalization(mean, var, weight, bias, eps, slope, accumulator(x.dtype), count)
     _apply(x, y, residual, normalization)
     if running is not None and count > 0:
@@ -282,72 +291,81 @@ def _apply(x: Array, y: Array, residual: Array | None, normalization: _Normaliza
             if slope is not None:
                 blocked = np.less_equal(out, 0, out=scratch("blocked", out.shape, np.dtype(bool)))
                 normalization.blocked.append(np.packbits(blocked))
-                below: Array | float = 0.0
+                # A row of zeros, since np.maximum takes half as long again with a scalar.
+                below = _zeros(out.shape[-1], dtype)
                 if slope:
                     below = np.multiply(out, slope, out=scratch("difference", out.shape, dtype))
                 np.maximum(out, below, out=out)
             target.placed(box, out)
 
 
-def _through_activation(dy: Array, blocked: Array, slope: float) -> Array:
-    """Return ``dy * (slope where blocked, else 1)``."""
-    result = scratch("gradient", dy.shape, dy.dtype)
+@functools.lru_cache(maxsize=16)
+def _zeros(length: int, dtype: np.dtype[Any]) -> Array:
+    return np.zeros(length, dtype)
+
+
+def _through_activation(dy: Array, blocked: Array, slope: float, out: Array) -> Array:
+    """Compute ``dy * (slope where blocked, else 1)``."""
     bits = np.unpackbits(blocked, count=dy.size).view(np.int8).reshape(dy.shape)
     if slope == 0:  # by masks of bits: 0 * dy would be NaN where dy is infinite
         integer = np.dtype(f"i{dy.dtype.itemsize}")
-        keep = result.view(integer)
+        keep = out.view(integer)
         np.copyto(keep, np.subtract(bits, 1, out=bits))
         np.bitwise_and(dy.view(integer), keep, out=keep)
     else:
-        np.copyto(result, np.subtract(1, bits, out=bits))
-        np.multiply(dy, np.maximum(result, slope, out=result), out=result)
-    return result
+        np.copyto(out, np.subtract(1, bits, out=bits))
+        np.multiply(dy, np.maximum(out, slope, out=out), out=out)
+    return out
+
+
+class _Gradient(NamedTuple):
+    """The gradient behind the activation, or the one before it where that cannot be kept exactly."""
+
+    array: Array
+    pending: bool
+    """Whether the activation's derivative is still to be applied."""
 
 
 def reduce_gradients(
     dy: Array,
     x: Array,
     normalization: _Normalization,
-    dx: Array,
     dresidual: Array | None,
     trailer: tuple[float, ...],
-) -> tuple[Array, Array]:
-    """Reduce `dy` and `x` to the exchange vector of the backward, in one pass.
-
-    Returned with it is the gradient behind the activation, for `input_gradient`. It is written to
-    dresidual, or to the memory of dx, so that the activation's derivative is evaluated once.
-    """
+) -> tuple[Array, _Gradient]:
+    """Reduce `dy` and `x` to the exchange vector of the backward, in one pass that also writes dresidual."""
     C = x.shape[1]
     result = vector(2, C, trailer)
-    if x.size == 0:
-        return result, dy
     dtype, slope = normalization.scale.dtype, normalization.slope
-    behind = dresidual
-    if slope is not None and behind is None:
-        behind = dx
-    if slope and x.dtype != dtype:  # a product that 16 bits would round
-        behind = aligned_empty(x.size * dtype.itemsize).view(dtype).reshape(x.shape)
+    # 16 bits would round a product with the slope of leaky ReLU.
+    exact = dresidual is not None and (not slope or x.dtype == dtype)
+    handle = (
+        _Gradient(dresidual, False) if exact and dresidual is not None else _Gradient(dy, slope is not None)
+    )
+    if x.size == 0:
+        return result, handle
     source, gradient = Tensor("x", x, dtype), Tensor("dy", dy, dtype)
-    targets = [Tensor("", array, dtype) for array in (behind, dresidual) if array is not None]
-    if behind is dresidual:
-        targets = targets[:1]
+    target = None if dresidual is None else Tensor("dresidual", dresidual, dtype)
     blocked = reversed(normalization.blocked)
-    sum_dy, sum_dy_xmu = result[: 2 * C].reshape(2, C)
     for block in blocks_of(x.shape, dtype.itemsize):
         shift = operand_of("shift", normalization.shift, block)
+        sums = Sums(x.shape, block, dtype)
         for box in block.boxes:
             values, g = source.read(box), gradient.read(box)
             if slope is not None:
-                g = _through_activation(g, next(blocked), slope)
-            for target in targets:
+                out = scratch("gradient", g.shape, dtype) if target is None else target.place(box)
+                g = _through_activation(g, next(blocked), slope, out)
+                if target is not None:
+                    target.placed(box, g)
+            elif target is not None:
                 target.write(box, g)
-            product = scratch("difference", values.shape, dtype)
             if shift is not None:
-                values = box.apply(np.subtract, values, shift, product)
-            sum_dy[block.channels] += channel_sums(g, box)
-            sum_dy_xmu[block.channels] += channel_products(values, g, box, product)
+                values = box.apply(np.subtract, values, shift, scratch("difference", values.shape, dtype))
+            sums.add(box, g, values)
+        sum_dy, sum_dy_xmu = result[: 2 * C].reshape(2, C)
+        sum_dy[block.channels], sum_dy_xmu[block.channels] = sums.total()
     sum_dy_xmu -= sum_dy * normalization.distance
-    return result, dy if behind is None else behind
+    return result, handle
 
 
 def parameter_gradients(sums: Array, normalization: _Normalization) -> tuple[Array, Array]:
@@ -357,9 +375,9 @@ def parameter_gradients(sums: Array, normalization: _Normalization) -> tuple[Arr
 
 
 def input_gradient(
-    g: Array, x: Array, normalization: _Normalization, vector: Array | None, dx: Array
+    gradient: _Gradient, x: Array, normalization: _Normalization, vector: Array | None, dx: Array
 ) -> None:
-    """Write dx, last box first; `g`, the gradient behind the activation, may be in its memory.
+    """Write dx, last box first.
 
     ``dx = (g - sum_dy/count - (x - mean) * invstd² * sum_dy_xmu/count) * invstd * weight``, evaluated as
     ``((x - shift) * factor + g + constant) * scale``. `vector` is None where the statistics were constants:
@@ -374,20 +392,26 @@ def input_gradient(
         exact = normalization.invstd**2 * sum_dy_xmu / -normalization.count
         constant = (sum_dy / -normalization.count - normalization.distance * exact).astype(dtype)
         factor = exact.astype(dtype)
-    source, gradient, target = Tensor("x", x, dtype), Tensor("dy", g, dtype), Tensor("y", dx, dtype)
+    source, target = Tensor("x", x, dtype), Tensor("y", dx, dtype)
+    behind = Tensor("dy", gradient.array, dtype)
+    blocked = iter(normalization.blocked)
     for block in reversed(blocks_of(x.shape, dtype.itemsize)):
         shift = operand_of("shift", normalization.shift, block)
         scale = row_of("scale", normalization.scale[block.channels], block)
         factors = operand_of("factor", factor, block)
         constants = operand_of("constant", constant, block)
         for box in reversed(block.boxes):
-            out, values = target.place(box), gradient.read(box)
+            out, g = target.place(box), behind.read(box)
+            if gradient.pending:
+                assert normalization.slope is not None
+                g = _through_activation(
+                    g, next(blocked), normalization.slope, scratch("gradient", g.shape, dtype)
+                )
             if factors is not None and constants is not None:
-                product = out if g is not dx else scratch("difference", out.shape, dtype)
-                xs = source.read(box)
+                values = source.read(box)
                 if shift is not None:
-                    xs = box.apply(np.subtract, xs, shift, product)
-                box.apply(np.multiply, xs, factors, product)
-                np.add(product, values, out=out)
-                values = box.apply(np.add, out, constants, out)
-            target.placed(box, box.apply(np.multiply, values, scale, out))
+                    values = box.apply(np.subtract, values, shift, out)
+                box.apply(np.multiply, values, factors, out)
+                np.add(out, g, out=out)
+                g = box.apply(np.add, out, constants, out)
+            target.placed(box, box.apply(np.multiply, g, scale, out))

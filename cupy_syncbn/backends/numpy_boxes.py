@@ -32,10 +32,8 @@ COLUMNS = 512
 CACHE_LINE = 64
 """Bytes."""
 SHORT = 64
-"""Rows of fewer elements are added up across rows, by columns, instead of within."""
-LONG = 128
-"""From this length on `numpy.vecdot` repays the overhead of a call of BLAS for each row."""
-PARTIAL = 4096
+"""Rows of fewer elements are added up by columns: a call of BLAS for each would cost more than its sum."""
+PARTIAL = 1024
 """The longest row that is added up in the precision of the data."""
 
 
@@ -139,7 +137,7 @@ def blocks_of(shape: tuple[int, int, int], itemsize: int) -> tuple[Block, ...]:
                 boxes.append(Box((samples, channels, everything[1]), (n, c, S), (n, c * S), (n, c * S)))
             blocks.append(Block(channels, (1, c, S), tuple(boxes)))
         return tuple(blocks)
-    pieces = _split(S, _ceil(S, size))
+    pieces = _split(S, _ceil(S, size), PARTIAL)
     for channels in _split(C, _ceil(C * S, max(size, S))):
         c = channels.stop - channels.start
         boxes = []
@@ -207,44 +205,53 @@ class Tensor:
         np.copyto(self.array[box.where], values.reshape(box.shape), casting="unsafe")
 
 
-def channel_sums(values: Array, box: Box) -> Array:
+class Sums:
+    """Σa and Σab per channel over the boxes of a block, in float64 from partial sums in the data's type."""
+
+    def __init__(self, shape: tuple[int, ...], block: Block, dtype: np.dtype[Any]) -> None:
+        N, _, S = shape
+        c = block.channels.stop - block.channels.start
+        self._total = np.zeros((2, c))
+        # Σa and Σab over each stretch of PARTIAL elements
+        self._partial = None if S < SHORT else scratch("partial", (2, N, c, _ceil(S, PARTIAL)), dtype)
+
+    def add(self, box: Box, a: Array, b: Array) -> None:
+        """Add a box; every box of the block must be added once."""
+        if self._partial is None:
+            product = scratch("product", a.shape, a.dtype)
+            self._total[0] += _column_sums(a, box)
+            self._total[1] += _column_sums(np.multiply(a, b, out=product), box)
+            return
+        samples, _, positions = box.where
+        a, b = a.reshape(box.shape), b.reshape(box.shape)
+        first, whole = positions.start // PARTIAL, box.shape[2] // PARTIAL
+        if whole:
+            stretches = (*box.shape[:2], whole, PARTIAL)
+            end = whole * PARTIAL
+            left, right = a[:, :, :end].reshape(stretches), b[:, :, :end].reshape(stretches)
+            np.matmul(left, _ones(PARTIAL, a.dtype), out=self._partial[0, samples, :, first : first + whole])
+            np.vecdot(left, right, out=self._partial[1, samples, :, first : first + whole])
+            a, b = a[:, :, end:], b[:, :, end:]
+        if a.shape[2]:
+            np.matmul(a, _ones(a.shape[2], a.dtype), out=self._partial[0, samples, :, first + whole])
+            np.vecdot(a, b, out=self._partial[1, samples, :, first + whole])
+
+    def total(self) -> Array:
+        """Return both sums, (2, C)."""
+        if self._partial is None:
+            return self._total
+        total: Array = np.add.reduce(self._partial, axis=(1, 3), dtype=np.float64)
+        return total
+
+
+def _column_sums(values: Array, box: Box) -> Array:
     """Σ values per channel, (C,) in float64."""
     _, c, s = box.shape
-    if s < SHORT:
-        by_column: Array = _ones(box.columns[0], values.dtype) @ values.reshape(box.columns)
-        by_sample = by_column.reshape(-1, c, s)
-        return _add_up([by_sample[:, :, 0] if s == 1 else by_sample @ _ones(s, values.dtype)])
-    return _add_up([piece @ _ones(piece.shape[-1], values.dtype) for piece in _pieces(values, box)])
-
-
-def channel_products(a: Array, b: Array, box: Box, product: Array) -> Array:
-    """Σ a*b per channel, (C,) in float64; `product` is an array to use for a*b, which may be `a`."""
-    if box.shape[2] < LONG:
-        return channel_sums(np.multiply(a, b, out=product), box)
-    pairs = zip(_pieces(a, box), _pieces(b, box), strict=True)
-    return _add_up([np.vecdot(left, right) for left, right in pairs])
-
-
-def _pieces(values: Array, box: Box) -> list[Array]:
-    """Split (n, C, S) into (n, C, k, PARTIAL) and what remains, (n, C, rest)."""
-    n, c, s = box.shape
-    tensor = values.reshape(box.shape)
-    if s <= PARTIAL:
-        return [tensor]
-    whole = s - s % PARTIAL
-    return [tensor[:, :, :whole].reshape(n, c, -1, PARTIAL), tensor[:, :, whole:]]
-
-
-def _add_up(partials: list[Array]) -> Array:
-    """Add up partial sums (n, C) or (n, C, k) over n and k, in float64."""
-    total: Array | None = None
-    for partial in partials:
-        if len(partial) == 1 and partial.ndim == 2:
-            sums = partial[0].astype(np.float64)
-        else:
-            sums = np.add.reduce(partial, axis=(0, 2) if partial.ndim == 3 else 0, dtype=np.float64)
-        total = sums if total is None else total + sums
-    assert total is not None
+    partial: Array = _ones(box.columns[0], values.dtype) @ values.reshape(box.columns)
+    partial = partial.reshape(-1, c, s)
+    if s > 1 and partial.size > ROW:
+        partial = (partial @ _ones(s, values.dtype))[:, :, None]
+    total: Array = np.add.reduce(partial, axis=(0, 2), dtype=np.float64)
     return total
 
 

@@ -1,0 +1,360 @@
+"""Forward and backward of SyncBatchNorm on NumPy arrays, beside PyTorch's batch norm on the same CPU.
+
+The shapes are those of the 53 batch norms of ResNet-50 (v1.5) at batch 8, a map of segmentation size, and
+the output of a small dense layer. Each is taken in three variants:
+
+    plain       y = norm(x)
+    relu        y = max(norm(x), 0)
+    add+relu    y = max(norm(x) + residual, 0)
+
+Ours computes the last two in the same passes. PyTorch has no such layer; its side is batch_norm followed by
+the in-place add_ and relu_ that torchvision's ResNet uses: the fastest of its idioms, by 3 to 20 %.
+
+* Both sides have the same threads, read the same arrays, allocate their outputs afresh, and run in turn; a
+  ratio is the median of the ratios of neighbouring runs.
+* `limit` is the time of copying, with numpy.copyto between two existing arrays of the tensor's size, as
+  many bytes as the algorithm has to move: plain and relu 2 reads and 1 write forward, 4 reads and 1 write
+  backward; add+relu reads one more forward, and writes one more backward. Small tensors stay in the cache,
+  in the copy as in the layers.
+* `peak` is the most memory a first forward has allocated at any time, in units of the tensor: 1 is y.
+
+    python scripts/benchmarks/cpu.py                    # about two minutes
+    python scripts/benchmarks/cpu.py --quick            # seconds; says that it works, not how fast it is
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+import tracemalloc
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from measure import (
+    RESULTS,
+    caption,
+    circumstances,
+    geometric_mean,
+    import_torch,
+    interleaved,
+    new_figure,
+    pin_threads,
+    save,
+    table,
+)
+
+from cupy_syncbn import SyncBatchNorm
+
+Shape = tuple[int, ...]
+
+EPS = 1e-5
+MOMENTUM = 0.1
+VARIANTS = ("plain", "relu", "add+relu")
+# Reads and writes of the whole tensor, forward and backward together.
+TRAFFIC = {"plain": 3 + 5, "relu": 3 + 5, "add+relu": 4 + 6}
+SEGMENTATION: Shape = (2, 64, 256, 256)
+DENSE: Shape = (64, 128)
+
+
+def resnet50(batch: int) -> Counter[tuple[Shape, str]]:
+    """Count the batch norms of ResNet-50 v1.5 on 224 × 224 images, by shape and variant (53 in all)."""
+    layers: Counter[tuple[Shape, str]] = Counter()
+    layers[(batch, 64, 112, 112), "relu"] += 1
+    size = 56
+    for stage, blocks in enumerate((3, 4, 6, 3)):
+        width = 64 << stage
+        for block in range(blocks):
+            layers[(batch, width, size, size), "relu"] += 1
+            if block == 0 and stage > 0:
+                size //= (
+                    2  # v1.5 has the stride in the 3 × 3 convolution, behind the block's first batch norm
+                )
+            layers[(batch, width, size, size), "relu"] += 1
+            layers[(batch, 4 * width, size, size), "add+relu"] += 1
+            if block == 0:
+                layers[(batch, 4 * width, size, size), "plain"] += 1
+    return layers
+
+
+class Case:
+    """The arrays of one row of the table, and its contenders."""
+
+    def __init__(self, shape: Shape, variant: str, dtype: str, channels_last: bool) -> None:
+        rng = np.random.default_rng(0)
+        self.shape, self.variant, self.dtype, self.channels_last = shape, variant, dtype, channels_last
+        self.x, self.dy, self.residual = (
+            self._in_layout(rng.standard_normal(shape, dtype=np.float32)) for _ in range(3)
+        )
+
+    @property
+    def name(self) -> str:
+        """Shape and dtype as they appear in the table."""
+        shape = "x".join(map(str, self.shape))
+        extras = ([self.dtype] if self.dtype != "float32" else []) + ["NHWC"] * self.channels_last
+        return " ".join([shape, *extras])
+
+    def _in_layout(self, array: np.ndarray) -> np.ndarray:
+        if self.dtype == "bfloat16":
+            import ml_dtypes
+
+            array = array.astype(ml_dtypes.bfloat16)
+        else:
+            array = array.astype(self.dtype, copy=False)
+        if self.channels_last:  # the same shape, over memory in which the channels are next to each other
+            array = np.moveaxis(np.ascontiguousarray(np.moveaxis(array, 1, -1)), -1, 1)
+        return array
+
+    def layer(self) -> SyncBatchNorm:
+        """Return our layer for this case."""
+        activation = None if self.variant == "plain" else "relu"
+        return SyncBatchNorm(
+            self.shape[1],
+            eps=EPS,
+            momentum=MOMENTUM,
+            dtype="float64" if self.dtype == "float64" else "float32",  # of the parameters
+            device="cpu",
+            activation=activation,
+        )
+
+    def ours(self) -> Callable[[], tuple[float, float]]:
+        """Return a function that runs our layer, and gives the seconds of forward and backward."""
+        bn = self.layer()
+        x, dy = self.x, self.dy
+        residual = self.residual if self.variant == "add+relu" else None
+
+        def run() -> tuple[float, float]:
+            start = time.perf_counter()
+            y = bn(x, residual=residual)
+            between = time.perf_counter()
+            dx = bn.backward(dy)
+            del y, dx  # giving memory back costs time, on both sides
+            end = time.perf_counter()
+            bn.zero_grad()  # so that gradients are made afresh, not added up, as by torch.autograd.grad
+            return between - start, end - between
+
+        return run
+
+    def torch(self, torch: Any) -> Callable[[], tuple[float, float]]:
+        """Return a function that does the same in PyTorch."""
+        batch_norm, grad = torch.nn.functional.batch_norm, torch.autograd.grad
+        channels = self.shape[1]
+        x = torch.from_numpy(self.x).requires_grad_()
+        dy = torch.from_numpy(self.dy)
+        residual = torch.from_numpy(self.residual).requires_grad_() if self.variant == "add+relu" else None
+        weight = torch.ones(channels, requires_grad=True)
+        bias = torch.zeros(channels, requires_grad=True)
+        running_mean, running_var = torch.zeros(channels), torch.ones(channels)
+        inputs = (x, weight, bias) if residual is None else (x, weight, bias, residual)
+        relu = self.variant != "plain"
+
+        def run() -> tuple[float, float]:
+            start = time.perf_counter()
+            y = batch_norm(x, running_mean, running_var, weight, bias, True, MOMENTUM, EPS)
+            if residual is not None:
+                y.add_(residual)
+            if relu:
+                y.relu_()
+            between = time.perf_counter()
+            gradients = grad(y, inputs, dy)
+            del y, gradients
+            return between - start, time.perf_counter() - between
+
+        return run
+
+    def copy(self) -> Callable[[], tuple[float]]:
+        """Return a function that copies an array of the tensor's size."""
+        source = np.ones(self.x.size, self.x.dtype)
+        target = np.zeros_like(source)
+
+        def run() -> tuple[float]:
+            start = time.perf_counter()
+            np.copyto(target, source)
+            return (time.perf_counter() - start,)
+
+        return run
+
+    def peak(self) -> float:
+        """Return the most memory that a layer's first forward holds at a time, in units of the tensor."""
+        bn = self.layer()
+        residual = self.residual if self.variant == "add+relu" else None
+        tracemalloc.start()
+        try:
+            before, _ = tracemalloc.get_traced_memory()
+            bn(self.x, residual=residual)
+            _, most = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        return (most - before) / self.x.nbytes
+
+
+def measure(case: Case, torch: Any | None, repeats: int) -> dict[str, Any]:
+    """Measure one case; times are in milliseconds."""
+    result: dict[str, Any] = {
+        "name": case.name,
+        "shape": list(case.shape),
+        "variant": case.variant,
+        "dtype": case.dtype,
+        "layout": "channels_last" if case.channels_last else "channels_first",
+        "peak": case.peak(),
+    }
+    contenders = {"ours": case.ours(), "copy": case.copy()}
+    # In the other types PyTorch's conventions differ (float64 parameters; its own 16-bit types): ours alone.
+    if torch is not None and case.dtype == "float32":
+        contenders["torch"] = case.torch(torch)
+    seconds = interleaved(contenders, repeats)
+    total = {name: rows.sum(axis=1) for name, rows in seconds.items()}
+    limit = TRAFFIC[case.variant] * total["copy"] / 2  # a copy is one read and one write
+    result["limit_ms"] = float(np.median(limit)) * 1e3
+    result["copy_gb_per_s"] = 2 * case.x.nbytes / float(np.median(total["copy"])) / 1e9
+    result["ours_per_limit"] = float(np.median(total["ours"] / limit))
+    for name in ("ours", "torch"):
+        if name in seconds:
+            forward, backward = np.median(seconds[name], axis=0) * 1e3
+            result[f"{name}_forward_ms"], result[f"{name}_backward_ms"] = float(forward), float(backward)
+            result[f"{name}_ms"] = float(np.median(total[name])) * 1e3
+    if "torch" in seconds:
+        ratios = total["ours"] / total["torch"]
+        result["ratio"] = float(np.median(ratios))
+        result["ratio_quartiles"] = [float(quartile) for quartile in np.percentile(ratios, (25, 75))]
+    return result
+
+
+def print_rows(title: str, results: Sequence[dict[str, Any]]) -> None:
+    """Print one table."""
+    rows = []
+    for result in results:
+        low, high = result.get("ratio_quartiles", (0, 0))
+        rows.append(
+            [
+                result["name"],
+                f"{result['ours_ms']:.3f}",
+                f"{result['torch_ms']:.3f}" if "torch_ms" in result else "-",
+                f"{result['ratio']:.2f}" if "ratio" in result else "-",
+                f"{low:.2f}-{high:.2f}" if "ratio" in result else "-",
+                f"{result['ours_per_limit']:.2f}",
+                f"{result['copy_gb_per_s']:.0f}",
+                f"{result['peak']:.2f}",
+            ]
+        )
+    headings = ["shape", "ours ms", "torch ms", "ratio", "quartiles", "ours/limit", "copy GB/s", "peak"]
+    print(f"\n{title}\n\n{table(headings, rows)}")
+
+
+def print_summary(results: Sequence[dict[str, Any]], network: Counter[tuple[Shape, str]]) -> dict[str, Any]:
+    """Print and return the geometric means, the sum over ResNet-50, and the dense layer's microseconds."""
+    summary: dict[str, Any] = {}
+    maps = [r for r in results if len(r["shape"]) > 2 and r["dtype"] == "float32"]
+    for layout in ("channels_first", "channels_last"):
+        for variant in VARIANTS:
+            chosen = [r for r in maps if r["variant"] == variant and r["layout"] == layout]
+            if not chosen:
+                continue
+            key = variant if layout == "channels_first" else f"{variant}, NHWC"
+            means = {"ours/limit": geometric_mean([r["ours_per_limit"] for r in chosen])}
+            if "ratio" in chosen[0]:
+                means["ours/torch"] = geometric_mean([r["ratio"] for r in chosen])
+            summary[key] = means
+            text = ", ".join(f"{name} {mean:.2f}" for name, mean in means.items())
+            print(f"geometric mean over {len(chosen)} maps, {key}: {text}")
+
+    by_layer = {(tuple(r["shape"]), r["variant"]): r for r in maps if r["layout"] == "channels_first"}
+    if all(layer in by_layer for layer in network):
+        sums = {}
+        for name in ("ours_ms", "torch_ms", "limit_ms"):
+            if all(name in by_layer[layer] for layer in network):
+                sums[name] = sum(by_layer[layer][name] * times for layer, times in network.items())
+        summary["resnet50"] = sums
+        text = ", ".join(f"{name.removesuffix('_ms')} {ms:.0f} ms" for name, ms in sums.items())
+        print(f"the {network.total()} batch norms of ResNet-50, each in its variant: {text}")
+
+    for dense in (r for r in results if len(r["shape"]) == 2 and r["dtype"] == "float32"):
+        texts = []
+        for name in ("ours", "torch"):
+            if f"{name}_ms" in dense:
+                parts = [dense[f"{name}{part}_ms"] * 1e3 for part in ("_forward", "_backward", "")]
+                texts.append("{} {:.1f} + {:.1f} = {:.1f} us".format(name, *parts))
+        print(f"dense layer, {dense['variant']}, forward + backward: {', '.join(texts)}")
+    return summary
+
+
+def plot(results: Sequence[dict[str, Any]], facts: dict[str, Any]) -> Any | None:
+    """Draw the ratios to PyTorch and to the copy limit, one group of bars a shape."""
+    drawn = [r for r in results if r["dtype"] == "float32" and r["layout"] == "channels_first"]
+    shapes = list(dict.fromkeys(tuple(r["shape"]) for r in drawn))
+    made = new_figure(ncols=2, sharey=True, figsize=(11, 1.8 + 0.45 * len(shapes)))
+    if made is None:
+        return None
+    figure, (against_torch, against_limit) = made
+    for axes, key, title, reference in (
+        (against_torch, "ratio", "time / PyTorch's", "PyTorch"),
+        (against_limit, "ours_per_limit", "time / copying the same bytes", "limit"),
+    ):
+        for place, variant in enumerate(VARIANTS):
+            chosen = [r for r in drawn if r["variant"] == variant and key in r]
+            where = [shapes.index(tuple(r["shape"])) + 0.27 * (place - 1) for r in chosen]
+            axes.barh(where, [r[key] for r in chosen], height=0.25, label=variant)
+        axes.axvline(1, color="black", linewidth=1, linestyle="--", label=reference)
+        axes.set(title=title, xlim=(0, None))
+        axes.grid(axis="x", alpha=0.3)
+    against_torch.set_yticks(range(len(shapes)), ["x".join(map(str, shape)) for shape in shapes])
+    against_torch.invert_yaxis()
+    against_torch.legend(loc="best")
+    figure.suptitle("SyncBatchNorm on NumPy arrays, forward + backward, float32, one process")
+    figure.supxlabel(caption(facts), fontsize="small")
+    return figure
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the benchmark."""
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="few small shapes, few repeats")
+    parser.add_argument(
+        "--threads", type=int, default=1, metavar="N", help="threads of each side (default 1)"
+    )
+    parser.add_argument("--repeats", type=int, metavar="N", help="samples of each (default 31; --quick 3)")
+    parser.add_argument("--channels-last", action="store_true", help="also channels-last inputs")
+    parser.add_argument(
+        "--dtypes",
+        nargs="+",
+        default=[],
+        choices=["float16", "bfloat16", "float64"],
+        help="also these types, ours alone",
+    )
+    parser.add_argument("--output", type=Path, default=RESULTS, metavar="DIR", help="where the results go")
+    options = parser.parse_args(arguments)
+    pin_threads(options.threads)
+    torch = import_torch(options.threads)
+    repeats = options.repeats or (3 if options.quick else 31)
+
+    network = resnet50(1 if options.quick else 8)
+    maps = list(dict.fromkeys(shape for shape, _ in network))
+    shapes = [*maps[-3:], DENSE] if options.quick else [*maps, SEGMENTATION, DENSE]
+    kinds = [("float32", False), *([("float32", True)] if options.channels_last else [])]
+    kinds += [(dtype, False) for dtype in options.dtypes]
+
+    results: list[dict[str, Any]] = []
+    for variant in VARIANTS:
+        rows = [
+            measure(Case(shape, variant, dtype, channels_last), torch, repeats)
+            for dtype, channels_last in kinds
+            for shape in shapes
+            if len(shape) > 2 or not channels_last  # a dense layer's output has no spatial axes to put last
+        ]
+        print_rows(f"{variant}: forward + backward", rows)
+        results += rows
+    print()
+    summary = print_summary(results, network)
+    facts = circumstances(arguments, options.threads, ["cupy_syncbn", "numpy", "torch"])
+    print(f"\n{caption(facts)}")
+    record = {**facts, "repeats": repeats, "summary": summary, "results": results}
+    save(options.output, "cpu", record, plot(results, facts))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

