@@ -19,8 +19,9 @@ pytestmark = pytest.mark.launch
 DEADLINE = 180
 OTHER_PYTHON = "CUPY_SYNCBN_TEST_OTHER_PYTHON"
 
-# By vendor: options for more ranks than cores, and for the rank's number before each line of its output.
-LAUNCHER_OPTIONS = {"Open MPI": ["--oversubscribe", "--output", "tag"], "MPICH": ["-l"], "Intel MPI": ["-l"]}
+# By vendor: what allows more ranks than cores, and what writes a rank's number before its output.
+OVERSUBSCRIBE = {"Open MPI": ["--oversubscribe"]}
+LABEL = {"Open MPI": ["--output", "tag"], "MPICH": ["-l"], "Intel MPI": ["-l"]}
 
 
 def run(command, environment, deadline):
@@ -65,7 +66,7 @@ def launch(python, ranks):
         environment |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
     # mpi4py's runner ends all ranks when one fails; pytest fails at the first failure, before ranks part.
     command = [
-        find_launcher(python), *LAUNCHER_OPTIONS.get(vendor, []), "-n", str(ranks),
+        find_launcher(python), *OVERSUBSCRIBE.get(vendor, []), *LABEL.get(vendor, []), "-n", str(ranks),
         python, "-m", "mpi4py", "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider",
         "-m", "not launch and not serial", "tests",
     ]  # fmt: skip

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 from helpers import REPOSITORY, clean_environment
-from test_launch import LAUNCHER_OPTIONS, find_launcher, run, vendor_of
+from test_launch import OVERSUBSCRIBE, find_launcher, run, vendor_of
 
 DEADLINE = 120
 SCRIPT = str(REPOSITORY / "scripts" / "train_digits.py")
@@ -36,7 +36,7 @@ def environment():
 
 
 def run_ranks(ranks, *arguments):
-    options = LAUNCHER_OPTIONS.get(vendor_of(sys.executable), [])
+    options = OVERSUBSCRIBE.get(vendor_of(sys.executable), [])
     command = [find_launcher(sys.executable), *options, "-n", str(ranks), sys.executable, "-W", "error"]
     return run([*command, "-m", "mpi4py", *arguments], environment(), DEADLINE)
 
