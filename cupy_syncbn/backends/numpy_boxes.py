@@ -137,7 +137,7 @@ def blocks_of(shape: tuple[int, int, int], itemsize: int) -> tuple[Block, ...]:
                 boxes.append(Box((samples, channels, everything[1]), (n, c, S), (n, c * S), (n, c * S)))
             blocks.append(Block(channels, (1, c, S), tuple(boxes)))
         return tuple(blocks)
-    pieces = _split(S, _ceil(S, size), PARTIAL)
+    pieces = _split(S, _ceil(S, size), _stretch(S))
     for channels in _split(C, _ceil(C * S, max(size, S))):
         c = channels.stop - channels.start
         boxes = []
@@ -212,8 +212,9 @@ class Sums:
         N, _, S = shape
         c = block.channels.stop - block.channels.start
         self._total = np.zeros((2, c))
-        # Σa and Σab over each stretch of PARTIAL elements
-        self._partial = None if S < SHORT else scratch("partial", (2, N, c, _ceil(S, PARTIAL)), dtype)
+        self._stretch = _stretch(S)
+        # Σa and Σab over each stretch
+        self._partial = None if S < SHORT else scratch("partial", (2, N, c, _ceil(S, self._stretch)), dtype)
 
     def add(self, box: Box, a: Array, b: Array) -> None:
         """Add a box; every box of the block must be added once."""
@@ -223,18 +224,21 @@ class Sums:
             self._total[1] += _column_sums(np.multiply(a, b, out=product), box)
             return
         samples, _, positions = box.where
-        a, b = a.reshape(box.shape), b.reshape(box.shape)
-        first, whole = positions.start // PARTIAL, box.shape[2] // PARTIAL
-        if whole:
-            stretches = (*box.shape[:2], whole, PARTIAL)
-            end = whole * PARTIAL
-            left, right = a[:, :, :end].reshape(stretches), b[:, :, :end].reshape(stretches)
-            np.matmul(left, _ones(PARTIAL, a.dtype), out=self._partial[0, samples, :, first : first + whole])
-            np.vecdot(left, right, out=self._partial[1, samples, :, first : first + whole])
-            a, b = a[:, :, end:], b[:, :, end:]
-        if a.shape[2]:
-            np.matmul(a, _ones(a.shape[2], a.dtype), out=self._partial[0, samples, :, first + whole])
-            np.vecdot(a, b, out=self._partial[1, samples, :, first + whole])
+        n, c, s = box.shape
+        length = self._stretch
+        first, whole = positions.start // length, s // length
+        sums = self._partial[:, samples, :, first : first + whole]
+        if whole * length == s:  # stretches of all channels follow each other: one matrix a sample
+            rows = (n, c * whole, length)
+            sums = sums.reshape(2, *rows[:2])
+            a, b = a.reshape(rows), b.reshape(rows)
+        else:
+            a, b = a.reshape(box.shape), b.reshape(box.shape)
+            rest = self._partial[:, samples, :, first + whole]
+            _sum_rows(a[:, :, whole * length :], b[:, :, whole * length :], rest)
+            stretches = (n, c, whole, length)
+            a, b = (values[:, :, : whole * length].reshape(stretches) for values in (a, b))
+        _sum_rows(a, b, sums)
 
     def total(self) -> Array:
         """Return both sums, (2, C)."""
@@ -242,6 +246,19 @@ class Sums:
             return self._total
         total: Array = np.add.reduce(self._partial, axis=(1, 3), dtype=np.float64)
         return total
+
+
+def _sum_rows(a: Array, b: Array, sums: Array) -> None:
+    """Write Σa and Σab over the last axis to ``sums[0]`` and ``sums[1]``."""
+    np.matmul(a, _ones(a.shape[-1], a.dtype), out=sums[0])
+    np.vecdot(a, b, out=sums[1])
+
+
+@functools.cache
+def _stretch(S: int) -> int:
+    """Return the length that rows of `S` are cut to for sums: if possible, a divisor near PARTIAL."""
+    few = _ceil(S, PARTIAL)
+    return next((S // k for k in range(few, 4 * few) if S % k == 0), PARTIAL)
 
 
 def _column_sums(values: Array, box: Box) -> Array:
