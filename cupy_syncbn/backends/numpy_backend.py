@@ -7,7 +7,6 @@ Vectors of the length of the channels are float64. `numpy_boxes` says how tensor
 from __future__ import annotations
 
 import functools
-import math
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -19,12 +18,11 @@ from cupy_syncbn.backends.numpy_boxes import (
     Block,
     Sums,
     Tensor,
-    aligned_empty,
     blocks_of,
     operand_of,
     row_of,
-    scratch,
 )
+from cupy_syncbn.backends.numpy_memory import output, scratch
 
 NEAR = 1.0
 """Zero counts as within the data where mean² <= NEAR * var: E[x²] - mean² then costs a bit at most."""
@@ -32,9 +30,7 @@ NEAR = 1.0
 
 def empty(layout: Layout, dtype: Any) -> Array:
     """Allocate a batch of a layout, contiguous in its memory order."""
-    dtype = np.dtype(dtype)
-    size = math.prod(layout.shape)
-    return layout.as_batch(aligned_empty(size * dtype.itemsize).view(dtype))
+    return layout.as_batch(output(layout.shape_3d, np.dtype(dtype)))
 
 
 def overlaps(a: Array, b: Array) -> bool:

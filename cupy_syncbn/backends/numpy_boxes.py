@@ -15,13 +15,12 @@ from __future__ import annotations
 
 import functools
 import itertools
-import math
-import threading
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from cupy_syncbn.backends.layout import Array
+from cupy_syncbn.backends.numpy_memory import CACHE_LINE, scratch
 
 BOX_BYTES = 1 << 19
 """Bytes of a box: half a MiB, so that a pass over two or three tensors works in a core's L2 cache."""
@@ -29,40 +28,10 @@ ROW = 8192
 """Elements of NumPy's ufunc buffer: the shortest row to which it applies an operand without a copy."""
 COLUMNS = 512
 """Least width of the matrices whose columns are added up: their height, the length of a chain, is small."""
-CACHE_LINE = 64
-"""Bytes."""
 SHORT = 64
 """Rows of fewer elements are added up by columns: a call of BLAS for each would cost more than its sum."""
 PARTIAL = 1024
 """The longest row that is added up in the precision of the data."""
-
-
-def aligned_empty(nbytes: int) -> Array:
-    """Allocate bytes that begin on a cache line: a loop that writes across lines takes twice as long."""
-    buffer = np.empty(nbytes + CACHE_LINE, np.uint8)
-    start = -buffer.ctypes.data % CACHE_LINE
-    return buffer[start : start + nbytes]
-
-
-class _Scratch(threading.local):
-    """Named buffers that each thread allocates once and uses again."""
-
-    def __init__(self) -> None:
-        self._buffers: dict[str, Array] = {}
-        self._views: dict[str, Array] = {}
-
-    def __call__(self, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
-        view = self._views.get(name)
-        if view is None or view.shape != shape or view.dtype != dtype:
-            nbytes = math.prod(shape) * dtype.itemsize
-            buffer = self._buffers.get(name)
-            if buffer is None or buffer.nbytes < nbytes:
-                buffer = self._buffers[name] = aligned_empty(nbytes)
-            view = self._views[name] = buffer[:nbytes].view(dtype).reshape(shape)
-        return view
-
-
-scratch = _Scratch()
 
 
 class Box(NamedTuple):
