@@ -270,7 +270,7 @@ def _apply(x: Array, y: Array, residual: Array | None, normalization: _Normaliza
         return
     dtype = accumulator(x.dtype)
     slope = normalization.slope
-    source, target = Tensor("x", x, dtype), Tensor("y", y, dtype)
+    source, target = Tensor("x", x, dtype), Tensor("x", y, dtype)  # in place, if by copies
     added = None if residual is None else Tensor("residual", residual, dtype)
     for block in reversed(blocks_of(x.shape, dtype.itemsize)):
         shift = operand_of("shift", normalization.shift, block)
@@ -388,7 +388,7 @@ def input_gradient(
         exact = normalization.invstd**2 * sum_dy_xmu / -normalization.count
         constant = (sum_dy / -normalization.count - normalization.distance * exact).astype(dtype)
         factor = exact.astype(dtype)
-    source, target = Tensor("x", x, dtype), Tensor("y", dx, dtype)
+    source, target = Tensor("x", x, dtype), Tensor("x", dx, dtype)  # in place, if by copies
     behind = Tensor("dy", gradient.array, dtype)
     blocked = iter(normalization.blocked)
     for block in reversed(blocks_of(x.shape, dtype.itemsize)):
