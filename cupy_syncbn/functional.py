@@ -292,9 +292,9 @@ def check_types(name: str, dtype: np.dtype[Any], x_type: np.dtype[Any]) -> None:
     TypeError
         If they do not.
     """
-    x_type = x_type.newbyteorder("=")
     if not is_data_type(x_type):
         raise TypeError(f"expected x of type {', '.join(DATA_TYPES)} (got {x_type}): use x.astype(...)")
+    x_type = x_type.newbyteorder("=")
     if dtype != x_type and not (x_type.itemsize == 2 and dtype == np.float32):
         wanted = x_type.name if x_type.itemsize > 2 else f"float32 or {x_type.name}"
         raise TypeError(

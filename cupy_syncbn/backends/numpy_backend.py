@@ -117,7 +117,8 @@ def _exchange_vector(local: _Local, trailer: tuple[float, ...]) -> Array:
     C = shift.size
     result = vector(4, C, (count, *trailer))
     rows = result[: 4 * C].reshape(4, C)
-    rows[2:] = sum_, square
+    rows[2] = sum_
+    rows[3] = square
     if shift.any():
         pivot = _round_to_12_bits(shift)
         rest = shift - pivot

@@ -23,7 +23,7 @@ from cupy_syncbn.backends.layout import Array
 from cupy_syncbn.backends.numpy_memory import CACHE_LINE, scratch
 
 BOX_BYTES = 3 << 17
-"""Bytes of a box: three eighths of a MiB, so that a pass over two or three tensors works in a core's L2 cache."""
+"""Bytes of a box: so few that a pass over two or three tensors works in a core's L2 cache."""
 ROW = 8192
 """Elements of NumPy's ufunc buffer: the shortest row to which it applies an operand without a copy."""
 COLUMNS = 512
@@ -138,16 +138,15 @@ class Tensor:
 
     def __init__(self, name: str, array: Array, dtype: np.dtype[Any]) -> None:
         self.name, self.array, self.dtype = name, array, dtype
-        N, C, S = array.shape
-        steps = array.strides
-        self.direct = (
-            array.dtype == dtype
-            and array.flags.aligned
-            and (S == 1 or steps[2] == dtype.itemsize)
-            and (C == 1 or steps[1] == S * dtype.itemsize)
-            # Samples share rows where C*S is short of ROW, so they must be adjacent.
-            and (N == 1 or C * S >= ROW or steps[0] == C * S * dtype.itemsize)
-        )
+        flags = array.flags
+        self.direct = array.dtype == dtype and flags.aligned and (flags.c_contiguous or self._has_rows())
+
+    def _has_rows(self) -> bool:
+        """Tell whether the samples are contiguous, each by itself, and as long as a row."""
+        _, C, S = self.array.shape
+        steps, itemsize = self.array.strides, self.dtype.itemsize
+        contiguous = (S == 1 or steps[2] == itemsize) and (C == 1 or steps[1] == S * itemsize)
+        return contiguous and C * S >= ROW  # shorter samples share rows
 
     def read(self, box: Box) -> Array:
         """Return the box's values, to be left unchanged."""

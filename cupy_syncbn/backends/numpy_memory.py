@@ -19,6 +19,8 @@ CACHE_LINE = 64
 """Bytes."""
 KEPT_OUTPUTS = 4
 """How many outputs that nobody refers to any more are kept: y, dx, dresidual, and one more."""
+SMALL = 1 << 17
+"""Bytes below which none of this is worth its while."""
 LARGEST_KEPT = 1 << 25
 """Bytes of the largest output that is kept; at most 128 MiB are, all in all."""
 
@@ -66,16 +68,18 @@ class _Lease:
 
 def output(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
     """Allocate an array for a result."""
+    if math.prod(shape) * dtype.itemsize < SMALL:
+        return np.empty(shape, dtype)
     size = math.prod(shape) * dtype.itemsize + CACHE_LINE
     buffer = None
     for _ in range(len(_free)):
         try:
-            candidate = _free.popleft()
+            candidate = _free.pop()  # the last released first: a cache may still hold it
         except IndexError:  # another thread took it
             break
         if candidate.size == size:
             buffer = candidate
             break
-        _free.append(candidate)
+        _free.appendleft(candidate)
     lease = _Lease(np.empty(size, np.uint8) if buffer is None else buffer)
     return np.asarray(lease).view(dtype).reshape(shape)
