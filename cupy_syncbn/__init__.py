@@ -6,7 +6,7 @@
 
 from cupy_syncbn.convert import convert_sync_batchnorm
 from cupy_syncbn.data_parallel import DistributedDataParallel
-from cupy_syncbn.device import local_rank
+from cupy_syncbn.device import bind_device, local_rank
 from cupy_syncbn.errors import CollectiveTimeoutError, RankMismatchError, RemoteRankError
 from cupy_syncbn.functional import Gradients, sync_batch_norm, sync_batch_norm_backward
 from cupy_syncbn.layers import (
@@ -45,6 +45,7 @@ __all__ = [
     "Sequential",
     "SingleProcessGroup",
     "SyncBatchNorm",
+    "bind_device",
     "convert_sync_batchnorm",
     "default_group",
     "local_rank",

@@ -35,3 +35,38 @@ def local_rank(comm: MPI.Intracomm | None = None) -> int:
     rank: int = node.rank
     node.Free()
     return rank
+
+
+def bind_device(comm: MPI.Intracomm | None = None) -> int:
+    """Make one of the node's GPUs the current device of this process, by its local rank.
+
+    Parameters
+    ----------
+    comm : mpi4py.MPI.Intracomm, optional
+        As in `local_rank`.
+
+    Returns
+    -------
+    int
+        The number of the GPU among those that this process sees: its local rank, modulo their number. So it
+        is 0 where the launcher shows each process a GPU of its own.
+
+    Raises
+    ------
+    ModuleNotFoundError
+        If CuPy is not installed.
+
+    Notes
+    -----
+    **Collective** over `comm`.
+    """
+    rank = local_rank(comm)
+    try:
+        import cupy
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError(
+            "GPUs need CuPy: install cupy-syncbn[cuda12] or cupy-syncbn[cuda13], by the driver's CUDA version"
+        ) from None
+    number: int = rank % cupy.cuda.runtime.getDeviceCount()
+    cupy.cuda.Device(number).use()
+    return number
