@@ -18,7 +18,6 @@ from cupy_syncbn.backends.numpy_boxes import (
     Block,
     Sums,
     Tensor,
-    blocks_of,
     operand_of,
     row_of,
 )
@@ -70,8 +69,8 @@ def statistics(x: Array, trailer: tuple[float, ...]) -> tuple[Array, _Local]:
     dtype = accumulator(x.dtype)
     local = _Local(N * S, np.zeros(C), np.zeros(C), np.zeros(C))
     if x.size:
-        tensor, blocks = Tensor("x", x, dtype), blocks_of(x.shape, dtype.itemsize)
-        for block in blocks:
+        tensor = Tensor("x", x, dtype)
+        for block in tensor.blocks():
             sums = Sums(x.shape, block, dtype)
             for box in block.boxes:
                 values = tensor.read(box)
@@ -81,7 +80,7 @@ def statistics(x: Array, trailer: tuple[float, ...]) -> tuple[Array, _Local]:
         if outside.any():
             shift = np.where(outside & np.isfinite(local.sum), local.sum / (N * S), 0).astype(dtype)
             local.shift[:] = shift
-            for block in blocks:
+            for block in tensor.blocks(workspace=True):
                 if shift[block.channels].any():
                     local.sum[block.channels], local.square[block.channels] = _shifted(tensor, block, shift)
         if dtype == np.float32 and not np.isfinite(local.square).all():
@@ -273,7 +272,7 @@ def _apply(x: Array, y: Array, residual: Array | None, normalization: _Normaliza
     slope = normalization.slope
     source, target = Tensor("x", x, dtype), Tensor("x", y, dtype)  # in place, if by copies
     added = None if residual is None else Tensor("residual", residual, dtype)
-    for block in reversed(blocks_of(x.shape, dtype.itemsize)):
+    for block in reversed(source.blocks()):
         shift = operand_of("shift", normalization.shift, block)
         scale = row_of("scale", normalization.scale[block.channels], block)
         offset = row_of("offset", normalization.offset[block.channels], block)
@@ -304,14 +303,14 @@ def _zeros(length: int, dtype: np.dtype[Any]) -> Array:
 def _through_activation(dy: Array, blocked: Array, slope: float, out: Array) -> Array:
     """Compute ``dy * (slope where blocked, else 1)``."""
     bits = np.unpackbits(blocked, count=dy.size).view(np.int8).reshape(dy.shape)
+    factor = scratch("gradient", dy.shape, dy.dtype)  # out may be in no cache: it is written once
     if slope == 0:  # by masks of bits: 0 * dy would be NaN where dy is infinite
         integer = np.dtype(f"i{dy.dtype.itemsize}")
-        keep = out.view(integer)
-        np.copyto(keep, np.subtract(bits, 1, out=bits))
-        np.bitwise_and(dy.view(integer), keep, out=keep)
+        np.copyto(factor.view(integer), np.subtract(bits, 1, out=bits))
+        np.bitwise_and(dy.view(integer), factor.view(integer), out=out.view(integer))
     else:
-        np.copyto(out, np.subtract(1, bits, out=bits))
-        np.multiply(dy, np.maximum(out, slope, out=out), out=out)
+        np.copyto(factor, np.subtract(1, bits, out=bits))
+        np.multiply(dy, np.maximum(factor, slope, out=factor), out=out)
     return out
 
 
@@ -344,7 +343,7 @@ def reduce_gradients(
     source, gradient = Tensor("x", x, dtype), Tensor("dy", dy, dtype)
     target = None if dresidual is None else Tensor("dresidual", dresidual, dtype)
     blocked = reversed(normalization.blocked)
-    for block in blocks_of(x.shape, dtype.itemsize):
+    for block in source.blocks():
         shift = operand_of("shift", normalization.shift, block)
         sums = Sums(x.shape, block, dtype)
         for box in block.boxes:
@@ -392,7 +391,7 @@ def input_gradient(
     source, target = Tensor("x", x, dtype), Tensor("x", dx, dtype)  # in place, if by copies
     behind = Tensor("dy", gradient.array, dtype)
     blocked = iter(normalization.blocked)
-    for block in reversed(blocks_of(x.shape, dtype.itemsize)):
+    for block in reversed(source.blocks()):
         shift = operand_of("shift", normalization.shift, block)
         scale = row_of("scale", normalization.scale[block.channels], block)
         factors = operand_of("factor", factor, block)

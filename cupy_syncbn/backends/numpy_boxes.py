@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,8 +23,20 @@ import numpy as np
 from cupy_syncbn.backends.layout import Array
 from cupy_syncbn.backends.numpy_memory import CACHE_LINE, scratch
 
-BOX_BYTES = 3 << 17
-"""Bytes of a box: so few that a pass over two or three tensors works in a core's L2 cache."""
+
+def _l2_cache() -> int:
+    """Return the bytes of a core's L2 cache; a common size where the system does not tell."""
+    try:
+        text = Path("/sys/devices/system/cpu/cpu0/cache/index2/size").read_text()
+        return int(text.strip().removesuffix("K")) << 10
+    except (OSError, ValueError):
+        return 1 << 20
+
+
+WORKSPACE_BYTES = 3 << 17
+"""Bytes of a box that workspace is made for: two and the operands fit into a MiB."""
+BOX_BYTES = min(max(_l2_cache() // 2, WORKSPACE_BYTES), 1 << 20)
+"""Bytes of other boxes: what is read and what is written stay in a core's L2 cache."""
 ROW = 8192
 """Elements of NumPy's ufunc buffer: the shortest row to which it applies an operand without a copy."""
 COLUMNS = 512
@@ -67,14 +80,14 @@ class Block(NamedTuple):
 
 
 @functools.lru_cache(maxsize=256)
-def blocks_of(shape: tuple[int, int, int], itemsize: int) -> tuple[Block, ...]:
-    """Divide a tensor into blocks of channels, and these into boxes of at most BOX_BYTES.
+def _blocks(shape: tuple[int, int, int], itemsize: int, box_bytes: int) -> tuple[Block, ...]:
+    """Divide a tensor into blocks of channels, and these into boxes of about `box_bytes`.
 
     Rows of operands are between ROW and a box long: several samples where C*S is short of ROW, several
     channels of one sample where S is, and a part of one channel where S exceeds a box.
     """
     N, C, S = shape
-    size = BOX_BYTES // itemsize
+    size = box_bytes // itemsize
     everything = slice(0, C), slice(0, S)
     if N * C * S <= 2 * ROW and N <= COLUMNS:  # too little to repay any preparation
         box = Box((slice(0, N), *everything), shape, shape, (N, C * S))
@@ -98,7 +111,7 @@ def blocks_of(shape: tuple[int, int, int], itemsize: int) -> tuple[Block, ...]:
     if S < ROW:
         narrow = _ceil(ROW, S)
         # Blocks begin on cache lines where the tensor does.
-        for channels in _split(C, C // max(narrow, min(2 * narrow, size // (N * S))), CACHE_LINE // itemsize):
+        for channels in _split(C, C // max(narrow, min(4 * narrow, size // (N * S))), CACHE_LINE // itemsize):
             c = channels.stop - channels.start
             boxes = []
             for samples in _split(N, round(N * c * S / size)):
@@ -140,6 +153,11 @@ class Tensor:
         self.name, self.array, self.dtype = name, array, dtype
         flags = array.flags
         self.direct = array.dtype == dtype and flags.aligned and (flags.c_contiguous or self._has_rows())
+
+    def blocks(self, *, workspace: bool = False) -> tuple[Block, ...]:
+        """Return the blocks to walk it in; `workspace` tells that boxes are to be copied in any case."""
+        workspace = workspace or not self.direct or self.array.shape[2] < SHORT
+        return _blocks(self.array.shape, self.dtype.itemsize, WORKSPACE_BYTES if workspace else BOX_BYTES)
 
     def _has_rows(self) -> bool:
         """Tell whether the samples are contiguous, each by itself, and as long as a row."""
