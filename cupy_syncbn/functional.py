@@ -224,7 +224,7 @@ def sync_batch_norm_backward(dy: Array, saved: Saved, *, grad_reduction: str = "
     """
     x, normalization, layout = saved.x, saved.normalization, saved.layout
     peers = saved.group if saved.synchronized or grad_reduction != "none" else _LOCAL
-    call = saved.call._replace(direction="backward")
+    call = Call(saved.call.name, saved.call.channels, "backward", saved.call.number)
     with call.faults_join(peers, 2 * call.channels + 3):
         backend = _check_output_gradient(dy, saved)
         scale = _reduction_scale(grad_reduction, peers)
@@ -292,6 +292,8 @@ def check_types(name: str, dtype: np.dtype[Any], x_type: np.dtype[Any]) -> None:
     TypeError
         If they do not.
     """
+    if dtype == x_type:
+        return
     if not is_data_type(x_type):
         raise TypeError(f"expected x of type {', '.join(DATA_TYPES)} (got {x_type}): use x.astype(...)")
     x_type = x_type.newbyteorder("=")

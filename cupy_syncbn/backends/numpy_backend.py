@@ -7,6 +7,7 @@ Vectors of the length of the channels are float64. `numpy_boxes` says how tensor
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -54,7 +55,8 @@ class _Local(NamedTuple):
 
     n: int
     """Values a channel."""
-    shift: Array
+    shift: Array | None
+    """None for zero."""
     sum: Array
     square: Array
 
@@ -67,7 +69,7 @@ def statistics(x: Array, trailer: tuple[float, ...]) -> tuple[Array, _Local]:
     """
     N, C, S = x.shape
     dtype = accumulator(x.dtype)
-    local = _Local(N * S, np.zeros(C), np.zeros(C), np.zeros(C))
+    local = _Local(N * S, None, np.zeros(C), np.zeros(C))
     if x.size:
         tensor = Tensor("x", x, dtype)
         for block in tensor.blocks():
@@ -76,19 +78,19 @@ def statistics(x: Array, trailer: tuple[float, ...]) -> tuple[Array, _Local]:
                 values = tensor.read(box)
                 sums.add(box, values, values)
             local.sum[block.channels], local.square[block.channels] = sums.total()
-        outside = (1 + 1 / NEAR) * local.sum * local.sum > N * S * local.square
+        outside = local.sum * local.sum > (N * S * NEAR / (NEAR + 1)) * local.square
         if outside.any():
             shift = np.where(outside & np.isfinite(local.sum), local.sum / (N * S), 0).astype(dtype)
-            local.shift[:] = shift
+            local = local._replace(shift=shift.astype(np.float64))
             for block in tensor.blocks(workspace=True):
                 if shift[block.channels].any():
                     local.sum[block.channels], local.square[block.channels] = _shifted(tensor, block, shift)
-        if dtype == np.float32 and not np.isfinite(local.square).all():
-            _redo_overflown(x, local)
+        if dtype == np.float32 and not math.isfinite(np.add.reduce(local.square)):
+            local = _redo_overflown(x, local)
     return _exchange_vector(local, trailer), local
 
 
-def _shifted(tensor: Tensor, block: Block, shift: Array) -> Array:
+def _shifted(tensor: Tensor, block: Block, shift: Array) -> tuple[Array, Array]:
     """Return Σ(x - shift) and Σ(x - shift)² of the channels of a block."""
     row = row_of("shift", shift[block.channels], block)
     sums = Sums(tensor.array.shape, block, tensor.dtype)
@@ -100,38 +102,41 @@ def _shifted(tensor: Tensor, block: Block, shift: Array) -> Array:
     return sums.total()
 
 
-def _redo_overflown(x: Array, local: _Local) -> None:
+def _redo_overflown(x: Array, local: _Local) -> _Local:
     """Compute channels in float64 whose squares, unlike their values, exceed the range of float32."""
-    for channel in np.flatnonzero(~np.isfinite(local.square)):
+    n, shift, sum_, square = local
+    shift = np.zeros(x.shape[1]) if shift is None else shift
+    for channel in np.flatnonzero(~np.isfinite(square)):
         values = x[:, channel].astype(np.float64)
         if np.isfinite(values).all():
-            local.shift[channel] = values.mean()
-            values -= local.shift[channel]
-            local.sum[channel], local.square[channel] = values.sum(), np.vdot(values, values)
+            shift[channel] = values.mean()
+            values -= shift[channel]
+            sum_[channel], square[channel] = values.sum(), np.vdot(values, values)
+    return _Local(n, shift, sum_, square)
 
 
 def _exchange_vector(local: _Local, trailer: tuple[float, ...]) -> Array:
     """Return the vector of the forward, about the shift rounded to a pivot."""
-    count, shift, sum_, square = local
-    C = shift.size
-    result = vector(4, C, (count, *trailer))
+    n, shift, sum_, square = local
+    C = sum_.size
+    result = vector(4, C, (n, *trailer))
     rows = result[: 4 * C].reshape(4, C)
     rows[2] = sum_
     rows[3] = square
-    if shift.any():
+    if shift is not None:
         pivot = _round_to_12_bits(shift)
         rest = shift - pivot
-        rows[0] = count * pivot
-        rows[1] = count * pivot * pivot
-        rows[2] += count * rest
-        rows[3] += rest * (2 * sum_ + count * rest) + 2 * pivot * rows[2]
+        rows[0] = n * pivot
+        rows[1] = n * pivot * pivot
+        rows[2] += n * rest
+        rows[3] += rest * (2 * sum_ + n * rest) + 2 * pivot * rows[2]
     return result
 
 
 def deviations(local: _Local, vector: Array, trailer: tuple[float, ...]) -> Array:
     """Return the vector [Σ(x - mean)² (C) | trailer] about the mean over all ranks, for float64 data."""
-    mean, _, _ = _moments(vector, local.shift.size)
-    distance = mean - local.shift
+    mean, _, _ = _moments(vector, local.sum.size)
+    distance = mean if local.shift is None else mean - local.shift
     square = local.square - distance * (2 * local.sum - local.n * distance)
     return np.concatenate([square, trailer])
 

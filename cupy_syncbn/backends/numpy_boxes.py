@@ -197,7 +197,7 @@ class Sums:
     def __init__(self, shape: tuple[int, ...], block: Block, dtype: np.dtype[Any]) -> None:
         N, _, S = shape
         c = block.channels.stop - block.channels.start
-        self._total = np.zeros((2, c))
+        self._total: tuple[Array, Array] | None = None
         self._stretch = _stretch(S)
         # Σa and Σab over each stretch
         self._partial = None if S < SHORT else scratch("partial", (2, N, c, _ceil(S, self._stretch)), dtype)
@@ -205,18 +205,22 @@ class Sums:
     def add(self, box: Box, a: Array, b: Array) -> None:
         """Add a box; every box of the block must be added once. The scratch "difference" is overwritten."""
         if self._partial is None:
-            self._total[0] += _column_sums(a, box)
+            sums = _column_sums(a, box)
             product = scratch("difference", a.shape, a.dtype)  # which may be a or b
-            self._total[1] += _column_sums(np.multiply(a, b, out=product), box)
+            products = _column_sums(np.multiply(a, b, out=product), box)
+            if self._total is not None:
+                sums += self._total[0]
+                products += self._total[1]
+            self._total = sums, products
             return
         samples, _, positions = box.where
         n, c, s = box.shape
         length = self._stretch
         first, whole = positions.start // length, s // length
-        sums = self._partial[:, samples, :, first : first + whole]
+        partial = self._partial[:, samples, :, first : first + whole]
         if whole * length == s:  # stretches of all channels follow each other: one matrix a sample
             rows = (n, c * whole, length)
-            sums = sums.reshape(2, *rows[:2])
+            partial = partial.reshape(2, *rows[:2])
             a, b = a.reshape(rows), b.reshape(rows)
         else:
             a, b = a.reshape(box.shape), b.reshape(box.shape)
@@ -224,14 +228,15 @@ class Sums:
             _sum_rows(a[:, :, whole * length :], b[:, :, whole * length :], rest)
             stretches = (n, c, whole, length)
             a, b = (values[:, :, : whole * length].reshape(stretches) for values in (a, b))
-        _sum_rows(a, b, sums)
+        _sum_rows(a, b, partial)
 
-    def total(self) -> Array:
-        """Return both sums, (2, C)."""
+    def total(self) -> tuple[Array, Array]:
+        """Return both sums, (C,) each."""
         if self._partial is None:
+            assert self._total is not None
             return self._total
-        total: Array = np.add.reduce(self._partial, axis=(1, 3), dtype=np.float64)
-        return total
+        sums, products = np.add.reduce(self._partial, axis=(1, 3), dtype=np.float64)
+        return sums, products
 
 
 def _sum_rows(a: Array, b: Array, sums: Array) -> None:
