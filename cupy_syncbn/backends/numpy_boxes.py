@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from cupy_syncbn.backends import numpy_float16
 from cupy_syncbn.backends.layout import Array
 from cupy_syncbn.backends.numpy_memory import CACHE_LINE, scratch
 
@@ -151,13 +152,16 @@ class Tensor:
 
     def __init__(self, name: str, array: Array, dtype: np.dtype[Any]) -> None:
         self.name, self.array, self.dtype = name, array, dtype
+        self.half = array.dtype == np.float16 and array.dtype.isnative
         flags = array.flags
         self.direct = array.dtype == dtype and flags.aligned and (flags.c_contiguous or self._has_rows())
 
     def blocks(self, *, workspace: bool = False) -> tuple[Block, ...]:
         """Return the blocks to walk it in; `workspace` tells that boxes are to be copied in any case."""
-        workspace = workspace or not self.direct or self.array.shape[2] < SHORT
-        return _blocks(self.array.shape, self.dtype.itemsize, WORKSPACE_BYTES if workspace else BOX_BYTES)
+        box_bytes = BOX_BYTES
+        if workspace or not self.direct or self.array.shape[2] < SHORT:
+            box_bytes = WORKSPACE_BYTES // 2 if self.half else WORKSPACE_BYTES  # conversions need as much
+        return _blocks(self.array.shape, self.dtype.itemsize, box_bytes)
 
     def _has_rows(self) -> bool:
         """Tell whether the samples are contiguous, each by itself, and as long as a row."""
@@ -172,7 +176,10 @@ class Tensor:
         if self.direct:
             return part.reshape(box.rows)
         held = scratch(self.name, box.shape, self.dtype)
-        np.copyto(held, part)
+        if self.half:
+            numpy_float16.load(part, held)
+        else:
+            np.copyto(held, part)
         return held.reshape(box.rows)
 
     def place(self, box: Box) -> Array:
@@ -188,7 +195,11 @@ class Tensor:
 
     def write(self, box: Box, values: Array) -> None:
         """Store what was computed elsewhere, rounded to the tensor's type."""
-        np.copyto(self.array[box.where], values.reshape(box.shape), casting="unsafe")
+        part = self.array[box.where]
+        if self.half:
+            numpy_float16.store(values, part)
+        else:
+            np.copyto(part, values.reshape(box.shape), casting="unsafe")
 
 
 class Sums:
