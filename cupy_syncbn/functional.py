@@ -133,6 +133,7 @@ def sync_batch_norm(
     peers = group if training else _LOCAL
     call = call or Call("sync_batch_norm", _channels(x, weight, running_mean, channels_last), "forward", 0)
     with call.faults_join(peers, 4 * call.channels + 4):
+        check_settings(eps, momentum)
         backend, layout = _check_input(x, channels_last, call.channels)
         dtype = x.dtype.newbyteorder("=")
         running = _check_running(running_mean, running_var, num_batches_tracked, momentum, dtype, call)
@@ -141,8 +142,6 @@ def sync_batch_norm(
                 _check_parameter(name, values, dtype, call)
         slope = activation_slope(activation)
         y = _check_output(backend, x, residual, out, layout, training)
-        if not eps >= 0:
-            raise ValueError(f"expected eps of at least 0 (got {eps!r})")
         use_batch = training or running is None
         if use_batch and peers.size == 1 and layout.shape_3d[0] * layout.shape_3d[2] == 1:
             raise ValueError(
@@ -227,7 +226,8 @@ def sync_batch_norm_backward(dy: Array, saved: Saved, *, grad_reduction: str = "
     call = Call(saved.call.name, saved.call.channels, "backward", saved.call.number)
     with call.faults_join(peers, 2 * call.channels + 3):
         backend = _check_output_gradient(dy, saved)
-        scale = _reduction_scale(grad_reduction, peers)
+        check_grad_reduction(grad_reduction)
+        scale = 1 / peers.size if grad_reduction == "mean" else 1.0
         dtype = x.dtype.newbyteorder("=")
         dx = backend.empty(layout, dtype)
         dresidual = backend.empty(layout, dtype) if saved.has_residual else None
@@ -267,10 +267,47 @@ def is_data_type(dtype: np.dtype[Any]) -> bool:
     return dtype.name in DATA_TYPES
 
 
+def check_data_type(dtype: np.dtype[Any]) -> None:
+    """Check that data may have a type.
+
+    Raises
+    ------
+    TypeError
+        If they may not.
+    """
+    if not is_data_type(dtype):
+        raise TypeError(f"expected x of type {', '.join(DATA_TYPES)} (got {dtype}): use x.astype(...)")
+
+
+def check_grad_reduction(grad_reduction: str) -> None:
+    """Check that gradients can be reduced so.
+
+    Raises
+    ------
+    ValueError
+        If it is none of GRAD_REDUCTIONS.
+    """
+    if grad_reduction not in GRAD_REDUCTIONS:
+        raise ValueError(f"expected grad_reduction 'none', 'sum' or 'mean' (got {grad_reduction!r})")
+
+
+def check_settings(eps: float, momentum: float | None) -> None:
+    """Check the settings that have a range.
+
+    Raises
+    ------
+    ValueError
+        If one is out of it.
+    """
+    if not eps >= 0:
+        raise ValueError(f"expected eps of at least 0 (got {eps!r})")
+    if momentum is not None and not 0 <= momentum <= 1:
+        raise ValueError(f"expected momentum between 0 and 1, or None (got {momentum!r})")
+
+
 def _check_input(x: Array, channels_last: bool, channels: int) -> tuple[Backend, Layout]:
     backend = backend_of(x)
-    if not is_data_type(x.dtype):
-        raise TypeError(f"expected x of type {', '.join(DATA_TYPES)} (got {x.dtype}): use x.astype(...)")
+    check_data_type(x.dtype)
     if x.ndim < 2:
         raise ValueError(f"expected at least 2D input (got {x.ndim}D input)")
     axis = x.ndim - 1 if channels_last else 1
@@ -294,8 +331,7 @@ def check_types(name: str, dtype: np.dtype[Any], x_type: np.dtype[Any]) -> None:
     """
     if dtype == x_type:
         return
-    if not is_data_type(x_type):
-        raise TypeError(f"expected x of type {', '.join(DATA_TYPES)} (got {x_type}): use x.astype(...)")
+    check_data_type(x_type)
     x_type = x_type.newbyteorder("=")
     if dtype != x_type and not (x_type.itemsize == 2 and dtype == np.float32):
         wanted = x_type.name if x_type.itemsize > 2 else f"float32 or {x_type.name}"
@@ -320,8 +356,6 @@ def _check_running(
     x_type: Any,
     call: Call,
 ) -> Running | None:
-    if momentum is not None and not 0 <= momentum <= 1:
-        raise ValueError(f"expected momentum between 0 and 1, or None (got {momentum!r})")
     if mean is None or var is None:
         if mean is not var:
             raise ValueError("expected running_mean and running_var together (got one of them)")
@@ -401,9 +435,3 @@ def _check_output_gradient(dy: Array, saved: Saved) -> Backend:
     if dy.dtype.newbyteorder("=") != saved.x.dtype.newbyteorder("="):
         raise TypeError(f"expected dy of the output's type {saved.x.dtype.name} (got {dy.dtype})")
     return backend
-
-
-def _reduction_scale(grad_reduction: str, group: ProcessGroup) -> float:
-    if grad_reduction not in GRAD_REDUCTIONS:
-        raise ValueError(f"expected grad_reduction 'none', 'sum' or 'mean' (got {grad_reduction!r})")
-    return 1 / group.size if grad_reduction == "mean" else 1.0

@@ -12,10 +12,11 @@ from cupy_syncbn.backends import Array, array_module, backend_of
 from cupy_syncbn.exchange import Call
 from cupy_syncbn.functional import (
     DATA_TYPES,
-    GRAD_REDUCTIONS,
     Activation,
     Saved,
     activation_slope,
+    check_grad_reduction,
+    check_settings,
     check_types,
     is_data_type,
     sync_batch_norm,
@@ -341,12 +342,8 @@ class _BatchNorm(Module):
         self.num_features = operator.index(num_features)
         if self.num_features < 1:
             raise ValueError(f"expected num_features of at least 1 (got {num_features})")
-        if not eps >= 0:
-            raise ValueError(f"expected eps of at least 0 (got {eps!r})")
-        if momentum is not None and not 0 <= momentum <= 1:
-            raise ValueError(f"expected momentum between 0 and 1, or None (got {momentum!r})")
-        if grad_reduction not in GRAD_REDUCTIONS:
-            raise ValueError(f"expected grad_reduction 'none', 'sum' or 'mean' (got {grad_reduction!r})")
+        check_settings(eps, momentum)
+        check_grad_reduction(grad_reduction)
         activation_slope(activation)
         self.eps, self.momentum = eps, momentum
         self.affine, self.track_running_stats = affine, track_running_stats

@@ -173,15 +173,19 @@ class MPIProcessGroup(ProcessGroup):
             keyval = _keyval()
             self._channel = cast("_Channel | None", self._comm.Get_attr(keyval))
             if self._channel is None:
-                self._channel = _Channel(self._comm.Dup())
+                # Not Dup, which would wait for ever for a rank that never comes to its first exchange.
+                comm, request = self._comm.Idup()
+                self._channel = _Channel(comm)
                 self._comm.Set_attr(keyval, self._channel)
+                self._wait(request, comm)
         if self._channel.abandoned:
             raise CollectiveTimeoutError(
                 "an earlier exchange on this communicator ended by its timeout: its ranks are out of step"
             )
         return self._channel.comm
 
-    def _wait(self, request: MPI.Request, buffer: Array) -> None:
+    def _wait(self, request: MPI.Request, needed: Array | MPI.Comm) -> None:
+        """Wait for a request, which needs something to live as long as it does."""
         deadline = None
         spins = 0
         while not request.Test():
@@ -194,7 +198,7 @@ class MPIProcessGroup(ProcessGroup):
                 deadline = now + self.timeout
             elif now > deadline:
                 assert self._channel is not None
-                self._channel.abandoned.append((request, buffer))
+                self._channel.abandoned.append((request, needed))
                 raise CollectiveTimeoutError(
                     f"rank {self.rank} of {self.size} waited {self.timeout:g} s for the other ranks: "
                     "one of them ended, is stuck, or did not make this call"
@@ -209,7 +213,7 @@ class _Channel:
 
     def __init__(self, comm: MPI.Comm) -> None:
         self.comm = comm
-        self.abandoned: list[tuple[MPI.Request, Array]] = []  # MPI may still write to these buffers
+        self.abandoned: list[tuple[MPI.Request, Array | MPI.Comm]] = []  # MPI may still write to these
 
 
 class _NotAMember(ProcessGroup):

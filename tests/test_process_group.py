@@ -1,5 +1,6 @@
 """Groups of ranks: what they add up, who is in them, what happens when a rank does not come."""
 
+import contextlib
 import copy
 import subprocess
 import sys
@@ -211,6 +212,20 @@ def test_rank_that_does_not_come(world):
             assert world.size > 1
         else:
             assert buffer[0] == world.size
+
+
+def test_rank_that_never_comes_to_the_first_exchange(world):
+    """The communicator's duplicate is made then, which must not wait for ever either."""
+    group = MPIProcessGroup(world.comm.Dup(), timeout=0.2)
+    if world.size > 1 and world.rank > 0:
+        for _ in range(2):
+            with pytest.raises(CollectiveTimeoutError):
+                group.allreduce(np.zeros(3))
+    world.comm.Barrier()
+    if world.rank == 0:
+        with contextlib.suppress(CollectiveTimeoutError):
+            group.allreduce(np.zeros(3))
+    world.comm.Barrier()
 
 
 def test_layer_names_itself_when_a_rank_does_not_come(world, rng):

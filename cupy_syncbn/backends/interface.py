@@ -30,9 +30,6 @@ class Backend(Protocol):
     def overlaps(self, a: Array, b: Array) -> bool:
         """Tell whether two arrays share memory."""
 
-    def vector(self, rows: int, channels: int, trailer: tuple[float, ...]) -> Array:
-        """Return an exchange vector of zeros that ends in `trailer`."""
-
     def statistics(self, x: Array, trailer: tuple[float, ...]) -> tuple[Array, Any]:
         """Reduce `x` to the exchange vector of the forward; also return what `deviations` needs."""
 

@@ -43,7 +43,7 @@ def accumulator(dtype: np.dtype[Any]) -> np.dtype[Any]:
     return np.dtype(np.float64 if dtype.itemsize == 8 else np.float32)
 
 
-def vector(rows: int, channels: int, trailer: tuple[float, ...]) -> Array:
+def _vector(rows: int, channels: int, trailer: tuple[float, ...]) -> Array:
     """Return an exchange vector of zeros that ends in `trailer`."""
     result = np.zeros(rows * channels + len(trailer))
     result[rows * channels :] = trailer
@@ -119,7 +119,7 @@ def _exchange_vector(local: _Local, trailer: tuple[float, ...]) -> Array:
     """Return the vector of the forward, about the shift rounded to a pivot."""
     n, shift, sum_, square = local
     C = sum_.size
-    result = vector(4, C, (n, *trailer))
+    result = _vector(4, C, (n, *trailer))
     rows = result[: 4 * C].reshape(4, C)
     rows[2] = sum_
     rows[3] = square
@@ -336,7 +336,7 @@ def reduce_gradients(
 ) -> tuple[Array, _Gradient]:
     """Reduce `dy` and `x` to the exchange vector of the backward, in one pass that also writes dresidual."""
     C = x.shape[1]
-    result = vector(2, C, trailer)
+    result = _vector(2, C, trailer)
     dtype, slope = normalization.scale.dtype, normalization.slope
     # 16 bits would round a product with the slope of leaky ReLU.
     exact = dresidual is not None and (not slope or x.dtype == dtype)
