@@ -416,6 +416,10 @@ def test_thousand_layers_share_one_duplicate(world, rng):
             CountingComm.duplicates += 1
             return super().Dup(info)
 
+        def Idup(self, info=None):  # noqa: N802
+            CountingComm.duplicates += 1
+            return super().Idup(info)
+
         Clone = Dup
 
     comm = CountingComm(world.comm.Dup())
