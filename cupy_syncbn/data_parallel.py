@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import zlib
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cupy_syncbn.backends import Array
+from cupy_syncbn.backends import Array, module_of
 from cupy_syncbn.exchange import Call
 from cupy_syncbn.layers import Module, Parameter, _BatchNorm
 from cupy_syncbn.process_group import ProcessGroup, as_group
@@ -61,7 +62,7 @@ class DistributedDataParallel(Module):
         call = self._call("construction", state)
         call.exchange(self.process_group, np.array(call.trailer(self.process_group)))
         for array in state.values():
-            values = np.ascontiguousarray(array)
+            values = module_of(array).ascontiguousarray(array)
             self.process_group.broadcast(values)
             array[...] = values.reshape(array.shape)
 
@@ -137,7 +138,7 @@ class DistributedDataParallel(Module):
         for parameter in parameters:
             dtype = _sum_type(parameter)
             nbytes = parameter.data.size * dtype.itemsize
-            if not buckets or nbytes > room or dtype != _sum_type(buckets[-1][0]):
+            if not buckets or nbytes > room or not _fit_together(parameter, buckets[-1][0]):
                 buckets.append([])
                 room = self.bucket_cap_mb * 2**20
             buckets[-1].append(parameter)
@@ -145,17 +146,24 @@ class DistributedDataParallel(Module):
         return buckets
 
     def _average(self, bucket: list[Parameter]) -> None:
-        total = np.zeros(sum(parameter.data.size for parameter in bucket), _sum_type(bucket[0]))
-        parts = np.split(total, np.cumsum([parameter.data.size for parameter in bucket[:-1]]))
+        xp = module_of(bucket[0].data)
+        total = xp.zeros(sum(parameter.data.size for parameter in bucket), _sum_type(bucket[0]))
+        ends = itertools.accumulate(parameter.data.size for parameter in bucket)
+        parts = [total[end - p.data.size : end] for p, end in zip(bucket, ends, strict=True)]
         for parameter, part in zip(bucket, parts, strict=True):
             if parameter.grad is not None:
-                part[:] = parameter.grad.reshape(-1)
+                part[...] = parameter.grad.reshape(-1)
         self.process_group.allreduce(total)
         total /= self.process_group.size
         for parameter, part in zip(bucket, parts, strict=True):
             if parameter.grad is None:
-                parameter.grad = np.empty_like(parameter.data)
+                parameter.grad = xp.empty_like(parameter.data)
             parameter.grad[...] = part.reshape(parameter.data.shape)
+
+
+def _fit_together(a: Parameter, b: Parameter) -> bool:
+    """Tell whether the gradients of two parameters can share a message."""
+    return _sum_type(a) == _sum_type(b) and module_of(a.data) is module_of(b.data)
 
 
 def _sum_type(parameter: Parameter) -> np.dtype[Any]:

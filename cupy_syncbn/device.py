@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from cupy_syncbn.backends import array_module
 from cupy_syncbn.process_group import default_group
 
 if TYPE_CHECKING:
@@ -55,18 +56,15 @@ def bind_device(comm: MPI.Intracomm | None = None) -> int:
     ------
     ModuleNotFoundError
         If CuPy is not installed.
+    RuntimeError
+        If it finds no driver, or no GPU.
 
     Notes
     -----
     **Collective** over `comm`.
     """
     rank = local_rank(comm)
-    try:
-        import cupy
-    except ModuleNotFoundError:
-        raise ModuleNotFoundError(
-            "GPUs need CuPy: install cupy-syncbn[cuda12] or cupy-syncbn[cuda13], by the driver's CUDA version"
-        ) from None
+    cupy = array_module("cuda")
     number: int = rank % cupy.cuda.runtime.getDeviceCount()
     cupy.cuda.Device(number).use()
     return number

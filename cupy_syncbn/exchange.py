@@ -57,8 +57,7 @@ class Call(NamedTuple):
         """
         if group.size == 1:
             return
-        self.allreduce(group, vector)
-        fault, tag, tag_square = vector[-3:].tolist()
+        fault, tag, tag_square = self.allreduce(group, vector)[-3:].tolist()
         if fault:
             raise RemoteRankError(f"{_faulty(fault, group)} failed before {self}: see the error there")
         if group.size * tag_square != tag * tag:
@@ -67,10 +66,10 @@ class Call(NamedTuple):
                 "all ranks must call the same layers in the same order"
             )
 
-    def allreduce(self, group: ProcessGroup, vector: Array) -> None:
-        """Add up `vector`; a timeout names this call."""
+    def allreduce(self, group: ProcessGroup, vector: Array) -> Array:
+        """Add up `vector`, and return the sum as the group does; a timeout names this call."""
         try:
-            group.allreduce(vector)
+            return group.allreduce(vector)
         except CollectiveTimeoutError as error:
             raise CollectiveTimeoutError(f"{self}: {error}") from None
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from cupy_syncbn.backends import Array, Backend, Layout, Running, backend_of
+from cupy_syncbn.backends import Array, Backend, Layout, Running, as_array, backend_of
 from cupy_syncbn.exchange import Call
 from cupy_syncbn.process_group import ProcessGroup, SingleProcessGroup, as_group
 
@@ -134,12 +134,15 @@ def sync_batch_norm(
     call = call or Call("sync_batch_norm", _channels(x, weight, running_mean, channels_last), "forward", 0)
     with call.faults_join(peers, 4 * call.channels + 4):
         check_settings(eps, momentum)
+        x, residual, out = as_array(x), as_array(residual), as_array(out)
         backend, layout = _check_input(x, channels_last, call.channels)
         dtype = x.dtype.newbyteorder("=")
-        running = _check_running(running_mean, running_var, num_batches_tracked, momentum, dtype, call)
+        running = _check_running(
+            backend, running_mean, running_var, num_batches_tracked, momentum, dtype, call
+        )
         for name, values in (("weight", weight), ("bias", bias)):
             if values is not None:
-                _check_parameter(name, values, dtype, call)
+                _check_parameter(backend, name, values, dtype, call)
         slope = activation_slope(activation)
         y = _check_output(backend, x, residual, out, layout, training)
         use_batch = training or running is None
@@ -147,8 +150,8 @@ def sync_batch_norm(
             raise ValueError(
                 f"Expected more than 1 value per channel when training, got input size {x.shape}"
             )
-        tensor, target = layout.as_3d(x), layout.as_3d(y)
-        added = None if residual is None else layout.as_3d(residual)
+        tensor, target = backend.accessible(layout.as_3d(x)), backend.accessible(layout.as_3d(y))
+        added = None if residual is None else backend.accessible(layout.as_3d(residual))
         if use_batch:
             vector, local = backend.statistics(tensor, call.trailer(peers))
 
@@ -225,6 +228,7 @@ def sync_batch_norm_backward(dy: Array, saved: Saved, *, grad_reduction: str = "
     peers = saved.group if saved.synchronized or grad_reduction != "none" else _LOCAL
     call = Call(saved.call.name, saved.call.channels, "backward", saved.call.number)
     with call.faults_join(peers, 2 * call.channels + 3):
+        dy = as_array(dy)
         backend = _check_output_gradient(dy, saved)
         check_grad_reduction(grad_reduction)
         scale = 1 / peers.size if grad_reduction == "mean" else 1.0
@@ -232,21 +236,23 @@ def sync_batch_norm_backward(dy: Array, saved: Saved, *, grad_reduction: str = "
         dx = backend.empty(layout, dtype)
         dresidual = backend.empty(layout, dtype) if saved.has_residual else None
         residual = None if dresidual is None else layout.as_3d(dresidual)
-        own, gradient = backend.reduce_gradients(
-            layout.as_3d(dy), x, normalization, residual, call.trailer(peers)
+        total, own, gradient = backend.reduce_gradients(
+            backend.accessible(layout.as_3d(dy)), x, normalization, residual, call.trailer(peers)
         )
 
-    total = own.copy()
     call.exchange(peers, total)
-    sums = None if saved.constant_statistics else total if saved.synchronized else own
-    backend.input_gradient(gradient, x, normalization, sums, layout.as_3d(dx))
-    weight, bias = backend.parameter_gradients(own if grad_reduction == "none" else total, normalization)
-    return Gradients(
-        dx,
-        None if saved.weight_type is None else (weight * scale).astype(saved.weight_type),
-        None if saved.bias_type is None else (bias * scale).astype(saved.bias_type),
-        dresidual,
+    weight, bias = backend.input_gradient(
+        gradient,
+        x,
+        normalization,
+        layout.as_3d(dx),
+        sums=None if saved.constant_statistics else total if saved.synchronized else own,
+        parameter_sums=own if grad_reduction == "none" else total,
+        parameter_scale=scale,
+        weight_type=saved.weight_type,
+        bias_type=saved.bias_type,
     )
+    return Gradients(dx, weight, bias, dresidual)
 
 
 _LOCAL = SingleProcessGroup()
@@ -307,6 +313,7 @@ def check_settings(eps: float, momentum: float | None) -> None:
 
 def _check_input(x: Array, channels_last: bool, channels: int) -> tuple[Backend, Layout]:
     backend = backend_of(x)
+    backend.check_device(x)
     check_data_type(x.dtype)
     if x.ndim < 2:
         raise ValueError(f"expected at least 2D input (got {x.ndim}D input)")
@@ -341,14 +348,25 @@ def check_types(name: str, dtype: np.dtype[Any], x_type: np.dtype[Any]) -> None:
         )
 
 
-def _check_parameter(name: str, values: Array, x_type: Any, call: Call) -> None:
-    backend_of(values)
+def _check_backend(backend: Backend, name: str, array: Array) -> None:
+    """Check that an array is where the input is."""
+    if backend_of(array) is not backend:
+        raise TypeError(
+            f"expected {name} on the device of the input (got {type(array).__module__}."
+            f"{type(array).__qualname__}): use cupy.asarray or cupy.asnumpy, or the layer's .to(device)"
+        )
+    backend.check_device(array)
+
+
+def _check_parameter(backend: Backend, name: str, values: Array, x_type: Any, call: Call) -> None:
+    _check_backend(backend, name, values)
     if values.shape != (call.channels,):
         raise ValueError(f"expected {name} of shape ({call.channels},) (got {values.shape})")
     check_types(name, values.dtype, x_type)
 
 
 def _check_running(
+    backend: Backend,
     mean: Array | None,
     var: Array | None,
     tracked: Array | None,
@@ -360,18 +378,19 @@ def _check_running(
         if mean is not var:
             raise ValueError("expected running_mean and running_var together (got one of them)")
         return None
-    _check_parameter("running_mean", mean, x_type, call)
-    _check_parameter("running_var", var, x_type, call)
+    _check_parameter(backend, "running_mean", mean, x_type, call)
+    _check_parameter(backend, "running_var", var, x_type, call)
     if tracked is None and momentum is None:
         raise ValueError("expected num_batches_tracked with momentum=None, the average over all batches")
+    if tracked is not None:
+        _check_backend(backend, "num_batches_tracked", tracked)
     if tracked is not None and (tracked.shape != () or tracked.dtype != np.int64):
         raise ValueError(f"expected num_batches_tracked to be a 0-d int64 array (got {tracked!r})")
     return Running(mean, var, tracked, momentum)
 
 
 def _check_like(name: str, array: Array, x: Array) -> None:
-    if backend_of(array) is not backend_of(x):
-        raise TypeError(f"expected {name} on the device of the input (got {type(array).__qualname__})")
+    _check_backend(backend_of(x), name, array)
     if array.shape != x.shape:
         raise ValueError(f"expected {name} of the input's size {x.shape} (got {array.shape})")
     if array.dtype.newbyteorder("=") != x.dtype.newbyteorder("="):
@@ -392,7 +411,7 @@ def _check_output(
     if out is None:
         return backend.empty(layout, x.dtype.newbyteorder("="))
     _check_like("out", out, x)
-    if not out.flags.writeable:
+    if isinstance(out, np.ndarray) and not out.flags.writeable:
         raise ValueError("expected a writeable array as out (got a read-only one)")
     if backend.overlaps(out, x) and (training or out is not x):
         raise ValueError(
@@ -427,7 +446,8 @@ def activation_slope(activation: Activation) -> float | None:
 
 
 def _check_output_gradient(dy: Array, saved: Saved) -> Backend:
-    backend = backend_of(dy)
+    backend = backend_of(saved.x)
+    _check_backend(backend, "dy", dy)
     if not saved.intact:
         raise RuntimeError("backward needs the input, but the forward wrote its result over it (out=)")
     if dy.shape != saved.layout.shape:

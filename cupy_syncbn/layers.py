@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 
-from cupy_syncbn.backends import Array, array_module, backend_of
+from cupy_syncbn.backends import Array, array_module, as_array, backend_of, module_of, move
 from cupy_syncbn.exchange import Call
 from cupy_syncbn.functional import (
     DATA_TYPES,
@@ -228,7 +228,7 @@ class Module:
         """
         own = self.state_dict()
         missing = [name for name in own if name not in state]
-        values = {name: np.asarray(state[name]) for name in own if name in state}
+        values = {name: move(state[name], np) for name in own if name in state}
         for name in [name for name in missing if name.split(".")[-1] == "num_batches_tracked"]:
             missing.remove(name)
             values[name] = np.zeros((), np.int64)
@@ -241,7 +241,7 @@ class Module:
             if not np.can_cast(value.dtype, own[name].dtype, "same_kind"):
                 raise TypeError(f"expected {name} to be {own[name].dtype} (got {value.dtype})")
         for name, value in values.items():
-            own[name][...] = value
+            own[name][...] = module_of(own[name]).asarray(value)
         return IncompatibleKeys(missing, unexpected)
 
     def to(self, device: str) -> Self:
@@ -249,8 +249,8 @@ class Module:
 
         Parameters
         ----------
-        device : {"cpu"}
-            The device.
+        device : {"cpu", "cuda"}
+            The device; "cuda" is the current one of CuPy.
 
         Returns
         -------
@@ -264,11 +264,13 @@ class Module:
         """
         xp = array_module(device)
         for parameter in self.parameters():
-            parameter.data = xp.asarray(parameter.data)
+            parameter.data = move(parameter.data, xp)
+            if parameter.grad is not None:
+                parameter.grad = move(parameter.grad, xp)
         for _, module in self.named_modules():
             for name in module._buffer_names:
                 buffer = getattr(module, name)
-                setattr(module, name, None if buffer is None else xp.asarray(buffer))
+                setattr(module, name, None if buffer is None else move(buffer, xp))
         return self
 
 
@@ -388,6 +390,7 @@ class _BatchNorm(Module):
             introduction = self._call(f"introduction with {self.dtype} parameters")
             introduction.exchange(self._peers(), np.array(introduction.trailer(self._peers())))
             self._introduced = True
+        x = as_array(x)
         call = self._call("forward")
         with call.faults_join(self._peers(), 4 * self.num_features + 4):
             self._check(x)
@@ -493,7 +496,8 @@ class _BatchNorm(Module):
             self.bias.data[...] = 0
             if weight == "uniform":
                 rng = rng or np.random.default_rng(0)
-                self.weight.data[...] = rng.random(self.num_features).astype(self.dtype)
+                values = rng.random(self.num_features).astype(self.dtype)
+                self.weight.data[...] = module_of(self.weight.data).asarray(values)
 
     def __repr__(self) -> str:
         return (
@@ -544,8 +548,9 @@ class SyncBatchNorm(_BatchNorm):
         The ranks whose batches are one; None is all.
     dtype : {"float16", "bfloat16", "float32", "float64"}
         Type of parameters and running statistics. float32 is for 16-bit data too.
-    device : {"cpu", None}
-        Where parameters and running statistics are.
+    device : {"cpu", "cuda", None}
+        Where parameters and running statistics are, and the data must be: None is what CUPY_SYNCBN_DEVICE
+        says, or "cuda" where CuPy sees a GPU, else "cpu".
     channels_last : bool
         Whether the channels are the last axis of the input.
     activation : {None, "relu", "leaky_relu"} or ("leaky_relu", slope)

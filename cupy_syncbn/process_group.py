@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, cast
 
 from cupy_syncbn.errors import CollectiveTimeoutError
+from cupy_syncbn.staging import Staging
 
 if TYPE_CHECKING:
     import numpy as np
@@ -46,8 +47,19 @@ class ProcessGroup(ABC):
     timeout: float
 
     @abstractmethod
-    def allreduce(self, buffer: Array) -> None:
+    def allreduce(self, buffer: Array) -> Array:
         """Replace `buffer`, contiguous, by its sum over the ranks (**collective**).
+
+        Parameters
+        ----------
+        buffer : array
+            A NumPy array, or a CuPy array: it is ready in the order of the current stream, and so is the sum.
+
+        Returns
+        -------
+        array
+            The sum where the host reads it best: in memory of the host if it came by there, valid until the
+            next call, else `buffer`.
 
         Raises
         ------
@@ -93,8 +105,9 @@ class SingleProcessGroup(ProcessGroup):
 
     rank, size, timeout = 0, 1, math.inf
 
-    def allreduce(self, buffer: Array) -> None:
-        """Leave `buffer` as it is."""
+    def allreduce(self, buffer: Array) -> Array:
+        """Leave `buffer` as it is, and return it."""
+        return buffer
 
     def broadcast(self, buffer: Array, root: int = 0) -> None:
         """Leave `buffer` as it is."""
@@ -104,7 +117,7 @@ class SingleProcessGroup(ProcessGroup):
 
 
 class MPIProcessGroup(ProcessGroup):
-    """The ranks of an MPI communicator; buffers are NumPy arrays.
+    """The ranks of an MPI communicator; CuPy arrays travel through pinned memory of the host.
 
     Messages travel on a duplicate of the communicator, made at the first exchange, so that none meets the
     caller's own. All groups and layers on one communicator share one duplicate: MPI has only so many.
@@ -134,19 +147,28 @@ class MPIProcessGroup(ProcessGroup):
         self.rank, self.size = comm.rank, comm.size
         self.timeout = _timeout(timeout)
         self._comm = comm
+        self._staging = Staging()
         self._channel: _Channel | None = None
 
-    def allreduce(self, buffer: Array) -> None:
-        """Replace `buffer`, contiguous, by its sum over the ranks (**collective**).
+    def allreduce(self, buffer: Array) -> Array:
+        """Replace `buffer`, contiguous, by its sum over the ranks, and return it in memory of the host.
 
         Raises
         ------
         CollectiveTimeoutError
             If a rank does not come within the timeout.
+
+        Notes
+        -----
+        **Collective.** For a CuPy array the host waits for the current stream, not for the copy back to it.
         """
         from mpi4py import MPI
 
-        self._wait(self._messages.Iallreduce(MPI.IN_PLACE, buffer, op=MPI.SUM), buffer)
+        messages = self._messages
+        host: Array = self._staging.copy_out(buffer)
+        self._wait(messages.Iallreduce(MPI.IN_PLACE, host, op=MPI.SUM), host)
+        self._staging.copy_in(host, buffer)
+        return host
 
     def broadcast(self, buffer: Array, root: int = 0) -> None:
         """Replace `buffer`, contiguous, by that of rank `root` (**collective**).
@@ -156,7 +178,10 @@ class MPIProcessGroup(ProcessGroup):
         CollectiveTimeoutError
             If a rank does not come within the timeout.
         """
-        self._wait(self._messages.Ibcast(_bytes(buffer), root), buffer)
+        messages = self._messages
+        host = self._staging.copy_out(buffer)
+        self._wait(messages.Ibcast(_bytes(host), root), host)
+        self._staging.copy_in(host, buffer)
 
     def has_same_ranks(self, other: ProcessGroup) -> bool:
         """Tell whether two groups, both with this process in them, are of the same ranks."""
@@ -227,8 +252,9 @@ class _NotAMember(ProcessGroup):
             raise RuntimeError(f"this process is not a member of the group of ranks {self._ranks}")
         return super().__getattribute__(name)
 
-    def allreduce(self, buffer: Array) -> None:
+    def allreduce(self, buffer: Array) -> Array:
         """Raise RuntimeError, as does every other use."""
+        raise NotImplementedError
 
     def broadcast(self, buffer: Array, root: int = 0) -> None:
         """Raise RuntimeError, as does every other use."""

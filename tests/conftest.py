@@ -1,10 +1,15 @@
-"""The world that the tests run in: one process, or the ranks that `mpirun` started.
+"""What the tests run in: one process or the ranks that `mpirun` started, with a GPU or a stand-in for it.
 
 Every test is valid for any number of ranks, all of which run the same tests in the same order and draw the
 same random numbers. Tests marked `serial` gain nothing from more ranks: test_launch.py leaves them out.
+
+Tests of the CUDA engine take the fixture `cupy`: CuPy itself where it sees a GPU, else the stand-in of
+`cuda_emulator`. With CUPY_SYNCBN_REQUIRE_GPU=1 it is CuPy or a failure.
 """
 
+import functools
 import os
+import sys
 
 import numpy as np
 import pytest
@@ -12,6 +17,11 @@ import pytest
 pytest.register_assert_rewrite("helpers")
 
 from helpers import World  # noqa: E402
+
+# Layers are of NumPy unless a test says otherwise, on a machine with a GPU too.
+os.environ["CUPY_SYNCBN_DEVICE"] = "cpu"
+
+REQUIRE_GPU = os.environ.get("CUPY_SYNCBN_REQUIRE_GPU") == "1"
 
 
 def pytest_collection_modifyitems(config, items):
@@ -38,3 +48,84 @@ def world():
 def rng():
     """Return a generator that draws the same numbers on all ranks."""
     return np.random.default_rng(2020)
+
+
+@functools.cache
+def real_cupy():
+    """Return CuPy if it sees a GPU, else None."""
+    try:
+        import cupy
+    except ModuleNotFoundError:
+        return None
+    return cupy if cupy.cuda.is_available() else None
+
+
+@functools.cache
+def emulated_cupy(mode):
+    import cuda_emulator
+
+    reason = cuda_emulator.available()
+    if reason and os.environ.get("CI"):
+        pytest.fail(f"no CUDA emulator: {reason}")
+    if reason:
+        pytest.skip(f"no CUDA emulator: {reason}")
+    stand_in = cuda_emulator.make_cupy(mode)
+    stand_in.RawModule.prebuild = staticmethod(_instances_beside)
+    return stand_in
+
+
+def _instances_beside(code, names):
+    """Return what to compile along with some instances: all of their file and type of data."""
+    from cupy_syncbn.backends import kernels
+
+    for file in kernels.FILES:
+        for dtype in kernels.TYPES:
+            together = kernels.instances(file, dtype)
+            if kernels.source(file) == code and set(names) <= set(together):
+                return together
+    return names
+
+
+def _use(monkeypatch, mode):
+    """Install a CuPy for the duration of a test, and return it."""
+    from cupy_syncbn import backends
+
+    found = real_cupy()
+    if found is None and REQUIRE_GPU:
+        pytest.fail("CUPY_SYNCBN_REQUIRE_GPU is set, but CuPy sees no GPU")
+    if found is None:
+        import cuda_emulator
+
+        found = emulated_cupy(mode)
+        for name, module in (("", found), (".cuda", found.cuda), (".cuda.runtime", found.cuda.runtime)):
+            monkeypatch.setitem(sys.modules, "cupy" + name, module)
+        cuda_emulator.devices.attributes["MultiProcessorCount"] = 2  # small grids are quick
+    backends._why_no_gpu.cache_clear()
+    from cupy_syncbn.backends import cupy_backend
+
+    monkeypatch.setattr(cupy_backend, "cupy", found)
+    cupy_backend._kernel.cache_clear()
+    return found
+
+
+@pytest.fixture
+def cupy(monkeypatch):
+    """Return CuPy on a GPU, or the stand-in, whose kernels check every access to memory."""
+    yield _use(monkeypatch, "checked")
+    _forget()
+
+
+@pytest.fixture
+def fast_cupy(monkeypatch):
+    """Return the same without the checks, for larger data."""
+    yield _use(monkeypatch, "fast")
+    _forget()
+
+
+def _forget():
+    from cupy_syncbn import backends
+    from cupy_syncbn.backends import cupy_backend
+
+    backends._why_no_gpu.cache_clear()
+    cupy_backend._kernel.cache_clear()
+    cupy_backend._workspaces._of.clear()

@@ -21,6 +21,7 @@ class Others(ProcessGroup):
 
     def allreduce(self, buffer):
         buffer += sum(self.vectors)
+        return buffer
 
     def broadcast(self, buffer, root=0):
         raise AssertionError("not used")

@@ -30,6 +30,12 @@ class Backend(Protocol):
     def overlaps(self, a: Array, b: Array) -> bool:
         """Tell whether two arrays share memory."""
 
+    def accessible(self, x: Array) -> Array:
+        """Return a tensor that the other operations take: `x`, or a copy if they need one."""
+
+    def check_device(self, x: Array) -> None:
+        """Check that an array is where the operations compute; ValueError if not."""
+
     def statistics(self, x: Array, trailer: tuple[float, ...]) -> tuple[Array, Any]:
         """Reduce `x` to the exchange vector of the forward; also return what `deviations` needs."""
 
@@ -80,16 +86,27 @@ class Backend(Protocol):
         normalization: Any,
         dresidual: Array | None,
         trailer: tuple[float, ...],
-    ) -> tuple[Array, Any]:
+    ) -> tuple[Array, Array, Any]:
         """Reduce `dy` and `x` to the exchange vector of the backward, and write dresidual.
 
-        Also returns what `input_gradient` takes for the gradient of the output.
+        Returns the vector, a copy of it that stays this rank's (its trailer may be missing), and what
+        `input_gradient` takes for the gradient of the output.
         """
 
-    def parameter_gradients(self, sums: Array, normalization: Any) -> tuple[Array, Array]:
-        """Gradients of weight and bias from the leading ``[sum_dy | sum_dy_xmu]`` of a vector, in float64."""
-
     def input_gradient(
-        self, gradient: Any, x: Array, normalization: Any, vector: Array | None, dx: Array
-    ) -> None:
-        """Write dx; `vector` is None where the statistics were constants."""
+        self,
+        gradient: Any,
+        x: Array,
+        normalization: Any,
+        dx: Array,
+        sums: Array | None,
+        parameter_sums: Array,
+        parameter_scale: float,
+        weight_type: Any,
+        bias_type: Any,
+    ) -> tuple[Array | None, Array | None]:
+        """Write dx by the vector `sums`, None where the statistics were constants.
+
+        Returns the gradients of weight and bias by the vector `parameter_sums`, times `parameter_scale`, in
+        the types asked for; None for None.
+        """

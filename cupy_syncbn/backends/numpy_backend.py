@@ -38,6 +38,15 @@ def overlaps(a: Array, b: Array) -> bool:
     return np.shares_memory(a, b)
 
 
+def accessible(x: Array) -> Array:
+    """Return `x`: strides do not matter here."""
+    return x
+
+
+def check_device(x: Array) -> None:
+    """Check nothing: there is one device."""
+
+
 def accumulator(dtype: np.dtype[Any]) -> np.dtype[Any]:
     """Type that data of `dtype` is computed in: float64 for itself, float32 for the rest."""
     return np.dtype(np.float64 if dtype.itemsize == 8 else np.float32)
@@ -333,7 +342,7 @@ def reduce_gradients(
     normalization: _Normalization,
     dresidual: Array | None,
     trailer: tuple[float, ...],
-) -> tuple[Array, _Gradient]:
+) -> tuple[Array, Array, _Gradient]:
     """Reduce `dy` and `x` to the exchange vector of the backward, in one pass that also writes dresidual."""
     C = x.shape[1]
     result = _vector(2, C, trailer)
@@ -344,7 +353,7 @@ def reduce_gradients(
         _Gradient(dresidual, False) if exact and dresidual is not None else _Gradient(dy, slope is not None)
     )
     if x.size == 0:
-        return result, handle
+        return result, result.copy(), handle
     source, gradient = Tensor("x", x, dtype), Tensor("dy", dy, dtype)
     target = None if dresidual is None else Tensor("dresidual", dresidual, dtype)
     blocked = reversed(normalization.blocked)
@@ -366,16 +375,32 @@ def reduce_gradients(
         sum_dy, sum_dy_xmu = result[: 2 * C].reshape(2, C)
         sum_dy[block.channels], sum_dy_xmu[block.channels] = sums.total()
     sum_dy_xmu -= sum_dy * normalization.distance
-    return result, handle
-
-
-def parameter_gradients(sums: Array, normalization: _Normalization) -> tuple[Array, Array]:
-    """Gradients of weight and bias from the leading ``[sum_dy | sum_dy_xmu]`` of a vector."""
-    sum_dy, sum_dy_xmu = sums[: 2 * normalization.mean.size].reshape(2, -1)
-    return sum_dy_xmu * normalization.invstd, sum_dy
+    return result, result.copy(), handle
 
 
 def input_gradient(
+    gradient: _Gradient,
+    x: Array,
+    normalization: _Normalization,
+    dx: Array,
+    sums: Array | None,
+    parameter_sums: Array,
+    parameter_scale: float,
+    weight_type: Any,
+    bias_type: Any,
+) -> tuple[Array | None, Array | None]:
+    """Write dx, and return the gradients of weight and bias."""
+    if x.size:
+        _write_input_gradient(gradient, x, normalization, sums, dx)
+    sum_dy, sum_dy_xmu = parameter_sums[: 2 * x.shape[1]].reshape(2, -1) * parameter_scale
+    dweight, dbias = sum_dy_xmu * normalization.invstd, sum_dy
+    return (
+        None if weight_type is None else dweight.astype(weight_type),
+        None if bias_type is None else dbias.astype(bias_type),
+    )
+
+
+def _write_input_gradient(
     gradient: _Gradient, x: Array, normalization: _Normalization, vector: Array | None, dx: Array
 ) -> None:
     """Write dx, last box first.
@@ -384,8 +409,6 @@ def input_gradient(
     ``((x - shift) * factor + g + constant) * scale``. `vector` is None where the statistics were constants:
     ``dx = g * scale``.
     """
-    if x.size == 0:
-        return
     dtype = normalization.scale.dtype
     factor = constant = None
     if vector is not None:

@@ -1,0 +1,316 @@
+// What all kernels share: data types, the walk over a tensor, sums over a block and over blocks.
+//
+// A tensor is (N, C, S) with S adjacent elements a channel, contiguous; channels-last data is (N*S, C, 1).
+// A block of THREADS threads has one group of adjacent channels and one of several splits of their elements:
+//
+//   blockIdx.x = split * groups + group        (a sweep over the blocks is a sweep over memory)
+//
+// There are two ways to walk them, chosen by the host (launch.py), and compiled as COLUMNS:
+//
+//   COLUMNS  The tensor is a matrix of N rows and C*S columns. `lanes` threads side by side read V adjacent
+//            columns each, 16 bytes, and keep to them down the rows: every thread knows its channels once and
+//            for all. V divides C*S. For channels-last data, dense layers, and small maps such as 7 x 7.
+//   ROWS     The group is one channel. Each of its N rows of S elements is walked in vectors from the first
+//            16-byte boundary on; what precedes it and what is left behind the last one, the edges, is
+//            walked element by element. For large maps.
+//
+// Sums of a thread are in the accumulator's type, over at most ITEMS (launch.py) elements each; all beyond is
+// in float64 and in a fixed order, so that the same input and launch give the same bits.
+#pragma once
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+constexpr int THREADS = 256;
+[[maybe_unused]] constexpr int MAX_GROUP = 256;  // channels a group has at most
+
+// Blocks that a multiprocessor must have room for: 3 leave 80 registers a thread, 2 leave 128. With 2, and four loads
+// of 16 bytes a thread under way, it still has 32 KiB in flight.
+template <int V> constexpr int MIN_BLOCKS = V == 8 ? 2 : 3;
+
+// The type that data is computed in.
+template <typename T> struct AccumulatorOf { typedef float type; };
+template <> struct AccumulatorOf<double> { typedef double type; };
+template <typename T> using Accumulator = typename AccumulatorOf<T>::type;
+
+// V adjacent elements, read and written at once.
+template <typename T, int V> struct alignas(sizeof(T) * V) Vector { T values[V]; };
+
+template <typename T, int V> __device__ __forceinline__ Vector<T, V> load(const T* from)
+{
+    return *reinterpret_cast<const Vector<T, V>*>(from);
+}
+
+template <typename T, int V> __device__ __forceinline__ void store(T* to, const Vector<T, V>& vector)
+{
+    *reinterpret_cast<Vector<T, V>*>(to) = vector;
+}
+
+// (x - shift) * scale + offset: one function, so that the backward finds the same bits as the forward.
+__device__ __forceinline__ float affine(float x, float shift, float scale, float offset)
+{
+    return fmaf(x - shift, scale, offset);
+}
+__device__ __forceinline__ double affine(double x, double shift, double scale, double offset)
+{
+    return fma(x - shift, scale, offset);
+}
+
+// A parameter or running statistic: of the data's type, or float32 beside 16-bit data.
+template <typename T> __device__ __forceinline__ double read_parameter(const void* values, bool is_float, long long i)
+{
+    if (is_float) return static_cast<const float*>(values)[i];
+    return static_cast<double>(static_cast<Accumulator<T>>(static_cast<const T*>(values)[i]));
+}
+
+template <typename T>
+__device__ __forceinline__ void write_parameter(void* values, bool is_float, long long i, double value)
+{
+    if (is_float)
+        static_cast<float*>(values)[i] = static_cast<float>(value);
+    else
+        static_cast<T*>(values)[i] = static_cast<T>(static_cast<Accumulator<T>>(value));
+}
+
+// The bits of an argument `float_types`: which of these arrays are float32 though the data has 16 bits.
+enum FloatTypes { WEIGHT_IS_FLOAT = 1, BIAS_IS_FLOAT = 2, MEAN_IS_FLOAT = 4, VAR_IS_FLOAT = 8 };
+
+// The tensor's shape and how blocks share it. The host passes the fields one by one: see `GEOMETRY`.
+struct Geometry {
+    long long N, C, S;
+    long long lanes;      // COLUMNS: threads side by side; ROWS: 1
+    long long group;      // channels a group has (the last one may have fewer)
+    long long per_split;  // COLUMNS: rows a split; ROWS: vectors a split
+};
+#define GEOMETRY                                                                                                     \
+    long long N, long long C, long long S, long long lanes, long long group, long long per_split
+
+// What a block has of the tensor.
+struct Part {
+    long long index, split, splits;  // of the group of channels, and which of its splits
+    long long channel;               // the first
+    int channels;
+};
+
+// The second pass over a tensor takes the blocks in reverse: the last ones of the first pass left their data in L2.
+template <bool REVERSE> __device__ __forceinline__ Part part_of_block(const Geometry& g)
+{
+    const long long groups = (g.C + g.group - 1) / g.group;
+    const long long block = REVERSE ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
+    Part part;
+    part.index = block % groups;
+    part.split = block / groups;
+    part.splits = gridDim.x / groups;
+    part.channel = part.index * g.group;
+    part.channels = static_cast<int>(min(g.group, g.C - part.channel));
+    return part;
+}
+
+// Where a vector is, and the number of its byte in the activation's mask.
+struct Place {
+    long long element, mask;
+};
+
+// The vectors that this thread visits, one after the other.
+template <int V, bool COLUMNS> class Cursor;
+
+template <int V> class Cursor<V, true> {
+public:
+    __device__ __forceinline__ Cursor(const Geometry& g, const Part& part)
+    {
+        const int lanes = static_cast<int>(g.lanes), height = THREADS / lanes;
+        const int x = threadIdx.x % lanes, y = threadIdx.x / lanes;
+        const long long width = g.C * g.S, column = part.channel * g.S + x * V;
+        const long long row = part.split * g.per_split + y;
+        const long long end = min(g.N, (part.split + 1) * g.per_split);
+        const bool idle = y >= height || x * V >= part.channels * g.S;
+        left_ = idle || row >= end ? 0 : static_cast<int>((end - row + height - 1) / height);
+        element_ = row * width + column;
+        step_ = height * width;
+    }
+    __device__ __forceinline__ bool in_range() const { return left_ > 0; }
+    __device__ __forceinline__ bool is_vector() const { return true; }
+    __device__ __forceinline__ Place place() const { return {element_, element_ / V}; }
+    __device__ __forceinline__ void advance()
+    {
+        element_ += step_;
+        --left_;
+    }
+
+private:
+    long long element_, step_;
+    int left_;
+};
+
+template <int V> class Cursor<V, false> {
+public:
+    __device__ __forceinline__ Cursor(const Geometry& g, const Part& part) : g_(g), channel_(part.channel)
+    {
+        const long long slots = max(g.S / V, 1LL);
+        const long long first = part.split * g.per_split + threadIdx.x;
+        const long long end = min(g.N * slots, (part.split + 1) * g.per_split);
+        left_ = first < end ? static_cast<int>((end - first + THREADS - 1) / THREADS) : 0;
+        slots_ = static_cast<unsigned int>(slots);
+        row_ = static_cast<unsigned int>(first / slots);
+        slot_ = static_cast<unsigned int>(first % slots);
+    }
+    __device__ __forceinline__ bool in_range() const { return left_ > 0; }
+    // An unaligned row may have a vector less than the aligned ones.
+    __device__ __forceinline__ bool is_vector() const
+    {
+        return V == 1 || static_cast<long long>(slot_) * V + head() + V <= g_.S;
+    }
+    __device__ __forceinline__ Place place() const
+    {
+        const long long row = row_ * g_.C + channel_, slots = g_.S % V ? slots_ + 2LL * V : slots_;
+        return {row * g_.S + head() + static_cast<long long>(slot_) * V, row * slots + slot_};
+    }
+    __device__ __forceinline__ void advance()
+    {
+        // A row may have fewer vectors than there are threads.
+        slot_ += THREADS % slots_;
+        row_ += THREADS / slots_;
+        if (slot_ >= slots_) {
+            slot_ -= slots_;
+            ++row_;
+        }
+        --left_;
+    }
+
+private:
+    // Elements before the row's first vector.
+    __device__ __forceinline__ int head() const
+    {
+        return V == 1 ? 0 : static_cast<int>(-(row_ * g_.C + channel_) * g_.S & (V - 1));
+    }
+
+    const Geometry& g_;
+    long long channel_;
+    unsigned int slots_, row_, slot_;  // slots: the vectors of a row; launch.py sees to it that they are below 2^31
+    int left_;
+};
+
+// Show `body` the elements that this thread has. It is asked for
+//   load<W>(place)           the W elements at a place, W being V, or 1 in the edges of a row;
+//   begin(loaded, is_there)  before the first use of each batch of UNROLL loads, all under way at once;
+//   use<W>(loaded, place)    to do what there is to do.
+template <int V, bool COLUMNS, int UNROLL, typename Body>
+__device__ __forceinline__ void walk(const Geometry& g, const Part& part, Body& body)
+{
+    Cursor<V, COLUMNS> cursor(g, part);
+    while (cursor.in_range()) {
+        typename Body::template Loaded<V> loaded[UNROLL];
+        Place place[UNROLL];
+        bool is_there[UNROLL];
+#pragma unroll
+        for (int i = 0; i < UNROLL; ++i) {
+            is_there[i] = cursor.in_range() && cursor.is_vector();
+            if (is_there[i]) {
+                place[i] = cursor.place();
+                loaded[i] = body.template load<V>(place[i]);
+            }
+            if (cursor.in_range()) cursor.advance();
+        }
+        body.begin(loaded, is_there);
+#pragma unroll
+        for (int i = 0; i < UNROLL; ++i)
+            if (is_there[i]) body.template use<V>(loaded[i], place[i]);
+    }
+    if constexpr (!COLUMNS && V > 1) {
+        if (g.S % V == 0) return;
+        // Each split has the edges of some rows: V places for what is before the first vector, V for the rest.
+        const long long rows = (g.N + part.splits - 1) / part.splits, slots = max(g.S / V, 1LL);
+        const long long first = part.split * rows, end = min(g.N, first + rows);
+        for (long long i = first * 2 * V + threadIdx.x; i < end * 2 * V; i += THREADS) {
+            const long long row = i / (2 * V) * g.C + part.channel;
+            const int k = static_cast<int>(i % (2 * V));
+            const long long head = min(-row * g.S & (V - 1), g.S), rest = head + (g.S - head) / V * V;
+            const long long s = k < V ? k : rest + k - V;
+            if (k < V ? s >= head : s >= g.S) continue;
+            const Place place = {row * g.S + s, row * (slots + 2 * V) + slots + k};
+            body.template use<1>(body.template load<1>(place), place);
+        }
+    }
+}
+
+// How many channels a vector may have elements of: in ROWS just the block's one.
+template <int V, bool COLUMNS> constexpr int CHANNELS = COLUMNS ? V : 1;
+
+// The number, within the group, of the channel that element e of this thread's vectors belongs to.
+template <int V, bool COLUMNS> __device__ __forceinline__ int channel_of(const Geometry& g, const Part& part, int e)
+{
+    if (!COLUMNS) return 0;
+    const int lanes = static_cast<int>(g.lanes), x = threadIdx.x % lanes;
+    return min(static_cast<int>((x * V + e) / g.S), part.channels - 1);  // an idle thread's may be none of them
+}
+
+// Lanes of a warp that sum together what belongs to one channel: all, unless there is a channel a column.
+__device__ __forceinline__ int lanes_a_channel(const Geometry& g, bool columns) { return columns && g.S == 1 ? 1 : 32; }
+
+__device__ __forceinline__ double sum_over_lanes(double value, int lanes)
+{
+    if (lanes == 1) return value;
+#pragma unroll
+    for (int distance = 16; distance > 0; distance /= 2) value += __shfl_xor_sync(0xffffffffu, value, distance);
+    return value;
+}
+
+// Add up two values of every element of every thread, by channel, over the block and then over the splits.
+//
+// write     called with (to): writes this thread's two values of the channel of element w of its vectors to
+//           to[w * THREADS] and to[(CHANNELS + w) * THREADS], for all w < CHANNELS
+// partials  [splits][C][2]: the sums of the blocks
+// counters  [groups]: how many blocks of a group are done; zero before the launch and after it
+// finish    called with (channel, sum of the first, sum of the second) by one thread of the last block of a group
+//           for each of its channels. Returns whether this block was the last.
+template <int V, bool COLUMNS, typename Write, typename Finish>
+__device__ __forceinline__ bool sum_by_channel(const Geometry& g, const Part& part, double* partials,
+                                               unsigned int* counters, Write write, Finish finish)
+{
+    constexpr int W = CHANNELS<V, COLUMNS>;
+    __shared__ double entries[2 * W * THREADS];
+    __shared__ bool is_last;
+    const int lanes = static_cast<int>(g.lanes), height = THREADS / lanes;
+    const int width = lanes_a_channel(g, COLUMNS), lane = threadIdx.x % width, first = threadIdx.x / width;
+    const int S = COLUMNS ? static_cast<int>(g.S) : 1, jobs = THREADS / width;
+    write(entries + threadIdx.x);
+    __syncthreads();  // publishes the entries
+    for (int k = first; k < part.channels; k += jobs) {
+        double sums[2] = {0, 0};
+        for (int i = lane; i < height * S; i += width) {
+            const int column = k * S + i % S;
+            const double* entry = entries + column % W * THREADS + i / S * lanes + column / W;
+            sums[0] += entry[0];
+            sums[1] += entry[W * THREADS];
+        }
+        double* to = partials + (part.split * g.C + part.channel + k) * 2;
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            sums[i] = sum_over_lanes(sums[i], width);
+            if (lane == 0) to[i] = sums[i];
+        }
+    }
+    __syncthreads();  // publishes the partials within the block
+    if (part.splits > 1) {
+        if (threadIdx.x == 0) {
+            __threadfence();  // the block's partials are visible before it counts as done
+            is_last = atomicAdd(counters + part.index, 1u) == part.splits - 1;
+            __threadfence();  // the other blocks' partials are, after they all have
+        }
+        __syncthreads();  // publishes is_last, and orders the reads below after the fence
+        if (!is_last) return false;
+        if (threadIdx.x == 0) counters[part.index] = 0;
+    }
+    for (int k = first; k < part.channels; k += jobs) {
+        double sums[2] = {0, 0};
+        const double* from = partials + (part.channel + k) * 2;
+        // From L2: an L1 cache does not see what other multiprocessors write.
+        for (long long split = lane; split < part.splits; split += width) {
+            sums[0] += __ldcg(from + split * g.C * 2);
+            sums[1] += __ldcg(from + split * g.C * 2 + 1);
+        }
+        sums[0] = sum_over_lanes(sums[0], width);
+        sums[1] = sum_over_lanes(sums[1], width);
+        if (lane == 0) finish(part.channel + k, sums[0], sums[1]);
+    }
+    return true;
+}

@@ -1,0 +1,232 @@
+// Backward: reduce the gradients of a rank to the vector that the ranks add up, then apply it.
+//
+//   g = dy, or slope * dy where the activation's input was at most 0
+//   reduce_gradients   sum_dy = Σ g, sum_dy_xmu = Σ g (x - mean); with a residual also dresidual = g
+//   input_gradient     dx = (g - sum_dy / count - (x - mean) invstd² sum_dy_xmu / count) invstd weight
+//
+// (Ioffe and Szegedy 2015, with the sums taken out.) The activation's input is computed again from x, to the same
+// bits, unless a residual was added: then a mask of the forward tells. `input_gradient` also writes the gradients of
+// weight and bias.
+//
+// Traffic: dy and x once each, then dy and x once more and dx; dresidual once, and the mask, if there are any. The
+// blocks of the second kernel go through memory in the reverse order of the first, whose last reads may be in L2.
+// Launch: THREADS threads, groups * splits blocks.
+#include "common.cuh"
+
+// What both kernels load, and the gradient behind the activation.
+template <typename T, int V, bool COLUMNS, bool RESIDUAL, bool ACTIVATION> struct Gradient {
+    using A = Accumulator<T>;
+    static constexpr int W = CHANNELS<V, COLUMNS>;
+    static constexpr bool COMPUTES_MASK = ACTIVATION && !RESIDUAL;
+    template <int WIDTH> struct Loaded {
+        Vector<T, WIDTH> dy, x;
+        unsigned int blocked;
+    };
+
+    const T *dy, *x;
+    const unsigned char* mask;
+    bool reads_x;
+    A shift[W], scale[W], offset[W], slope;
+
+    template <int WIDTH> __device__ __forceinline__ Loaded<WIDTH> load(const Place& place) const
+    {
+        Loaded<WIDTH> loaded;
+        loaded.dy = ::load<T, WIDTH>(dy + place.element);
+        if (reads_x) loaded.x = ::load<T, WIDTH>(x + place.element);
+        if constexpr (ACTIVATION && RESIDUAL) loaded.blocked = mask[place.mask];
+        return loaded;
+    }
+
+    template <typename L, typename B> __device__ __forceinline__ void begin(const L&, const B&) const {}
+
+    template <int WIDTH> __device__ __forceinline__ A gradient(const Loaded<WIDTH>& loaded, int e) const
+    {
+        const A value = static_cast<A>(loaded.dy.values[e]);
+        if constexpr (ACTIVATION) {
+            const int w = COLUMNS ? e : 0;
+            bool blocked;
+            if constexpr (RESIDUAL)
+                blocked = loaded.blocked >> e & 1;
+            else
+                blocked = affine(static_cast<A>(loaded.x.values[e]), shift[w], scale[w], offset[w]) <= 0;
+            if (blocked) return slope == 0 ? A(0) : slope * value;  // 0 * inf would be NaN
+        }
+        return value;
+    }
+
+    __device__ __forceinline__ void read_constants(const Geometry& g, const Part& part, const double* saved)
+    {
+#pragma unroll
+        for (int w = 0; w < W; ++w) {
+            const long long c = part.channel + channel_of<V, COLUMNS>(g, part, w);
+            shift[w] = static_cast<A>(saved[c]);
+            scale[w] = static_cast<A>(saved[2 * g.C + c]);
+            if constexpr (COMPUTES_MASK) offset[w] = static_cast<A>(saved[3 * g.C + c]);
+        }
+    }
+};
+
+template <typename T, int V, bool COLUMNS, bool RESIDUAL, bool ACTIVATION>
+struct Reduce : Gradient<T, V, COLUMNS, RESIDUAL, ACTIVATION> {
+    using A = Accumulator<T>;
+    using Base = Gradient<T, V, COLUMNS, RESIDUAL, ACTIVATION>;
+    template <int WIDTH> using Loaded = typename Base::template Loaded<WIDTH>;
+
+    T* dresidual;
+    A sum[V] = {}, product[V] = {};
+
+    template <int WIDTH> __device__ __forceinline__ void use(const Loaded<WIDTH>& loaded, const Place& place)
+    {
+        Vector<T, WIDTH> result;
+#pragma unroll
+        for (int e = 0; e < WIDTH; ++e) {
+            const A g = this->gradient(loaded, e);
+            sum[e] += g;
+            product[e] += g * (static_cast<A>(loaded.x.values[e]) - this->shift[COLUMNS ? e : 0]);
+            result.values[e] = static_cast<T>(g);
+        }
+        if constexpr (RESIDUAL) store(dresidual + place.element, result);
+    }
+
+    // See sum_by_channel.
+    __device__ __forceinline__ void write(double* to) const
+    {
+        constexpr int W = Base::W;
+#pragma unroll
+        for (int w = 0; w < W; ++w) {
+            double total = sum[w], products = product[w];
+            if constexpr (!COLUMNS) {
+#pragma unroll
+                for (int e = 1; e < V; ++e) {
+                    total += sum[e];
+                    products += product[e];
+                }
+            }
+            to[w * THREADS] = total;
+            to[(W + w) * THREADS] = products;
+        }
+    }
+};
+
+// dy, x, dresidual   [N, C, S]; dresidual is null without RESIDUAL
+// mask               from `normalize`; null unless RESIDUAL and ACTIVATION
+// saved              [4 * C + 1] from `normalize`
+// vector             [2 * C + 3] for the exchange: sum_dy, sum_dy_xmu, trailer
+// own                [2 * C] the same, which stays this rank's
+// partials  [splits, C, 2], counters [groups]: see sum_by_channel
+template <typename T, int V, bool COLUMNS, bool RESIDUAL, bool ACTIVATION>
+__global__ void __launch_bounds__(THREADS, MIN_BLOCKS<V>)
+    reduce_gradients(const T* __restrict__ dy, const T* __restrict__ x, T* __restrict__ dresidual,
+                     const unsigned char* __restrict__ mask, GEOMETRY, const double* __restrict__ saved, double slope,
+                     double* __restrict__ vector, double* __restrict__ own, double fault, double tag,
+                     double tag_square, double* partials, unsigned int* counters)
+{
+    using A = Accumulator<T>;
+    const Geometry g = {N, C, S, lanes, group, per_split};
+    const Part part = part_of_block<false>(g);
+
+    Reduce<T, V, COLUMNS, RESIDUAL, ACTIVATION> body;
+    body.dy = dy;
+    body.x = x;
+    body.reads_x = true;
+    body.dresidual = dresidual;
+    body.mask = mask;
+    body.slope = static_cast<A>(slope);
+    body.read_constants(g, part, saved);
+    walk<V, COLUMNS, 2>(g, part, body);
+
+    const bool is_last = sum_by_channel<V, COLUMNS>(
+        g, part, partials, counters, [&](double* to) { body.write(to); },
+        [&](long long c, double sum, double product) {
+            const double mean = saved[c], shift = static_cast<double>(static_cast<A>(mean));
+            product -= sum * (mean - shift);
+            vector[c] = own[c] = sum;
+            vector[g.C + c] = own[g.C + c] = product;
+        });
+    if (is_last && part.index == 0 && threadIdx.x == 0) {
+        vector[2 * g.C] = fault;
+        vector[2 * g.C + 1] = tag;
+        vector[2 * g.C + 2] = tag_square;
+    }
+}
+
+// dx = ((x - shift) * factor + g + constant) * scale, or g * scale
+template <typename T, int V, bool COLUMNS, bool RESIDUAL, bool ACTIVATION>
+struct Apply : Gradient<T, V, COLUMNS, RESIDUAL, ACTIVATION> {
+    using A = Accumulator<T>;
+    using Base = Gradient<T, V, COLUMNS, RESIDUAL, ACTIVATION>;
+    template <int WIDTH> using Loaded = typename Base::template Loaded<WIDTH>;
+
+    T* dx;
+    bool has_sums;
+    A factor[Base::W], constant[Base::W];
+
+    template <int WIDTH> __device__ __forceinline__ void use(const Loaded<WIDTH>& loaded, const Place& place) const
+    {
+        Vector<T, WIDTH> result;
+#pragma unroll
+        for (int e = 0; e < WIDTH; ++e) {
+            const int w = COLUMNS ? e : 0;
+            A g = this->gradient(loaded, e);
+            if (has_sums) g += (static_cast<A>(loaded.x.values[e]) - this->shift[w]) * factor[w] + constant[w];
+            result.values[e] = static_cast<T>(g * this->scale[w]);
+        }
+        store(dx + place.element, result);
+    }
+};
+
+// dy, x, dx        [N, C, S]
+// mask             from `normalize`; null unless RESIDUAL and ACTIVATION
+// saved            [4 * C + 1] from `normalize`
+// sums             [2 * C] sum_dy and sum_dy_xmu over what the statistics are of; null if they were constants
+// parameter_sums   [2 * C] those that the gradients of weight and bias are of; these are scaled by parameter_scale
+// dweight, dbias   [C] or null, of the types told by float_types
+template <typename T, int V, bool COLUMNS, bool RESIDUAL, bool ACTIVATION>
+__global__ void __launch_bounds__(THREADS, MIN_BLOCKS<V>)
+    input_gradient(const T* __restrict__ dy, const T* __restrict__ x, T* __restrict__ dx,
+                   const unsigned char* __restrict__ mask, GEOMETRY, const double* __restrict__ saved, double slope,
+                   const double* sums, const double* parameter_sums, double parameter_scale,
+                   void* __restrict__ dweight, void* __restrict__ dbias, long long float_types)
+{
+    using A = Accumulator<T>;
+    const Geometry g = {N, C, S, lanes, group, per_split};
+    const Part part = part_of_block<true>(g);
+    __shared__ A factors[MAX_GROUP];
+    __shared__ A constants[MAX_GROUP];
+
+    for (int k = threadIdx.x; k < part.channels; k += THREADS) {
+        const long long c = part.channel + k;
+        const double mean = saved[c], invstd = saved[g.C + c], count = saved[4 * g.C];
+        if (sums) {
+            const double distance = mean - static_cast<double>(static_cast<A>(mean));
+            const double factor = invstd * invstd * sums[g.C + c] / -count;
+            factors[k] = static_cast<A>(factor);
+            constants[k] = static_cast<A>(sums[c] / -count - distance * factor);
+        }
+        if (part.split > 0) continue;
+        if (dweight)
+            write_parameter<T>(dweight, float_types & WEIGHT_IS_FLOAT, c,
+                               parameter_sums[g.C + c] * invstd * parameter_scale);
+        if (dbias) write_parameter<T>(dbias, float_types & BIAS_IS_FLOAT, c, parameter_sums[c] * parameter_scale);
+    }
+    __syncthreads();  // publishes the constants
+
+    Apply<T, V, COLUMNS, RESIDUAL, ACTIVATION> body;
+    body.dy = dy;
+    body.x = x;
+    body.dx = dx;
+    body.mask = mask;
+    body.has_sums = sums;
+    body.reads_x = sums || body.COMPUTES_MASK;
+    body.slope = static_cast<A>(slope);
+    body.read_constants(g, part, saved);
+    if (sums) {
+#pragma unroll
+        for (int w = 0; w < body.W; ++w) {
+            const int k = channel_of<V, COLUMNS>(g, part, w);
+            body.factor[w] = factors[k];
+            body.constant[w] = constants[k];
+        }
+    }
+    walk<V, COLUMNS, 2>(g, part, body);
+}

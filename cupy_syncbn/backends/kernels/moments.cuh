@@ -1,0 +1,26 @@
+// What the exchanged vector of the forward says of a channel.
+#pragma once
+
+// Round to 12 significant bits, by Veltkamp's splitting (Dekker 1971).
+__device__ __forceinline__ double round_to_12_bits(double value)
+{
+    const double scaled = value * 2199023255553.0;  // 2^41 + 1
+    return scaled - (scaled - value);
+}
+
+struct ChannelMoments {
+    double mean, m2, count;  // m2 = Σ(x - mean)²
+};
+
+// vector    [4 * C + 4]: sums over the ranks of what `statistics` writes
+__device__ __forceinline__ ChannelMoments moments_of(const double* vector, long long c, long long C)
+{
+    const double pivot_sum = vector[c], pivot_square = vector[C + c];
+    const double sum = vector[2 * C + c], square = vector[3 * C + c], count = vector[4 * C];
+    const double n = fmax(count, 1.0);
+    const double pivot = round_to_12_bits(pivot_sum / n);
+    const double rest = pivot_sum - n * pivot;  // exact, as are the products in the next line but one
+    const double shifted = rest + sum;
+    const double m2 = (pivot_square - pivot * pivot_sum) - pivot * rest + (square - 2 * pivot * sum - shifted * shifted / n);
+    return {pivot + shifted / n, m2, count};
+}

@@ -1,0 +1,148 @@
+// Normalize, forward: finish the exchanged statistics, update the running ones, and write y, in one launch.
+//
+//   y = activation((x - shift) * scale + offset + residual)
+//   shift = mean rounded to the accumulator's type, scale = invstd * weight, offset = bias - (mean - shift) * scale
+//
+// Each block finishes the statistics of its own channels: that takes some 50 operations in float64 a channel, and
+// spares a launch. The blocks of the first split also update the running statistics and save what the backward needs.
+//
+// Traffic: x once, y once, the residual once, and with a residual before an activation a byte of mask a vector. The
+// blocks go through memory in the reverse order of `statistics`, whose last reads may still be in L2.
+// Launch: THREADS threads, groups * splits blocks, as for `statistics`.
+#include "common.cuh"
+#include "moments.cuh"
+
+// Writes y; RESIDUAL: adds a residual; ACTIVATION: (leaky) ReLU, with `slope` below zero.
+template <typename T, int V, bool COLUMNS, bool RESIDUAL, bool ACTIVATION> struct Normalize {
+    using A = Accumulator<T>;
+    static constexpr int W = CHANNELS<V, COLUMNS>;
+    template <int WIDTH> struct Loaded {
+        Vector<T, WIDTH> x, residual;
+    };
+
+    const T *x, *residual;
+    T* y;
+    unsigned char* mask;
+    A shift[W], scale[W], offset[W], slope;
+
+    template <int WIDTH> __device__ __forceinline__ Loaded<WIDTH> load(const Place& place) const
+    {
+        Loaded<WIDTH> loaded;
+        loaded.x = ::load<T, WIDTH>(x + place.element);
+        if constexpr (RESIDUAL) loaded.residual = ::load<T, WIDTH>(residual + place.element);
+        return loaded;
+    }
+
+    template <typename L, typename B> __device__ __forceinline__ void begin(const L&, const B&) const {}
+
+    template <int WIDTH> __device__ __forceinline__ void use(const Loaded<WIDTH>& loaded, const Place& place) const
+    {
+        Vector<T, WIDTH> result;
+        unsigned int blocked = 0;
+#pragma unroll
+        for (int e = 0; e < WIDTH; ++e) {
+            const int w = COLUMNS ? e : 0;
+            A value = affine(static_cast<A>(loaded.x.values[e]), shift[w], scale[w], offset[w]);
+            if constexpr (RESIDUAL) value += static_cast<A>(loaded.residual.values[e]);
+            if constexpr (ACTIVATION)
+                if (value <= 0) {  // false for NaN, which passes
+                    blocked |= 1u << e;
+                    value = slope == 0 ? A(0) : slope * value;  // 0 * -inf would be NaN
+                }
+            result.values[e] = static_cast<T>(value);
+        }
+        store(y + place.element, result);
+        if constexpr (RESIDUAL && ACTIVATION) mask[place.mask] = static_cast<unsigned char>(blocked);
+    }
+};
+
+// x, y, residual   [N, C, S]; residual is null without RESIDUAL
+// mask             a byte a vector: bit e tells whether the activation's input e was at most 0. Null unless RESIDUAL
+//                  and ACTIVATION, as without a residual the backward computes it again
+// vector           [4 * C + 4] exchanged; null to normalize by the running statistics
+// squares          [C + 3] exchanged, for float64 data; null for others
+// weight, bias, running_mean, running_var   [C] or null, of the types told by float_types
+// num_batches_tracked   [1] or null
+// momentum         share of the batch in the running statistics; negative for 1 / num_batches_tracked
+// update           whether to update the running statistics
+// saved            [4 * C + 1]: mean, invstd, scale, offset, and the count over all ranks
+// counter          [1]: zero before the launch and after it
+template <typename T, int V, bool COLUMNS, bool RESIDUAL, bool ACTIVATION>
+__global__ void __launch_bounds__(THREADS, MIN_BLOCKS<V>)
+    normalize(const T* __restrict__ x, T* __restrict__ y, const T* __restrict__ residual, unsigned char* __restrict__ mask,
+              GEOMETRY, const double* __restrict__ vector, const double* __restrict__ squares,
+              const void* __restrict__ weight, const void* __restrict__ bias, void* running_mean, void* running_var,
+              long long* num_batches_tracked, long long float_types, double momentum, bool update, double eps,
+              double slope, double* __restrict__ saved, unsigned int* counter)
+{
+    using A = Accumulator<T>;
+    const Geometry g = {N, C, S, lanes, group, per_split};
+    const Part part = part_of_block<true>(g);
+    __shared__ A shifts[MAX_GROUP];
+    __shared__ A scales[MAX_GROUP];
+    __shared__ A offsets[MAX_GROUP];
+
+    if (update && part.split == 0 && momentum < 0) momentum = 1.0 / (*num_batches_tracked + 1);
+    for (int k = threadIdx.x; k < part.channels; k += THREADS) {
+        const long long c = part.channel + k;
+        double mean, var, count = 0;
+        if (vector) {
+            const ChannelMoments moments = moments_of(vector, c, g.C);
+            mean = moments.mean;
+            count = moments.count;
+            const double m2 = squares ? squares[c] : moments.m2;
+            var = (m2 < 0 ? 0 : m2) / fmax(count, 1.0);  // NaN stays NaN
+        } else {
+            mean = read_parameter<T>(running_mean, float_types & MEAN_IS_FLOAT, c);
+            var = read_parameter<T>(running_var, float_types & VAR_IS_FLOAT, c);
+        }
+        const double invstd = 1 / sqrt(var + eps);
+        const double factor = weight ? invstd * read_parameter<T>(weight, float_types & WEIGHT_IS_FLOAT, c) : invstd;
+        const double constant = bias ? read_parameter<T>(bias, float_types & BIAS_IS_FLOAT, c) : 0;
+        shifts[k] = static_cast<A>(mean);
+        scales[k] = static_cast<A>(factor);
+        offsets[k] = static_cast<A>(constant - (mean - static_cast<double>(shifts[k])) * factor);
+        if (part.split > 0) continue;
+        saved[c] = mean;
+        saved[g.C + c] = invstd;
+        saved[2 * g.C + c] = scales[k];
+        saved[3 * g.C + c] = offsets[k];
+        if (c == 0) saved[4 * g.C] = count;
+        if (update && count > 0) {
+            const double unbiased = var * (count / fmax(count - 1, 1.0));
+            const double old_mean = read_parameter<T>(running_mean, float_types & MEAN_IS_FLOAT, c);
+            const double old_var = read_parameter<T>(running_var, float_types & VAR_IS_FLOAT, c);
+            const double keep = 1 - momentum;  // 0 * inf would keep an infinity for ever
+            write_parameter<T>(running_mean, float_types & MEAN_IS_FLOAT, c,
+                               keep == 0 ? mean : keep * old_mean + momentum * mean);
+            write_parameter<T>(running_var, float_types & VAR_IS_FLOAT, c,
+                               keep == 0 ? unbiased : keep * old_var + momentum * unbiased);
+        }
+    }
+    __syncthreads();  // publishes the constants; all have read num_batches_tracked
+
+    // It goes up by one when every group has read it.
+    if (update && num_batches_tracked && part.split == 0 && threadIdx.x == 0) {
+        __threadfence();
+        if (atomicAdd(counter, 1u) == (g.C + g.group - 1) / g.group - 1) {
+            __threadfence();
+            *counter = 0;
+            if (vector[4 * g.C] > 0) ++*num_batches_tracked;
+        }
+    }
+
+    Normalize<T, V, COLUMNS, RESIDUAL, ACTIVATION> body;
+    body.x = x;
+    body.y = y;
+    body.residual = residual;
+    body.mask = mask;
+    body.slope = static_cast<A>(slope);
+#pragma unroll
+    for (int w = 0; w < CHANNELS<V, COLUMNS>; ++w) {
+        const int k = channel_of<V, COLUMNS>(g, part, w);
+        body.shift[w] = shifts[k];
+        body.scale[w] = scales[k];
+        body.offset[w] = offsets[k];
+    }
+    walk<V, COLUMNS, RESIDUAL ? 2 : 4>(g, part, body);
+}

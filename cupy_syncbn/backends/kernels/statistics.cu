@@ -1,0 +1,198 @@
+// Statistics of one rank: the tensor is read once, and the vector that the ranks add up is written.
+//
+// Each thread sums x - shift and (x - shift)² in the accumulator's type, about a shift of its own: a value that it
+// meets, so that little cancels at any offset, and the median of three, so that an outlier is not taken. The sums of
+// the threads are moved to one float64 pivot a channel and added up (formulas of Chan, Golub and LeVeque 1983 for
+// the shift of a sum of squares). The last block of a channel to be done writes its part of the vector
+//
+//   [n pivot (C) | n pivot² (C) | Σ(x - pivot) (C) | Σ(x - pivot)² + 2 pivot Σ(x - pivot) (C) | n | trailer (3)]
+//
+// about the pivot rounded to 12 bits, for the reason given in backends/__init__.py.
+//
+// Traffic: the tensor once, and 32 bytes a channel and split. Launch: THREADS threads, groups * splits blocks.
+#include "common.cuh"
+#include "moments.cuh"
+
+template <typename A> __device__ __forceinline__ A median(A a, A b, A c)
+{
+    const A low = a < b ? a : b, high = a < b ? b : a;
+    return c < low ? low : c > high ? high : c;
+}
+
+template <typename A> __device__ __forceinline__ A finite_or_zero(A value) { return isfinite(value) ? value : A(0); }
+
+// The first value of a channel, about which the sums of the threads are united.
+template <typename T> __device__ __forceinline__ double pivot_of(const T* x, const Geometry& g, long long channel)
+{
+    if (g.N * g.S == 0) return 0;
+    return finite_or_zero(static_cast<double>(static_cast<Accumulator<T>>(x[channel * g.S])));
+}
+
+// Sums of one thread.
+template <typename T, int V, bool COLUMNS> struct Moments {
+    using A = Accumulator<T>;
+    static constexpr int W = CHANNELS<V, COLUMNS>;
+    template <int WIDTH> using Loaded = Vector<T, WIDTH>;
+
+    const T* x;
+    A shift[W];
+    A sum[V] = {}, square[V] = {};
+    long long count = 0;  // values summed about each shift
+    bool has_shift = false;
+
+    template <int WIDTH> __device__ __forceinline__ Loaded<WIDTH> load(const Place& place) const
+    {
+        return ::load<T, WIDTH>(x + place.element);
+    }
+
+    template <int WIDTH, int UNROLL>
+    __device__ __forceinline__ void begin(const Vector<T, WIDTH> (&loaded)[UNROLL], const bool (&is_there)[UNROLL])
+    {
+        if (has_shift || !is_there[0]) return;
+        has_shift = true;
+#pragma unroll
+        for (int w = 0; w < W; ++w) {
+            shift[w] = static_cast<A>(loaded[0].values[w]);
+            if constexpr (UNROLL > 2)
+                if (is_there[1] && is_there[2])
+                    shift[w] = median(shift[w], static_cast<A>(loaded[1].values[w]), static_cast<A>(loaded[2].values[w]));
+            shift[w] = finite_or_zero(shift[w]);
+        }
+    }
+
+    template <int WIDTH> __device__ __forceinline__ void use(const Loaded<WIDTH>& loaded, const Place&)
+    {
+        if (!has_shift) {  // in the edges of a row, whose thread found no vector
+            has_shift = true;
+            shift[0] = finite_or_zero(static_cast<A>(loaded.values[0]));
+        }
+#pragma unroll
+        for (int e = 0; e < WIDTH; ++e) {
+            const A difference = static_cast<A>(loaded.values[e]) - shift[COLUMNS ? e : 0];
+            sum[e] += difference;
+            square[e] += difference * difference;
+        }
+        count += COLUMNS ? 1 : WIDTH;
+    }
+};
+
+// Adds Σ(x - pivot) and Σ(x - pivot)² in float64, to where sum_by_channel wants them.
+template <typename T, int V, bool COLUMNS> struct WideMoments {
+    template <int WIDTH> struct Loaded {};
+
+    const T* x;
+    const Geometry& g;
+    const Part& part;
+    double* to;
+
+    template <int WIDTH> __device__ __forceinline__ Loaded<WIDTH> load(const Place&) const { return {}; }
+
+    template <typename L, typename B> __device__ __forceinline__ void begin(const L&, const B&) const {}
+
+    template <int WIDTH> __device__ __forceinline__ void use(const Loaded<WIDTH>&, const Place& place) const
+    {
+#pragma unroll 1  // rarely run: the registers are for the rest of the kernel
+        for (int e = 0; e < WIDTH; ++e) {
+            const int w = COLUMNS ? e : 0;
+            const double pivot = pivot_of(x, g, part.channel + channel_of<V, COLUMNS>(g, part, w));
+            const double difference = static_cast<double>(static_cast<Accumulator<T>>(x[place.element + e])) - pivot;
+            to[w * THREADS] += difference;
+            to[(CHANNELS<V, COLUMNS> + w) * THREADS] += difference * difference;
+        }
+    }
+};
+
+// Write the sums of a thread, moved to the pivots of the channels, to where sum_by_channel wants them.
+template <typename T, int V, bool COLUMNS>
+__device__ __forceinline__ void write_about_pivots(const Moments<T, V, COLUMNS>& moments, const Geometry& g,
+                                                   const Part& part, double* to)
+{
+    constexpr int W = CHANNELS<V, COLUMNS>;
+    bool finite = true;
+#pragma unroll
+    for (int w = 0; w < W; ++w) {
+        double sum = moments.sum[w], square = moments.square[w];
+        if constexpr (!COLUMNS) {
+#pragma unroll
+            for (int e = 1; e < V; ++e) {
+                sum += moments.sum[e];
+                square += moments.square[e];
+            }
+        }
+        const double pivot = pivot_of(moments.x, g, part.channel + channel_of<V, COLUMNS>(g, part, w));
+        const double distance = moments.has_shift ? static_cast<double>(moments.shift[w]) - pivot : 0;
+        const double moved = sum + moments.count * distance;
+        to[w * THREADS] = moved;
+        to[(W + w) * THREADS] = square + distance * (sum + moved);
+        finite &= isfinite(square);
+    }
+    // Differences above 1e19 have squares beyond float32: once more, in float64.
+    if (sizeof(Accumulator<T>) == 4 && !finite) {
+        for (int i = 0; i < 2 * W; ++i) to[i * THREADS] = 0;
+        WideMoments<T, V, COLUMNS> wide = {moments.x, g, part, to};
+        walk<V, COLUMNS, 1>(g, part, wide);
+    }
+}
+
+// x         [N, C, S]
+// local     [3, C] pivot, Σ(x - pivot) and Σ(x - pivot)²; null if not wanted
+// vector    [4 * C + 4] for the exchange, ending in the trailer
+// partials  [splits, C, 2], counters [groups]: see sum_by_channel
+template <typename T, int V, bool COLUMNS>
+__global__ void __launch_bounds__(THREADS, MIN_BLOCKS<V>)
+    statistics(const T* __restrict__ x, GEOMETRY, double* __restrict__ local, double* __restrict__ vector, double fault,
+               double tag, double tag_square, double* partials, unsigned int* counters)
+{
+    const Geometry g = {N, C, S, lanes, group, per_split};
+    const Part part = part_of_block<false>(g);
+
+    Moments<T, V, COLUMNS> moments;
+    moments.x = x;
+    walk<V, COLUMNS, 4>(g, part, moments);
+
+    const double n = static_cast<double>(g.N * g.S);
+    const bool is_last = sum_by_channel<V, COLUMNS>(
+        g, part, partials, counters, [&](double* to) { write_about_pivots(moments, g, part, to); },
+        [&](long long c, double sum, double square) {
+            const double pivot = pivot_of(x, g, c), rounded = round_to_12_bits(pivot), rest = pivot - rounded;
+            if (local) {
+                local[c] = pivot;
+                local[g.C + c] = sum;
+                local[2 * g.C + c] = square;
+            }
+            square += rest * (2 * sum + n * rest);
+            sum += n * rest;
+            vector[c] = n * rounded;
+            vector[g.C + c] = n * rounded * rounded;
+            vector[2 * g.C + c] = sum;
+            vector[3 * g.C + c] = square + 2 * rounded * sum;
+        });
+    if (is_last && part.index == 0 && threadIdx.x == 0) {
+        vector[4 * g.C] = n;
+        vector[4 * g.C + 1] = fault;
+        vector[4 * g.C + 2] = tag;
+        vector[4 * g.C + 3] = tag_square;
+    }
+}
+
+// float64 data's second exchange: [Σ(x - mean)² (C) | trailer (3)] about the mean over all ranks.
+//
+// local     [3, C] from `statistics`
+// vector    [4 * C + 4] exchanged
+// squares   [C + 3]
+// Launch: a thread a channel.
+__global__ void __launch_bounds__(THREADS)
+    deviations(const double* __restrict__ local, const double* __restrict__ vector, double n, long long C,
+               double* __restrict__ squares, double fault, double tag, double tag_square)
+{
+    const long long c = static_cast<long long>(blockIdx.x) * THREADS + threadIdx.x;
+    if (c < C) {
+        const double distance = moments_of(vector, c, C).mean - local[c];
+        squares[c] = local[2 * C + c] - distance * (2 * local[C + c] - n * distance);
+    }
+    if (c == 0) {
+        squares[C] = fault;
+        squares[C + 1] = tag;
+        squares[C + 2] = tag_square;
+    }
+}
