@@ -423,7 +423,14 @@ class _BatchNorm(Module):
 
     def _check(self, x: Array) -> None:
         """Check what `sync_batch_norm` cannot know; it checks the rest."""
-        backend_of(x)
+        backend = backend_of(x)
+        own = self.running_mean if self.weight is None else self.weight.data
+        if own is not None and backend_of(own) is not backend:
+            here, there = (("cpu", "cuda"), ("cuda", "cpu"))[module_of(own) is not np]
+            raise TypeError(
+                f"expected the input on the layer's device, {here} (got {module_of(x).__name__}.ndarray): "
+                f"move the layer by .to({there!r}), or the input by cupy.asarray or .get()"
+            )
         if self._dimensions and x.ndim not in self._dimensions:
             wanted = " or ".join(f"{n}D" for n in self._dimensions)
             raise ValueError(f"expected {wanted} input (got {x.ndim}D input)")

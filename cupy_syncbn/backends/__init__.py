@@ -52,7 +52,7 @@ def _is_cupy(array: object) -> bool:
 
 
 def as_array(array: Any) -> Any:
-    """Return an array of another library that is on a GPU as a CuPy array, without a copy; others as they are."""
+    """Return another library's array on a GPU as a CuPy array, without a copy; others as they are."""
     if isinstance(array, np.ndarray) or _is_cupy(array):
         return array
     if hasattr(array, "__dlpack_device__") and array.__dlpack_device__()[0] == _CUDA:
@@ -99,8 +99,8 @@ def import_cupy() -> ModuleType:
         import cupy
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            "CuPy is not installed: install cupy-syncbn[cuda12] or cupy-syncbn[cuda13], by the CUDA version that "
-            "nvidia-smi shows"
+            "CuPy is not installed: install cupy-syncbn[cuda12] or cupy-syncbn[cuda13], by the CUDA version "
+            "that nvidia-smi shows"
         ) from error
     module: ModuleType = cupy
     return module

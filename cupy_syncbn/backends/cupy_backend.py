@@ -34,7 +34,23 @@ def empty(layout: Layout, dtype: Any) -> Array:
 
 def overlaps(a: Array, b: Array) -> bool:
     """Tell whether two arrays share memory."""
-    return bool(cupy.shares_memory(a, b))
+    (a_start, a_end), (b_start, b_end) = _bounds(a), _bounds(b)
+    if max(a_start, b_start) >= min(a_end, b_end):
+        return False
+    if a_end - a_start == a.nbytes and b_end - b_start == b.nbytes:  # neither has gaps
+        return True
+    return bool(cupy.shares_memory(a, b))  # sorts all addresses
+
+
+def _bounds(array: Array) -> tuple[int, int]:
+    """Return the addresses of an array's first byte and behind its last one."""
+    start = end = array.data.ptr
+    if array.size == 0:
+        return start, end
+    for length, step in zip(array.shape, array.strides, strict=True):
+        start += min(0, (length - 1) * step)
+        end += max(0, (length - 1) * step)
+    return start, end + array.itemsize
 
 
 def accessible(x: Array) -> Array:
@@ -113,12 +129,18 @@ _workspaces = _Workspaces()
 def _launch_for(*tensors: Array) -> Launch:
     x = tensors[0]
     aligned = all(tensor.data.ptr % 16 == 0 for tensor in tensors)
-    return launch_for(x.shape, x.dtype.itemsize, aligned, _multiprocessors(x.device.id))
+    return launch_for(_shape(x), x.dtype.itemsize, aligned, _multiprocessors(x.device.id))
+
+
+def _shape(x: Array) -> tuple[int, int, int]:
+    """Return (N, C, S), which is (0, C, 1) for all tensors without elements."""
+    N, C, S = x.shape
+    return (N, C, S) if S else (0, C, 1)
 
 
 def _geometry(x: Array, launch: Launch) -> tuple[int, ...]:
     """Return the arguments GEOMETRY of common.cuh."""
-    return *x.shape, launch.lanes, launch.group, launch.per_split
+    return *_shape(x), launch.lanes, launch.group, launch.per_split
 
 
 def _is_float(x_type: Any, bit: int, dtype: Any) -> int:
@@ -173,7 +195,7 @@ class _Normalization:
     saved: Array
     """(4C + 1,): mean, invstd, scale, offset, and the count over all ranks."""
     mask: Array | None
-    """A byte a vector: which of the activation's inputs were at most 0. None if they can be computed again."""
+    """A byte a vector: which of the activation's inputs were at most 0. None if x and `saved` tell."""
     residual: bool
     slope: float | None
     """Slope of the activation below zero; None for no activation."""
@@ -274,7 +296,7 @@ def _normalize(
 
 def _mask_size(x: Array, launch: Launch) -> int:
     """Return the bytes of the activation's mask: see Cursor::place in common.cuh."""
-    N, C, S = map(int, x.shape)
+    N, C, S = _shape(x)
     width = launch.width
     if launch.columns:
         return N * C * S // width
