@@ -249,7 +249,7 @@ def test_overlapping_output(world, cupy):
     shifted = buffer.reshape(-1)[8 : 8 + buffer[0].size].reshape(SHAPE)
     wrong_call(layer, ValueError, match, buffer[0], out=shifted)
     wrong_call(
-        layer, world, ValueError, "with residual", buffer[0], out=buffer[1], residual=buffer[1]
+        layer, ValueError, "with residual", buffer[0], out=buffer[1], residual=buffer[1]
     )  # fmt: skip
     layer(buffer[0], out=buffer[1])
 

@@ -93,7 +93,7 @@ def launch_for(shape: tuple[int, int, int], itemsize: int, aligned: bool, multip
         lanes, group = 1, 1
         if S // width >= 2**31:
             raise ValueError(
-                f"expected at most {2**31 * width} elements a channel and sample (got {S}): "
+                f"expected fewer than {2**31 * width} elements a channel and sample (got {S}): "
                 "divide the batch into samples"
             )
         steps = _ceil(N * max(S // width, 1), THREADS)
