@@ -239,8 +239,8 @@ template <int V, bool COLUMNS> constexpr int CHANNELS = COLUMNS ? V : 1;
 template <int V, bool COLUMNS> __device__ __forceinline__ int channel_of(const Geometry& g, const Part& part, int e)
 {
     if (!COLUMNS) return 0;
-    const int lanes = static_cast<int>(g.lanes), x = threadIdx.x % lanes;
-    return min(static_cast<int>((x * V + e) / g.S), part.channels - 1);  // an idle thread's may be none of them
+    const int lanes = static_cast<int>(g.lanes), S = static_cast<int>(g.S), x = threadIdx.x % lanes;
+    return min((x * V + e) / S, part.channels - 1);  // an idle thread's may be none of them
 }
 
 // Lanes of a warp that sum together what belongs to one channel: all, unless there is a channel a column.
