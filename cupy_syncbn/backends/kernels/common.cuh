@@ -268,7 +268,6 @@ __device__ __forceinline__ bool sum_by_channel(const Geometry& g, const Part& pa
 {
     constexpr int W = CHANNELS<V, COLUMNS>;
     __shared__ double entries[2 * W * THREADS];
-    __shared__ bool is_last;
     const int lanes = static_cast<int>(g.lanes), height = THREADS / lanes;
     const int width = lanes_a_channel(g, COLUMNS), lane = threadIdx.x % width, first = threadIdx.x / width;
     const int S = COLUMNS ? static_cast<int>(g.S) : 1, jobs = THREADS / width;
@@ -291,13 +290,14 @@ __device__ __forceinline__ bool sum_by_channel(const Geometry& g, const Part& pa
     }
     __syncthreads();  // publishes the partials within the block
     if (part.splits > 1) {
+        bool is_last = false;
         if (threadIdx.x == 0) {
             __threadfence();  // the block's partials are visible before it counts as done
             is_last = atomicAdd(counters + part.index, 1u) == part.splits - 1;
             __threadfence();  // the other blocks' partials are, after they all have
         }
-        __syncthreads();  // publishes is_last, and orders the reads below after the fence
-        if (!is_last) return false;
+        // Tells all threads, and orders the reads below after the fence.
+        if (!__syncthreads_or(is_last)) return false;
         if (threadIdx.x == 0) counters[part.index] = 0;
     }
     for (int k = first; k < part.channels; k += jobs) {
