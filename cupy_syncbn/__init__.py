@@ -1,7 +1,7 @@
 """Synchronized batch normalization for mpirun-launched Python, without a deep-learning framework.
 
-``SyncBatchNorm`` has the interface and the semantics of ``torch.nn.SyncBatchNorm``, on NumPy arrays:
-``y = bn(x)``, ``dx = bn.backward(dy)``. Launched by mpirun, the batches of all ranks are one batch.
+``SyncBatchNorm`` has the interface and the semantics of ``torch.nn.SyncBatchNorm``, on NumPy and CuPy
+arrays: ``y = bn(x)``, ``dx = bn.backward(dy)``. Launched by mpirun, the batches of all ranks are one batch.
 """
 
 from cupy_syncbn.convert import convert_sync_batchnorm
@@ -20,6 +20,7 @@ from cupy_syncbn.layers import (
 )
 from cupy_syncbn.process_group import (
     MPIProcessGroup,
+    NCCLProcessGroup,
     ProcessGroup,
     SingleProcessGroup,
     default_group,
@@ -38,6 +39,7 @@ __all__ = [
     "Gradients",
     "MPIProcessGroup",
     "Module",
+    "NCCLProcessGroup",
     "Parameter",
     "ProcessGroup",
     "RankMismatchError",

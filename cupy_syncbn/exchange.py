@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import zlib
+from types import ModuleType
 from typing import NamedTuple
 
 import numpy as np
@@ -39,9 +41,12 @@ class Call(NamedTuple):
         tag = zlib.crc32(repr(tuple(self)).encode()) & 0xFFF
         return 0.0, tag, tag * tag
 
-    def faults_join(self, group: ProcessGroup, length: int) -> _FaultsJoin:
-        """Let a rank that fails inside join the exchange of `length` numbers: the others hear of it."""
-        return _FaultsJoin(self, group, length)
+    def faults_join(self, group: ProcessGroup, length: int, library: ModuleType = np) -> _FaultsJoin:
+        """Let a rank that fails inside join the exchange of `length` numbers: the others hear of it.
+
+        They bring arrays of `library`, and so will it.
+        """
+        return _FaultsJoin(self, group, length, library)
 
     def exchange(self, group: ProcessGroup, vector: Array) -> None:
         """Replace `vector` by its sum over the ranks (**collective**).
@@ -57,19 +62,27 @@ class Call(NamedTuple):
         """
         if group.size == 1:
             return
-        fault, tag, tag_square = self.allreduce(group, vector)[-3:].tolist()
-        if fault:
+        ending = self._sum(group, vector)[-3:]
+        if isinstance(ending, np.ndarray):
+            self._check(group, ending.tolist())
+        else:
+            group.defer(ending, functools.partial(self._check, group))
+
+    def _check(self, group: ProcessGroup, trailer: list[float]) -> None:
+        """Raise the error that the trailer of a sum tells of, if it does."""
+        fault, tag, tag_square = trailer
+        if fault > 0:
             raise RemoteRankError(f"{_faulty(fault, group)} failed before {self}: see the error there")
-        if group.size * tag_square != tag * tag:
+        if fault != 0 or group.size * tag_square != tag * tag:
             raise RankMismatchError(
                 f"rank {group.rank} is in {self}, while another rank is in another call: "
                 "all ranks must call the same layers in the same order"
             )
 
-    def allreduce(self, group: ProcessGroup, vector: Array) -> Array:
+    def _sum(self, group: ProcessGroup, vector: Array) -> Array:
         """Add up `vector`, and return the sum as the group does; a timeout names this call."""
         try:
-            return group.allreduce(vector)
+            return group.exchange(vector)
         except CollectiveTimeoutError as error:
             raise CollectiveTimeoutError(f"{self}: {error}") from None
 
@@ -77,10 +90,10 @@ class Call(NamedTuple):
 class _FaultsJoin:
     """The context of `Call.faults_join`."""
 
-    __slots__ = ("call", "group", "length")
+    __slots__ = ("call", "group", "length", "library")
 
-    def __init__(self, call: Call, group: ProcessGroup, length: int) -> None:
-        self.call, self.group, self.length = call, group, length
+    def __init__(self, call: Call, group: ProcessGroup, length: int, library: ModuleType) -> None:
+        self.call, self.group, self.length, self.library = call, group, length, library
 
     def __enter__(self) -> None:
         pass
@@ -90,7 +103,7 @@ class _FaultsJoin:
             vector = np.zeros(self.length)
             vector[-3:] = self.call.trailer(self.group)
             vector[-3] = _fault_code(self.group)
-            self.call.allreduce(self.group, vector)
+            self.call._sum(self.group, self.library.asarray(vector))
 
 
 def _fault_code(group: ProcessGroup) -> float:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from cupy_syncbn.backends import Array, Backend, Layout, Running, as_array, backend_of
+from cupy_syncbn.backends import Array, Backend, Layout, Running, as_array, backend_of, module_of
 from cupy_syncbn.exchange import Call
 from cupy_syncbn.process_group import ProcessGroup, SingleProcessGroup, as_group
 
@@ -132,7 +133,8 @@ def sync_batch_norm(
     group = as_group(process_group)
     peers = group if training else _LOCAL
     call = call or Call("sync_batch_norm", _channels(x, weight, running_mean, channels_last), "forward", 0)
-    with call.faults_join(peers, 4 * call.channels + 4):
+    library = _library(x, weight, running_mean)
+    with call.faults_join(peers, 4 * call.channels + 4, library):
         check_settings(eps, momentum)
         x, residual, out = as_array(x), as_array(residual), as_array(out)
         backend, layout = _check_input(x, channels_last, call.channels)
@@ -163,7 +165,7 @@ def sync_batch_norm(
             call.exchange(peers, squares)
         update = running if training else None
         normalization = backend.normalize(
-            tensor, target, vector, squares, weight, bias, update, eps, added, slope
+            tensor, target, vector, squares, weight, bias, update, peers.size, eps, added, slope
         )
     else:
         assert running is not None
@@ -227,7 +229,7 @@ def sync_batch_norm_backward(dy: Array, saved: Saved, *, grad_reduction: str = "
     x, normalization, layout = saved.x, saved.normalization, saved.layout
     peers = saved.group if saved.synchronized or grad_reduction != "none" else _LOCAL
     call = Call(saved.call.name, saved.call.channels, "backward", saved.call.number)
-    with call.faults_join(peers, 2 * call.channels + 3):
+    with call.faults_join(peers, 2 * call.channels + 3, module_of(x)):
         dy = as_array(dy)
         backend = _check_output_gradient(dy, saved)
         check_grad_reduction(grad_reduction)
@@ -256,6 +258,12 @@ def sync_batch_norm_backward(dy: Array, saved: Saved, *, grad_reduction: str = "
 
 
 _LOCAL = SingleProcessGroup()
+
+
+def _library(*arrays: object) -> ModuleType:
+    """Return the library whose arrays the other ranks exchange, whatever is wrong with this one's `x`."""
+    libraries = [module_of(array) for array in arrays if array is not None]
+    return next((library for library in libraries if library is not np), np)
 
 
 def _channels(x: object, weight: Array | None, running_mean: Array | None, channels_last: bool) -> int:

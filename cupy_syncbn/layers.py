@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator, Mapping
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 
 import numpy as np
@@ -392,7 +393,7 @@ class _BatchNorm(Module):
             self._introduced = True
         x = as_array(x)
         call = self._call("forward")
-        with call.faults_join(self._peers(), 4 * self.num_features + 4):
+        with call.faults_join(self._peers(), 4 * self.num_features + 4, self._library(x)):
             self._check(x)
         y, self._saved = sync_batch_norm(
             x,
@@ -420,6 +421,11 @@ class _BatchNorm(Module):
     def _peers(self) -> ProcessGroup:
         """Return the ranks that forward and backward exchange with."""
         return as_group(self.process_group) if self.training else SingleProcessGroup()
+
+    def _library(self, x: Array) -> ModuleType:
+        """Return the library of the layer's arrays, or of `x` if it has none."""
+        own = self.running_mean if self.weight is None else self.weight.data
+        return module_of(x if own is None else own)
 
     def _check(self, x: Array) -> None:
         """Check what `sync_batch_norm` cannot know; it checks the rest."""
@@ -459,7 +465,8 @@ class _BatchNorm(Module):
             If `dy` does not match the result. The backward can be called again then.
         """
         if self._saved is None:
-            with self._call("backward").faults_join(self._peers(), 2 * self.num_features + 3):
+            call, length = self._call("backward"), 2 * self.num_features + 3
+            with call.faults_join(self._peers(), length, self._library(dy)):
                 raise RuntimeError("backward needs a forward before it: each forward serves one backward")
         gradients = sync_batch_norm_backward(dy, self._saved, grad_reduction=self.grad_reduction)
         self._saved = None

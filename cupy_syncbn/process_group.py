@@ -5,17 +5,19 @@ from __future__ import annotations
 import functools
 import math
 import os
+import pickle
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
+
+from cupy_syncbn import host_exchange, transports
 from cupy_syncbn.errors import CollectiveTimeoutError
-from cupy_syncbn.staging import Staging
 
 if TYPE_CHECKING:
-    import numpy as np
     from mpi4py import MPI
 
     Array = np.ndarray[Any, Any]
@@ -65,6 +67,43 @@ class ProcessGroup(ABC):
         ------
         CollectiveTimeoutError
             If a rank does not come within the timeout.
+        """
+
+    def exchange(self, vector: Array) -> Array:
+        """Replace `vector` by its sum, as `allreduce`, among ranks that may be out of step (**collective**).
+
+        Parameters
+        ----------
+        vector : array
+            In float64, ending in the trailer of `Call.trailer`.
+
+        Returns
+        -------
+        array
+            Something that ends in the sum's trailer; in memory of the host if it is there already. A group
+            that notices different lengths sets the fault flag to NaN on all ranks.
+        """
+        return self.allreduce(vector)
+
+    def defer(self, trailer: Array, check: Callable[[list[float]], None]) -> None:
+        """Look at the trailer of an exchange that is not in memory of the host: now, or later.
+
+        Parameters
+        ----------
+        trailer : array
+            Of CuPy.
+        check : callable
+            Is given the numbers, and raises an error if they tell of one.
+        """
+        check(trailer.tolist())
+
+    def check_errors(self) -> None:  # noqa: B027, most have nothing to do
+        """Wait for all exchanges, and raise the first error that they tell of.
+
+        Raises
+        ------
+        RemoteRankError, RankMismatchError, CollectiveTimeoutError
+            See `sync_batch_norm`. Transports that do not defer have raised them already.
         """
 
     @abstractmethod
@@ -117,7 +156,7 @@ class SingleProcessGroup(ProcessGroup):
 
 
 class MPIProcessGroup(ProcessGroup):
-    """The ranks of an MPI communicator; CuPy arrays travel through pinned memory of the host.
+    """The ranks of an MPI communicator.
 
     Messages travel on a duplicate of the communicator, made at the first exchange, so that none meets the
     caller's own. All groups and layers on one communicator share one duplicate: MPI has only so many.
@@ -126,6 +165,10 @@ class MPIProcessGroup(ProcessGroup):
     ----------
     comm : mpi4py.MPI.Intracomm
         The communicator.
+    transport : {"auto", "mpi", "cuda-aware-mpi", "nccl"}, optional
+        What carries CuPy arrays: MPI through pinned memory of the host, an MPI that takes addresses on the
+        GPU, or NCCL. Default CUPY_SYNCBN_TRANSPORT, or "auto": NCCL where it is installed and no two ranks
+        share a GPU, else "mpi".
     timeout : float, optional
         Seconds that an exchange waits for the other ranks; default CUPY_SYNCBN_TIMEOUT, or 600.
 
@@ -134,10 +177,10 @@ class MPIProcessGroup(ProcessGroup):
     TypeError
         If `comm` is not an intracommunicator.
     ValueError
-        If `comm` is MPI.COMM_NULL, or the timeout is not positive.
+        If `comm` is MPI.COMM_NULL, the transport is unknown, or the timeout is not positive.
     """
 
-    def __init__(self, comm: MPI.Comm, *, timeout: float | None = None) -> None:
+    def __init__(self, comm: MPI.Comm, *, transport: str | None = None, timeout: float | None = None) -> None:
         from mpi4py import MPI
 
         if not isinstance(comm, MPI.Comm) or (comm != MPI.COMM_NULL and comm.Is_inter()):
@@ -145,30 +188,85 @@ class MPIProcessGroup(ProcessGroup):
         if comm == MPI.COMM_NULL:
             raise ValueError("expected a communicator (got MPI.COMM_NULL): this process is not in it")
         self.rank, self.size = comm.rank, comm.size
+        self.host: str = MPI.Get_processor_name()
         self.timeout = _timeout(timeout)
+        self.transport = _transport(transport)
         self._comm = comm
-        self._staging = Staging()
         self._channel: _Channel | None = None
 
     def allreduce(self, buffer: Array) -> Array:
-        """Replace `buffer`, contiguous, by its sum over the ranks, and return it in memory of the host.
+        """Replace `buffer`, contiguous, by its sum over the ranks (**collective**).
+
+        Parameters
+        ----------
+        buffer : array
+            Of NumPy or CuPy.
+
+        Returns
+        -------
+        array
+            The sum, in pinned memory of the host if it came by there, valid until the next call.
 
         Raises
         ------
         CollectiveTimeoutError
             If a rank does not come within the timeout.
+        RuntimeError
+            If the transport that was asked for is not there.
+        """
+        if not _is_numpy(buffer):
+            total: Array = self._carrier.allreduce(buffer)
+            return total
+        self.allreduce_in_place(buffer)
+        return buffer
+
+    def exchange(self, vector: Array) -> Array:
+        """Replace `vector` by its sum, as `allreduce`, among ranks that may be out of step (**collective**).
+
+        Parameters
+        ----------
+        vector : array
+            In float64, ending in the trailer of `Call.trailer`.
+
+        Returns
+        -------
+        array
+            What ends in the sum's trailer. Where the lengths differed, the fault flag is NaN on all ranks.
+
+        Raises
+        ------
+        CollectiveTimeoutError
+            If a rank does not come within the timeout.
+        """
+        if not _is_numpy(vector):
+            ending: Array = self._carrier.exchange(vector)
+            return ending
+        channel = self._opened()
+        host_exchange.exchange(channel.comm, vector, channel.scratch(vector.size), self._wait_for)
+        return vector
+
+    def defer(self, trailer: Array, check: Callable[[list[float]], None]) -> None:
+        """Look at the trailer of an exchange: by NCCL, when the GPU has it."""
+        if isinstance(self._carrier, transports.NCCL):
+            self._carrier.defer(trailer, check)
+        else:
+            super().defer(trailer, check)
+
+    def check_errors(self) -> None:
+        """Wait for all exchanges by NCCL, and raise the first error that they tell of.
+
+        Raises
+        ------
+        RemoteRankError, RankMismatchError, CollectiveTimeoutError
+            See `sync_batch_norm`. The communicator is aborted then: the group takes no more CuPy arrays.
 
         Notes
         -----
-        **Collective.** For a CuPy array the host waits for the current stream, not for the copy back to it.
+        Call it after a CUDA graph that was captured with exchanges in it, too.
         """
-        from mpi4py import MPI
-
-        messages = self._messages
-        host: Array = self._staging.copy_out(buffer)
-        self._wait(messages.Iallreduce(MPI.IN_PLACE, host, op=MPI.SUM), host)
-        self._staging.copy_in(host, buffer)
-        return host
+        carrier = vars(self).get("_carrier")
+        if isinstance(carrier, transports.NCCL):
+            carrier.raise_errors(wait=True)
 
     def broadcast(self, buffer: Array, root: int = 0) -> None:
         """Replace `buffer`, contiguous, by that of rank `root` (**collective**).
@@ -178,10 +276,33 @@ class MPIProcessGroup(ProcessGroup):
         CollectiveTimeoutError
             If a rank does not come within the timeout.
         """
-        messages = self._messages
-        host = self._staging.copy_out(buffer)
-        self._wait(messages.Ibcast(_bytes(host), root), host)
-        self._staging.copy_in(host, buffer)
+        if not _is_numpy(buffer):
+            self._carrier.broadcast(buffer, root)
+        else:
+            self.broadcast_in_place(_bytes(buffer), root)
+
+    def allreduce_in_place(self, buffer: Array) -> None:
+        """Sum up a buffer that MPI takes as it is."""
+        from mpi4py import MPI
+
+        self._wait(self._opened().comm.Iallreduce(MPI.IN_PLACE, buffer, op=MPI.SUM), (buffer,))
+
+    def broadcast_in_place(self, buffer: Array, root: int) -> None:
+        """Broadcast a buffer that MPI takes as it is."""
+        self._wait(self._opened().comm.Ibcast(buffer, root), (buffer,))
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Return the small objects of all ranks, in their order (**collective**)."""
+        own = transports.pack(value)
+        everyones = np.empty((self.size, own.size), np.uint8)
+        self._wait(self._opened().comm.Iallgather(own, everyones), (own, everyones))
+        return [pickle.loads(row) for row in everyones]
+
+    def broadcast_object(self, value: Any) -> Any:
+        """Return rank 0's small object (**collective**)."""
+        data = transports.pack(value)
+        self.broadcast_in_place(data, 0)
+        return pickle.loads(data)
 
     def has_same_ranks(self, other: ProcessGroup) -> bool:
         """Tell whether two groups, both with this process in them, are of the same ranks."""
@@ -191,9 +312,13 @@ class MPIProcessGroup(ProcessGroup):
 
         return MPI.Comm.Compare(self._comm, other._comm) != MPI.UNEQUAL
 
-    @property
-    def _messages(self) -> MPI.Comm:
-        """The duplicate that messages travel on, kept as an attribute of the communicator."""
+    @functools.cached_property
+    def _carrier(self) -> transports.Transport:
+        """What carries CuPy arrays, chosen when the first comes (**collective**)."""
+        return transports.transport_for(self, self.transport)
+
+    def _opened(self) -> _Channel:
+        """Return the duplicate that messages travel on, kept as an attribute of the communicator."""
         if self._channel is None:
             keyval = _keyval()
             self._channel = cast("_Channel | None", self._comm.Get_attr(keyval))
@@ -202,18 +327,27 @@ class MPIProcessGroup(ProcessGroup):
                 comm, request = self._comm.Idup()
                 self._channel = _Channel(comm)
                 self._comm.Set_attr(keyval, self._channel)
-                self._wait(request, comm)
+                self._wait(request, (comm,))
         if self._channel.abandoned:
             raise CollectiveTimeoutError(
                 "an earlier exchange on this communicator ended by its timeout: its ranks are out of step"
             )
-        return self._channel.comm
+        return self._channel
 
-    def _wait(self, request: MPI.Request, needed: Array | MPI.Comm) -> None:
-        """Wait for a request, which needs something to live as long as it does."""
+    def _wait_for(self, request: MPI.Request, partner: int, needed: tuple[Array, ...]) -> MPI.Status:
+        """Wait for a request to or from a rank."""
+        return self._wait(request, needed, f"rank {partner}")
+
+    def _wait(
+        self, request: MPI.Request, needed: tuple[Any, ...], whom: str = "the other ranks"
+    ) -> MPI.Status:
+        """Wait for a request, which needs some objects to live as long as it does."""
+        from mpi4py import MPI
+
+        status = MPI.Status()
         deadline = None
         spins = 0
-        while not request.Test():
+        while not request.Test(status):
             spins += 1
             if spins < _SPINS_BEFORE_YIELD:
                 continue
@@ -225,12 +359,43 @@ class MPIProcessGroup(ProcessGroup):
                 assert self._channel is not None
                 self._channel.abandoned.append((request, needed))
                 raise CollectiveTimeoutError(
-                    f"rank {self.rank} of {self.size} waited {self.timeout:g} s for the other ranks: "
-                    "one of them ended, is stuck, or did not make this call"
+                    f"rank {self.rank} of {self.size} waited {self.timeout:g} s for {whom}: "
+                    "a rank ended, is stuck, or did not make this call"
                 )
+        return status
 
     def __repr__(self) -> str:
-        return f"MPIProcessGroup(rank={self.rank}, size={self.size})"
+        return f"{type(self).__name__}(rank={self.rank}, size={self.size})"
+
+
+class NCCLProcessGroup(MPIProcessGroup):
+    """The ranks of an MPI communicator, each with a GPU of its own, whose CuPy arrays NCCL carries.
+
+    Its operations are enqueued on the current stream: the host does not wait, and they can be captured in a
+    CUDA graph. Errors of other ranks are therefore raised later: see `check_errors`. NumPy arrays go by MPI.
+
+    Parameters
+    ----------
+    comm : mpi4py.MPI.Intracomm, optional
+        The communicator; default MPI.COMM_WORLD.
+    timeout : float, optional
+        Seconds that an exchange waits for the other ranks; default CUPY_SYNCBN_TIMEOUT, or 600.
+
+    Raises
+    ------
+    RuntimeError
+        If CuPy finds no NCCL on a rank, or two ranks share a GPU.
+
+    Notes
+    -----
+    **Collective** over `comm`.
+    """
+
+    def __init__(self, comm: MPI.Intracomm | None = None, *, timeout: float | None = None) -> None:
+        from mpi4py import MPI
+
+        super().__init__(MPI.COMM_WORLD if comm is None else comm, transport="nccl", timeout=timeout)
+        self._carrier  # noqa: B018, what is missing is said here and now
 
 
 class _Channel:
@@ -238,7 +403,14 @@ class _Channel:
 
     def __init__(self, comm: MPI.Comm) -> None:
         self.comm = comm
-        self.abandoned: list[tuple[MPI.Request, Array | MPI.Comm]] = []  # MPI may still write to these
+        self.abandoned: list[tuple[MPI.Request, tuple[Any, ...]]] = []  # MPI may still write to these
+        self._scratch: dict[int, Array] = {}
+
+    def scratch(self, length: int) -> Array:
+        """Return an array of float64 that is used again for the same length."""
+        if length not in self._scratch:
+            self._scratch[length] = np.empty(length)
+        return self._scratch[length]
 
 
 class _NotAMember(ProcessGroup):
@@ -248,7 +420,7 @@ class _NotAMember(ProcessGroup):
         self._ranks = ranks
 
     def __getattribute__(self, name: str) -> Any:
-        if name in ("rank", "size", "timeout", "allreduce", "broadcast"):
+        if name in ("rank", "size", "timeout", "allreduce", "exchange", "broadcast"):
             raise RuntimeError(f"this process is not a member of the group of ranks {self._ranks}")
         return super().__getattribute__(name)
 
@@ -280,6 +452,19 @@ def _keyval() -> int:
 def _bytes(buffer: Array) -> Array:
     """View any dtype as bytes, as MPI has no type for 16-bit floats."""
     return buffer.reshape(-1).view("u1")
+
+
+def _is_numpy(buffer: object) -> bool:
+    return isinstance(buffer, np.ndarray)
+
+
+def _transport(name: str | None) -> str:
+    name = os.environ.get("CUPY_SYNCBN_TRANSPORT", "auto") if name is None else name
+    if name not in transports.TRANSPORTS:
+        raise ValueError(
+            f"expected a transport of {', '.join(map(repr, transports.TRANSPORTS))} (got {name!r})"
+        )
+    return name
 
 
 def _timeout(seconds: float | None) -> float:
@@ -356,7 +541,7 @@ def new_group(
     ranks: Iterable[int] | None = None,
     *,
     comm: MPI.Intracomm | None = None,
-    transport: str = "auto",
+    transport: str | None = None,
     timeout: float | None = None,
 ) -> ProcessGroup:
     """Create a group of some ranks.
@@ -367,8 +552,8 @@ def new_group(
         Ranks of `comm`, in the order that they have in the group; default all.
     comm : mpi4py.MPI.Intracomm, optional
         The communicator that the ranks are counted in; default MPI.COMM_WORLD.
-    transport : {"auto", "mpi"}
-        What carries the messages.
+    transport : {"auto", "mpi", "cuda-aware-mpi", "nccl"}, optional
+        What carries CuPy arrays, see `MPIProcessGroup`; default CUPY_SYNCBN_TRANSPORT, or "auto".
     timeout : float, optional
         Seconds that an exchange waits for the other ranks; default CUPY_SYNCBN_TIMEOUT, or 600.
 
@@ -386,8 +571,7 @@ def new_group(
     -----
     **Collective** over `comm`: each of its processes calls it, with the same ranks.
     """
-    if transport not in ("auto", "mpi"):
-        raise ValueError(f"expected transport 'auto' or 'mpi' (got {transport!r})")
+    transport = _transport(transport)
     from mpi4py import MPI
 
     comm = MPI.COMM_WORLD if comm is None else comm
@@ -396,11 +580,17 @@ def new_group(
         raise ValueError(f"expected distinct ranks between 0 and {comm.size - 1} (got {members})")
     is_member = comm.rank in members
     part = comm.Split(0 if is_member else MPI.UNDEFINED, members.index(comm.rank) if is_member else 0)
-    return MPIProcessGroup(part, timeout=timeout) if is_member else _NotAMember(members)
+    if not is_member:
+        return _NotAMember(members)
+    return MPIProcessGroup(part, transport=transport, timeout=timeout)
 
 
 def split_group(
-    group_size: int, *, comm: MPI.Intracomm | None = None, timeout: float | None = None
+    group_size: int,
+    *,
+    comm: MPI.Intracomm | None = None,
+    transport: str | None = None,
+    timeout: float | None = None,
 ) -> ProcessGroup:
     """Divide the ranks into groups of `group_size` consecutive ranks and return this process's.
 
@@ -410,6 +600,8 @@ def split_group(
         Ranks a group; it must divide the number of ranks.
     comm : mpi4py.MPI.Intracomm, optional
         The communicator to divide; default MPI.COMM_WORLD.
+    transport : {"auto", "mpi", "cuda-aware-mpi", "nccl"}, optional
+        What carries CuPy arrays, see `MPIProcessGroup`; default CUPY_SYNCBN_TRANSPORT, or "auto".
     timeout : float, optional
         Seconds that an exchange waits for the other ranks; default CUPY_SYNCBN_TIMEOUT, or 600.
 
@@ -432,4 +624,5 @@ def split_group(
     comm = MPI.COMM_WORLD if comm is None else comm
     if group_size < 1 or comm.size % group_size:
         raise ValueError(f"expected a group_size that divides {comm.size} ranks (got {group_size})")
-    return MPIProcessGroup(comm.Split(comm.rank // group_size, comm.rank), timeout=timeout)
+    part = comm.Split(comm.rank // group_size, comm.rank)
+    return MPIProcessGroup(part, transport=transport, timeout=timeout)

@@ -22,8 +22,9 @@ MODULES = {
 ALLOWED = {
     "errors": set(),
     "backends": {"backends"},
-    "process_group": {"process_group", "staging"},
-    "staging": set(),
+    "host_exchange": set(),
+    "transports": {"process_group"},  # for its type
+    "process_group": {"process_group", "transports", "host_exchange"},
     "exchange": {"process_group", "backends"},
     "functional": {"exchange", "process_group", "backends"},
 }

@@ -157,8 +157,8 @@ def _best_device() -> str:
         return "cpu"
 
 
-def module_of(array: Array) -> ModuleType:
-    """Return the library of an array: numpy or cupy."""
+def module_of(array: object) -> ModuleType:
+    """Return the library of an array: cupy, or numpy for all else."""
     return sys.modules["cupy"] if _is_cupy(array) else np
 
 

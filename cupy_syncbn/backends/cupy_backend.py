@@ -209,6 +209,7 @@ def normalize(
     weight: Array | None,
     bias: Array | None,
     running: Running | None,
+    ranks: int,
     eps: float,
     residual: Array | None,
     slope: float | None,
@@ -216,8 +217,8 @@ def normalize(
     """Write y by the statistics in the exchanged vectors, and update the running statistics."""
     mean, var, tracked, momentum = (None, None, None, 0.0) if running is None else running
     return _normalize(
-        x, y, vector, squares, weight, bias, mean, var, tracked, momentum, running is not None,
-        eps, residual, slope,
+        x, y, vector, squares, weight, bias, mean, var, tracked, momentum,
+        0 if running is None else ranks, eps, residual, slope,
     )  # fmt: skip
 
 
@@ -234,7 +235,7 @@ def normalize_fixed(
 ) -> _Normalization:
     """Write y by given statistics."""
     return _normalize(
-        x, y, None, None, weight, bias, mean, var, None, 0.0, False, eps, residual, slope
+        x, y, None, None, weight, bias, mean, var, None, 0.0, 0, eps, residual, slope
     )  # fmt: skip
 
 
@@ -249,7 +250,7 @@ def _normalize(
     var: Array | None,
     tracked: Array | None,
     momentum: float | None,
-    update: bool,
+    ranks: int,
     eps: float,
     residual: Array | None,
     slope: float | None,
@@ -284,7 +285,7 @@ def _normalize(
             _or_null(tracked),
             types,
             -1.0 if momentum is None else float(momentum),
-            update,
+            ranks,
             float(eps),
             slope or 0.0,
             saved,

@@ -54,13 +54,15 @@ class Backend(Protocol):
         weight: Array | None,
         bias: Array | None,
         running: Running | None,
+        ranks: int,
         eps: float,
         residual: Array | None,
         slope: float | None,
     ) -> Any:
         """Write y by the statistics in the exchanged vectors, and update the running statistics.
 
-        `squares` is that of the second exchange, or None if there was none.
+        `squares` is that of the second exchange, or None if there was none. A trailer that the host has not
+        seen may tell of a fault: the running statistics of the `ranks` ranks are not updated then.
 
         What it returns is for the backward: of the backend's own type.
         """

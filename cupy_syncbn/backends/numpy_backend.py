@@ -231,6 +231,7 @@ def normalize(
     weight: Array | None,
     bias: Array | None,
     running: Running | None,
+    ranks: int,
     eps: float,
     residual: Array | None,
     slope: float | None,

@@ -24,3 +24,11 @@ __device__ __forceinline__ ChannelMoments moments_of(const double* vector, long 
     const double m2 = (pivot_square - pivot * pivot_sum) - pivot * rest + (square - 2 * pivot * sum - shifted * shifted / n);
     return {pivot + shifted / n, m2, count};
 }
+
+// Whether the exchange went well: no rank had a fault, and all were in the same call. The host may learn it later.
+//
+// trailer   [3]: sums over the ranks of fault, tag and tag², see exchange.py
+__device__ __forceinline__ bool is_sound(const double* trailer, long long ranks)
+{
+    return trailer[0] == 0 && ranks * trailer[2] == trailer[1] * trailer[1];
+}

@@ -64,7 +64,7 @@ template <typename T, int V, bool COLUMNS, bool RESIDUAL, bool ACTIVATION> struc
 // weight, bias, running_mean, running_var   [C] or null, of the types told by float_types
 // num_batches_tracked   [1] or null
 // momentum         share of the batch in the running statistics; negative for 1 / num_batches_tracked
-// update           whether to update the running statistics
+// ranks            how many have been added up, if the running statistics are to be updated; else 0
 // saved            [4 * C + 1]: mean, invstd, scale, offset, and the count over all ranks
 // counter          [1]: zero before the launch and after it
 template <typename T, int V, bool COLUMNS, bool RESIDUAL, bool ACTIVATION>
@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(THREADS, MIN_BLOCKS<V>)
     normalize(const T* __restrict__ x, T* __restrict__ y, const T* __restrict__ residual, unsigned char* __restrict__ mask,
               GEOMETRY, const double* __restrict__ vector, const double* __restrict__ squares,
               const void* __restrict__ weight, const void* __restrict__ bias, void* running_mean, void* running_var,
-              long long* num_batches_tracked, long long float_types, double momentum, bool update, double eps,
+              long long* num_batches_tracked, long long float_types, double momentum, long long ranks, double eps,
               double slope, double* __restrict__ saved, unsigned int* counter)
 {
     using A = Accumulator<T>;
@@ -82,6 +82,7 @@ __global__ void __launch_bounds__(THREADS, MIN_BLOCKS<V>)
     __shared__ A scales[MAX_GROUP];
     __shared__ A offsets[MAX_GROUP];
 
+    const bool update = ranks > 0 && is_sound(vector + 4 * g.C + 1, ranks);
     if (update && part.split == 0 && momentum < 0) momentum = 1.0 / (*num_batches_tracked + 1);
     for (int k = threadIdx.x; k < part.channels; k += THREADS) {
         const long long c = part.channel + k;
