@@ -24,6 +24,10 @@ os.environ["CUPY_SYNCBN_DEVICE"] = "cpu"
 REQUIRE_GPU = os.environ.get("CUPY_SYNCBN_REQUIRE_GPU") == "1"
 
 
+def pytest_addoption(parser):
+    parser.addoption("--fuzz-cases", type=int, help="cases that test_fuzz.py draws for each engine")
+
+
 def pytest_collection_modifyitems(config, items):
     if World().size > 1:
         launches = [item for item in items if item.get_closest_marker("launch")]

@@ -5,6 +5,7 @@ standard deviation, and for standard normal values of which the first is an outl
 away.
 
     ours                the public layer's running_var, at momentum 1 (float32: it rounds to 6e-8)
+    our kernels         the same by the CUDA kernels, on a GPU, or with --emulate on the tests' emulator
     torch               the same of torch.nn.functional.batch_norm on the CPU, when installed
     E[x²]-E[x]²         in float32
     Welford             in float32: mean += (x - mean) / n at every value
@@ -26,11 +27,13 @@ The first loses 1e-16 mean²/var, which float32 data can show from a mean of 1e4
 
     python scripts/benchmarks/accuracy.py
     python scripts/benchmarks/accuracy.py --quick       # fewer values, seconds
+    python scripts/benchmarks/accuracy.py --emulate     # the CUDA kernels too, without a GPU
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -47,6 +50,7 @@ LANES = 512  # threads that share a channel
 CHANNELS = 4  # independent channels: a table shows the worst of them
 EPS = 1e-5
 RANKS = 4
+EMULATION = contextlib.ExitStack()  # the stand-in for CuPy, until the program ends
 PIVOT_BITS = 12  # pivot² then has 24, and a count below 2^29 leaves the product exact in 53
 
 
@@ -73,6 +77,33 @@ def ours(x: np.ndarray) -> np.ndarray:
     running_mean, running_var = np.zeros(CHANNELS, np.float32), np.ones(CHANNELS, np.float32)
     sync_batch_norm(x, None, None, running_mean, running_var, training=True, momentum=1.0, eps=EPS)
     return running_var.astype(float) * (count - 1) / count
+
+
+def by_kernels(cupy: Any) -> Callable[[np.ndarray], np.ndarray]:
+    """Return a function that gives the biased variance by the CUDA kernels."""
+
+    def variance(x: np.ndarray) -> np.ndarray:
+        count = x.shape[2]
+        running_mean, running_var = cupy.zeros(CHANNELS, np.float32), cupy.ones(CHANNELS, np.float32)
+        sync_batch_norm(cupy.asarray(x), None, None, running_mean, running_var, momentum=1.0, eps=EPS)
+        return running_var.get().astype(float) * (count - 1) / count
+
+    return variance
+
+
+def find_cupy(emulate: bool) -> Any | None:
+    """Return CuPy if it sees a GPU, or the tests' stand-in for it if `emulate`, else None."""
+    if emulate:
+        sys.path.append(str(Path(__file__).parents[2] / "tests"))
+        import cuda_emulator
+
+        cuda_emulator.devices.attributes["MultiProcessorCount"] = 132
+        return EMULATION.enter_context(cuda_emulator.installed("fast"))
+    try:
+        import cupy
+    except ModuleNotFoundError:
+        return None
+    return cupy if cupy.cuda.is_available() else None
 
 
 def by_torch(torch: Any) -> Callable[[np.ndarray], np.ndarray]:
@@ -242,6 +273,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else list(argv)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="2^15 values a channel instead of 2^21")
+    parser.add_argument("--emulate", action="store_true", help="run the CUDA kernels on the tests' emulator")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="threads (default 1)")
     parser.add_argument("--output", type=Path, default=RESULTS, metavar="DIR", help="where the results go")
     options = parser.parse_args(arguments)
@@ -250,6 +282,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     trials = 5 if options.quick else 100
 
     methods: dict[str, Callable[[np.ndarray], np.ndarray]] = {"ours": ours}
+    cupy = find_cupy(options.emulate)
+    if cupy is not None:
+        methods["our kernels"] = by_kernels(cupy)
     torch = import_torch(options.threads)
     if torch is not None:
         methods["torch"] = by_torch(torch)
@@ -274,8 +309,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     facts = circumstances(arguments, options.threads, ["cupy_syncbn", "numpy", "torch"])
     print(f"\n{caption(facts)}")
-    record = {**facts, "values": count, "methods": list(methods), "variance": variance, "wire": wire}
+    record = {
+        **facts,
+        "kernels_emulated": options.emulate,
+        "values": count,
+        "methods": list(methods),
+        "variance": variance,
+        "wire": wire,
+    }
     save(options.output, "accuracy", record, plot(record))
+    EMULATION.close()
     return 0
 
 

@@ -256,6 +256,8 @@ class ndarray:  # noqa: N801 (CuPy's name)
             return
         same_type = isinstance(value, ndarray) and value.dtype == self.dtype and value.size
         target = self._allocation.written_map(self._values)
+        if any(part is Ellipsis for part in _tuple(index)):
+            index = (*_tuple(index), slice(None))  # the bytes of an element are one more axis
         target[index] = value._written_map() if same_type else 1
 
     def fill(self, value):
