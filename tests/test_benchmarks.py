@@ -76,14 +76,35 @@ def test_cpu_counts_the_batch_norms_of_resnet50(monkeypatch):
     assert len({shape for shape, _ in layers}) == 12
 
 
+@pytest.mark.launch
+def test_exchange(tmp_path):
+    output, record = run("exchange.py", tmp_path)
+    assert [row[0] for row in headings(output, "ranks, C")] == ["ranks, C"] * 2
+    assert set(record["measured"]) == {"2", "4"}
+    for by_channels in record["measured"].values():
+        for times in by_channels.values():
+            assert min(times.values()) > 0
+    for times in record["model"]["us"].values():
+        for modelled in times.values():
+            assert 0 < modelled["2"] < modelled["16384"]
+
+
 def test_accuracy(tmp_path):
-    output, record = run("accuracy.py", tmp_path)
-    methods = ["ours", *(["torch"] if TORCH else []), "E[x²]-E[x]²", "Welford", "first-value shift"]
+    output, record = run("accuracy.py", tmp_path, "--emulate")
+    methods = [
+        "ours",
+        "our kernels",
+        *(["torch"] if TORCH else []),
+        "E[x²]-E[x]²",
+        "Welford",
+        "first-value shift",
+    ]
     wire = ["mean, m2: median", "worst", "pivoted: median", "worst"]
     assert headings(output, "mean/sd") == [["mean/sd", *methods], ["mean/sd", *wire]]
     assert record["methods"] == methods
     for row in record["variance"]:
         assert row["errors"]["ours"] < 1e-6, row["data"]
+        assert row["errors"]["our kernels"] < 1e-6, row["data"]
     for row in record["wire"]:
         _, worst = row["errors"]["pivoted"]
         assert worst < 1e-7, row["data"]
