@@ -25,7 +25,7 @@ class Call(NamedTuple):
     direction: str
     """"forward" or "backward"."""
     number: int
-    """How many exchanges of this direction the layer has made before."""
+    """How many exchanges the layer had made before; a backward has the number of its forward."""
 
     def __str__(self) -> str:
         return f"{self.direction} {self.number} of {self.name} ({self.channels} channels)"
@@ -98,12 +98,15 @@ class _FaultsJoin:
     def __enter__(self) -> None:
         pass
 
-    def __exit__(self, kind: type[BaseException] | None, error: object, traceback: object) -> None:
-        if kind is not None and issubclass(kind, Exception) and self.group.size > 1:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if isinstance(error, Exception) and self.group.size > 1:
             vector = np.zeros(self.length)
             vector[-3:] = self.call.trailer(self.group)
             vector[-3] = _fault_code(self.group)
-            self.call._sum(self.group, self.library.asarray(vector))
+            try:
+                self.call._sum(self.group, self.library.asarray(vector))
+            except CollectiveTimeoutError as late:
+                error.add_note(f"The other ranks did not hear of it: {late}")
 
 
 def _fault_code(group: ProcessGroup) -> float:

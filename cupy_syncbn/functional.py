@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -161,7 +162,8 @@ def sync_batch_norm(
         call.exchange(peers, vector)
         squares = None
         if dtype.itemsize == 8:  # once more, about the mean of all: float64 data show what one vector loses
-            squares = backend.deviations(local, vector, call.trailer(peers))
+            with call.faults_join(peers, call.channels + 3, library):
+                squares = backend.deviations(local, vector, call.trailer(peers))
             call.exchange(peers, squares)
         update = running if training else None
         normalization = backend.normalize(
@@ -270,7 +272,7 @@ def _channels(x: object, weight: Array | None, running_mean: Array | None, chann
     """Return the number of channels that the other ranks expect, whatever is wrong with this one's `x`."""
     for known in (weight, running_mean):
         if known is not None:
-            return int(known.size)
+            return math.prod(known.shape if hasattr(known, "shape") else np.shape(known))
     shape: Sequence[int] = getattr(x, "shape", ())
     return int(shape[-1 if channels_last else 1]) if len(shape) > 1 else 0
 

@@ -3,6 +3,9 @@
 MPI's own allreduce demands that all ranks bring the same length, and some libraries crash if they do not.
 Here the length of each message is looked at when it arrives: ranks that meet with different lengths mark the
 sum and go on, and so every rank ends in the same call, and knows.
+
+No message may be longer than the place it is received in: MPI calls that an error, but Open MPI (5.0.11, at
+more than 4 KiB between processes of a host) writes all of it before it says so.
 """
 
 from __future__ import annotations
@@ -20,6 +23,9 @@ if TYPE_CHECKING:
 
 FAULT = -3
 """Where a vector has its fault flag; NaN there tells that lengths differed."""
+
+LONGEST = 1 << 17
+"""Numbers in a message: what is longer is announced by a message of one number, its length."""
 
 _TAG = 1
 
@@ -59,47 +65,74 @@ def steps(rank: int, size: int) -> Iterator[Step]:
         yield Step(rank + 1, True, False, False)
 
 
-def exchange(
-    comm: MPI.Comm,
-    vector: Array,
-    received: Array,
-    wait: Callable[[MPI.Request, int, tuple[Array, ...]], MPI.Status],
-) -> None:
-    """Replace `vector`, float64, by its sum over the ranks; ``vector[FAULT]`` is NaN where lengths differed.
+class _Messages(NamedTuple):
+    """The requests of one step, to be started for each sum, and what they send."""
+
+    partner: int
+    incoming: MPI.Prequest | None
+    outgoing: list[MPI.Prequest]
+    sent: Array
+    replaces: bool
+
+
+class Exchange:
+    """Sums of vectors of one length, with requests and memory that every sum uses again.
+
+    MPI is given no other memory: a sum can be given up in the middle, as long as this object lives.
 
     Parameters
     ----------
     comm : mpi4py.MPI.Comm
         The ranks, with no other messages of this kind under way.
-    vector : array
-        At least 3 numbers, the last three being the trailer.
-    received : array
-        Of the same length, to be overwritten.
-    wait : callable
-        Waits for a request, given also the partner and the arrays that must live until it is complete, and
-        returns its status.
+    rank, size : int
+        Of `comm`.
+    length : int
+        At least 3: the trailer.
+    place : array
+        LONGEST float64, to receive in; for the exchanges of all lengths.
     """
-    from mpi4py import MPI
 
-    needed = (vector, received)
-    for step in steps(comm.rank, comm.size):
-        incoming = comm.Irecv(received, step.partner, _TAG) if step.receives else None
-        # What is sent must stay as it is until it has gone.
-        outgoing = comm.Isend(vector, step.partner, _TAG) if step.sends else None
-        count = 0
-        if incoming is not None:
-            try:
-                count = wait(incoming, step.partner, needed).Get_count(MPI.DOUBLE)
-            except MPI.Exception as error:
-                if error.Get_error_class() != MPI.ERR_TRUNCATE:
-                    raise
-        if outgoing is not None:
-            wait(outgoing, step.partner, needed)
-        if incoming is None:
-            continue
-        if count != vector.size:
-            vector[FAULT] = math.nan
-        elif step.replaces:
-            vector[:] = received
-        else:
-            vector += received
+    def __init__(self, comm: MPI.Comm, rank: int, size: int, length: int, place: Array) -> None:
+        self._comm, self._place = comm, place
+        self._short = place[:length]
+        self._long = place
+        self._messages = []
+        for partner, sends, receives, replaces in steps(rank, size):
+            incoming = comm.Recv_init(place, partner, _TAG) if receives else None
+            sent = np.empty(length)
+            parts = [sent] if length <= LONGEST else [np.array([length], np.float64), sent]
+            outgoing = [comm.Send_init(part, partner, _TAG) for part in parts if sends]
+            self._messages.append(_Messages(partner, incoming, outgoing, sent, replaces))
+
+    def sum(self, vector: Array, wait: Callable[[MPI.Request, int], MPI.Status]) -> None:
+        """Replace `vector`, float64, by its sum; ``vector[FAULT]`` is NaN where lengths differed.
+
+        Parameters
+        ----------
+        vector : array
+            Of the length, the last three being the trailer.
+        wait : callable
+            Waits for a request, given also the partner, and returns its status.
+        """
+        for partner, incoming, outgoing, sent, replaces in self._messages:
+            if incoming is not None:
+                incoming.Start()
+            if outgoing:
+                sent[:] = vector  # which is written to before its copy has gone
+                for request in outgoing:
+                    request.Start()
+            if incoming is None:
+                continue
+            received, nbytes = self._short, wait(incoming, partner).count
+            if nbytes == vector.itemsize:
+                received = self._long = np.empty(int(self._place[0]))
+                nbytes = wait(self._comm.Irecv(received, partner, _TAG), partner).count
+            if nbytes != vector.nbytes:
+                vector[FAULT] = math.nan
+            elif replaces:
+                vector[:] = received
+            else:
+                vector += received
+        for message in self._messages:
+            for request in message.outgoing:
+                wait(request, message.partner)

@@ -391,9 +391,9 @@ class _BatchNorm(Module):
             introduction = self._call(f"introduction with {self.dtype} parameters")
             introduction.exchange(self._peers(), np.array(introduction.trailer(self._peers())))
             self._introduced = True
-        x = as_array(x)
         call = self._call("forward")
         with call.faults_join(self._peers(), 4 * self.num_features + 4, self._library(x)):
+            x = as_array(x)
             self._check(x)
         y, self._saved = sync_batch_norm(
             x,
@@ -418,9 +418,10 @@ class _BatchNorm(Module):
     def _call(self, direction: str) -> Call:
         return Call(self.name or type(self).__name__, self.num_features, direction, self._exchanges)
 
-    def _peers(self) -> ProcessGroup:
-        """Return the ranks that forward and backward exchange with."""
-        return as_group(self.process_group) if self.training else SingleProcessGroup()
+    def _peers(self, backward: bool = False) -> ProcessGroup:
+        """Return the ranks that a forward exchanges with now, or a backward."""
+        exchanges = self.training or (backward and self.grad_reduction != "none")
+        return as_group(self.process_group) if exchanges else SingleProcessGroup()
 
     def _library(self, x: Array) -> ModuleType:
         """Return the library of the layer's arrays, or of `x` if it has none."""
@@ -466,9 +467,11 @@ class _BatchNorm(Module):
         """
         if self._saved is None:
             call, length = self._call("backward"), 2 * self.num_features + 3
-            with call.faults_join(self._peers(), length, self._library(dy)):
+            with call.faults_join(self._peers(backward=True), length, self._library(dy)):
                 raise RuntimeError("backward needs a forward before it: each forward serves one backward")
         gradients = sync_batch_norm_backward(dy, self._saved, grad_reduction=self.grad_reduction)
+        # A rank that fails after the exchange has another number than the others, and they find out.
+        self._exchanges += self._saved.synchronized or self.grad_reduction != "none"
         self._saved = None
         for parameter, gradient in ((self.weight, gradients.weight), (self.bias, gradients.bias)):
             if parameter is not None and gradient is not None:

@@ -29,7 +29,7 @@ DEFAULT_TIMEOUT = 600.0
 # PMIx (srun --mpi=pmix, prterun), MVAPICH2, and HPE Cray's PALS.
 _LAUNCHER_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "MV2_COMM_WORLD_RANK", "PALS_RANKID")
 
-_SPINS_BEFORE_YIELD = 200
+_SPINS_BEFORE_YIELD = 50
 """Tests of a request before the core is offered to others, such as ranks that share it."""
 
 
@@ -193,6 +193,7 @@ class MPIProcessGroup(ProcessGroup):
         self.transport = _transport(transport)
         self._comm = comm
         self._channel: _Channel | None = None
+        self._deadline: float | None = None
 
     def allreduce(self, buffer: Array) -> Array:
         """Replace `buffer`, contiguous, by its sum over the ranks (**collective**).
@@ -242,7 +243,18 @@ class MPIProcessGroup(ProcessGroup):
             ending: Array = self._carrier.exchange(vector)
             return ending
         channel = self._opened()
-        host_exchange.exchange(channel.comm, vector, channel.scratch(vector.size), self._wait_for)
+        self._deadline = None
+        try:
+            exchange = channel.exchanges.get(vector.size)
+            if exchange is None:
+                exchange = host_exchange.Exchange(
+                    channel.comm, self.rank, self.size, vector.size, channel.place
+                )
+                channel.exchanges[vector.size] = exchange
+            exchange.sum(vector, self._wait)
+        except BaseException as error:
+            channel.give_up(error)
+            raise
         return vector
 
     def defer(self, trailer: Array, check: Callable[[list[float]], None]) -> None:
@@ -262,7 +274,8 @@ class MPIProcessGroup(ProcessGroup):
 
         Notes
         -----
-        Call it after a CUDA graph that was captured with exchanges in it, too.
+        Call it also when exchanges in a CUDA graph have been replayed, on the stream that it was launched on.
+        The graph must be captured in CuPy's mode, the relaxed one, as NCCL is watched meanwhile.
         """
         carrier = vars(self).get("_carrier")
         if isinstance(carrier, transports.NCCL):
@@ -285,17 +298,17 @@ class MPIProcessGroup(ProcessGroup):
         """Sum up a buffer that MPI takes as it is."""
         from mpi4py import MPI
 
-        self._wait(self._opened().comm.Iallreduce(MPI.IN_PLACE, buffer, op=MPI.SUM), (buffer,))
+        self._complete(self._opened().comm.Iallreduce(MPI.IN_PLACE, buffer, op=MPI.SUM), buffer)
 
     def broadcast_in_place(self, buffer: Array, root: int) -> None:
         """Broadcast a buffer that MPI takes as it is."""
-        self._wait(self._opened().comm.Ibcast(buffer, root), (buffer,))
+        self._complete(self._opened().comm.Ibcast(buffer, root), buffer)
 
     def gather_objects(self, value: Any) -> list[Any]:
         """Return the small objects of all ranks, in their order (**collective**)."""
         own = transports.pack(value)
         everyones = np.empty((self.size, own.size), np.uint8)
-        self._wait(self._opened().comm.Iallgather(own, everyones), (own, everyones))
+        self._complete(self._opened().comm.Iallgather(own, everyones), own, everyones)
         return [pickle.loads(row) for row in everyones]
 
     def broadcast_object(self, value: Any) -> Any:
@@ -320,44 +333,49 @@ class MPIProcessGroup(ProcessGroup):
     def _opened(self) -> _Channel:
         """Return the duplicate that messages travel on, kept as an attribute of the communicator."""
         if self._channel is None:
-            keyval = _keyval()
+            from mpi4py import MPI
+
+            keyval = _keyval("channel")
             self._channel = cast("_Channel | None", self._comm.Get_attr(keyval))
             if self._channel is None:
                 # Not Dup, which would wait for ever for a rank that never comes to its first exchange.
                 comm, request = self._comm.Idup()
                 self._channel = _Channel(comm)
                 self._comm.Set_attr(keyval, self._channel)
-                self._wait(request, (comm,))
-        if self._channel.abandoned:
+                self._complete(request)
+                # Messages of other lengths are errors to catch, whatever the caller's communicator does.
+                comm.Set_errhandler(MPI.ERRORS_RETURN)
+        if self._channel.given_up:
             raise CollectiveTimeoutError(
-                "an earlier exchange on this communicator ended by its timeout: its ranks are out of step"
+                "an earlier exchange on this communicator was given up, and its ranks are out of step: "
+                + self._channel.given_up
             )
         return self._channel
 
-    def _wait_for(self, request: MPI.Request, partner: int, needed: tuple[Array, ...]) -> MPI.Status:
-        """Wait for a request to or from a rank."""
-        return self._wait(request, needed, f"rank {partner}")
+    def _complete(self, request: MPI.Request, *needed: Array) -> None:
+        """Wait for a collective request, which needs some arrays to live as long as it does."""
+        self._deadline = None
+        try:
+            self._wait(request)
+        except BaseException as error:
+            assert self._channel is not None
+            self._channel.give_up(error, *needed)
+            raise
 
-    def _wait(
-        self, request: MPI.Request, needed: tuple[Any, ...], whom: str = "the other ranks"
-    ) -> MPI.Status:
-        """Wait for a request, which needs some objects to live as long as it does."""
-        from mpi4py import MPI
-
-        status = MPI.Status()
-        deadline = None
-        spins = 0
+    def _wait(self, request: MPI.Request, partner: int | None = None) -> MPI.Status:
+        """Wait for a request to or from a rank, or to all, until the deadline of the whole exchange."""
+        assert self._channel is not None
+        status = self._channel.status
+        for _ in range(_SPINS_BEFORE_YIELD):
+            if request.Test(status):
+                return status
         while not request.Test(status):
-            spins += 1
-            if spins < _SPINS_BEFORE_YIELD:
-                continue
             os.sched_yield()
             now = time.monotonic()
-            if deadline is None:
-                deadline = now + self.timeout
-            elif now > deadline:
-                assert self._channel is not None
-                self._channel.abandoned.append((request, needed))
+            if self._deadline is None:
+                self._deadline = now + self.timeout
+            elif now > self._deadline:
+                whom = "the other ranks" if partner is None else f"rank {partner}"
                 raise CollectiveTimeoutError(
                     f"rank {self.rank} of {self.size} waited {self.timeout:g} s for {whom}: "
                     "a rank ended, is stuck, or did not make this call"
@@ -399,18 +417,27 @@ class NCCLProcessGroup(MPIProcessGroup):
 
 
 class _Channel:
-    """The one duplicate of a communicator, and what was left unfinished on it."""
+    """The one duplicate of a communicator, and what MPI uses for its messages."""
 
     def __init__(self, comm: MPI.Comm) -> None:
-        self.comm = comm
-        self.abandoned: list[tuple[MPI.Request, tuple[Any, ...]]] = []  # MPI may still write to these
-        self._scratch: dict[int, Array] = {}
+        from mpi4py import MPI
 
-    def scratch(self, length: int) -> Array:
-        """Return an array of float64 that is used again for the same length."""
-        if length not in self._scratch:
-            self._scratch[length] = np.empty(length)
-        return self._scratch[length]
+        self.comm = comm
+        self.status = MPI.Status()
+        self.place = np.empty(host_exchange.LONGEST)
+        self.exchanges: dict[int, host_exchange.Exchange] = {}
+        """By the length of the vector."""
+        self.given_up = ""
+        """Why no more messages can travel here, if so."""
+
+    def give_up(self, error: BaseException, *needed: Array) -> None:
+        """Use the channel no more, after an error in the middle of an exchange that needed some arrays."""
+        self.given_up = str(error) or type(error).__name__
+        _left_to_mpi.append((self, needed))
+
+
+_left_to_mpi: list[tuple[_Channel, tuple[Array, ...]]] = []
+"""What exchanges needed that were given up: kept for ever, as MPI may still read and write it."""
 
 
 class _NotAMember(ProcessGroup):
@@ -437,16 +464,14 @@ class _NotAMember(ProcessGroup):
 
 _SINGLE = SingleProcessGroup()
 _world: list[ProcessGroup] = []
-_keyvals: list[int] = []
 
 
-def _keyval() -> int:
-    """Key of the attribute in which a communicator keeps its duplicate."""
-    if not _keyvals:
-        from mpi4py import MPI
+@functools.cache
+def _keyval(purpose: str) -> int:
+    """Key of an attribute in which a communicator keeps what belongs to it: its channel, its group."""
+    from mpi4py import MPI
 
-        _keyvals.append(MPI.Comm.Create_keyval())
-    return _keyvals[0]
+    return MPI.Comm.Create_keyval()
 
 
 def _bytes(buffer: Array) -> Array:
@@ -514,7 +539,7 @@ def as_group(process_group: ProcessGroup | MPI.Intracomm | None) -> ProcessGroup
     Returns
     -------
     ProcessGroup
-        A communicator of one rank is a SingleProcessGroup.
+        A communicator of one rank is a SingleProcessGroup, another always the same group.
 
     Raises
     ------
@@ -530,11 +555,24 @@ def as_group(process_group: ProcessGroup | MPI.Intracomm | None) -> ProcessGroup
 
         if isinstance(process_group, MPI.Comm):
             group = MPIProcessGroup(process_group)
-            return group if group.size > 1 else _SINGLE
+            if group.size == 1:
+                return _SINGLE
+            # One for all calls, as a transport takes its time to make.
+            keyval = _keyval("group")
+            known = cast("MPIProcessGroup | None", process_group.Get_attr(keyval))
+            if known is None:
+                process_group.Set_attr(keyval, group)
+            return known or group
     raise TypeError(
         f"expected process_group to be None, a ProcessGroup or an mpi4py communicator "
         f"(got {type(process_group).__name__})"
     )
+
+
+def _meet(comm: MPI.Intracomm, timeout: float | None) -> None:
+    """Wait for all ranks of a communicator before MPI does, which would wait for ever (**collective**)."""
+    if comm.size > 1:
+        MPIProcessGroup(comm, timeout=timeout).allreduce(np.zeros(1))
 
 
 def new_group(
@@ -566,6 +604,8 @@ def new_group(
     ------
     ValueError
         If the ranks are not distinct ranks of `comm`, or the transport is unknown.
+    CollectiveTimeoutError
+        If a rank of `comm` does not come within the timeout.
 
     Notes
     -----
@@ -579,6 +619,7 @@ def new_group(
     if not members or len(set(members)) < len(members) or not set(members) <= set(range(comm.size)):
         raise ValueError(f"expected distinct ranks between 0 and {comm.size - 1} (got {members})")
     is_member = comm.rank in members
+    _meet(comm, timeout)
     part = comm.Split(0 if is_member else MPI.UNDEFINED, members.index(comm.rank) if is_member else 0)
     if not is_member:
         return _NotAMember(members)
@@ -614,6 +655,8 @@ def split_group(
     ------
     ValueError
         If `group_size` does not divide the number of ranks.
+    CollectiveTimeoutError
+        If a rank of `comm` does not come within the timeout.
 
     Notes
     -----
@@ -624,5 +667,6 @@ def split_group(
     comm = MPI.COMM_WORLD if comm is None else comm
     if group_size < 1 or comm.size % group_size:
         raise ValueError(f"expected a group_size that divides {comm.size} ranks (got {group_size})")
+    _meet(comm, timeout)
     part = comm.Split(comm.rank // group_size, comm.rank)
     return MPIProcessGroup(part, transport=transport, timeout=timeout)

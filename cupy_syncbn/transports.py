@@ -6,14 +6,15 @@ stream, and so are the results.
 
 from __future__ import annotations
 
+import contextlib
 import pickle
 import threading
 import time
 import warnings
 import weakref
 from collections import deque
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import numpy as np
 
@@ -24,8 +25,11 @@ if TYPE_CHECKING:
 
 Array: TypeAlias = Any  # of NumPy or CuPy
 
-_PACKED = 512
-"""Bytes: NCCL's id has 128, the name of a host at most 256."""
+_PACKED = 1024
+"""Bytes: NCCL's id takes up to 640, as CuPy before 14 has it, and the name of a host at most 256."""
+
+_PERIOD = 0.1
+"""Seconds between two looks at what NCCL does."""
 
 TRANSPORTS = ("auto", "mpi", "cuda-aware-mpi", "nccl")
 
@@ -52,50 +56,49 @@ class HostStaged:
 
     def __init__(self, group: MPIProcessGroup) -> None:
         self._group = group
-        self._pinned = _Pinned()
 
     def allreduce(self, buffer: Array) -> Array:
         """Replace a buffer by its sum, and return that in pinned memory, as it is until the next call."""
-        host = self._pinned.copy(buffer)
+        host = _on_host(buffer)
         self._group.allreduce(host)
         buffer.set(host)
         return host
 
     def exchange(self, vector: Array) -> Array:
         """Do the same to a vector that ends in a trailer."""
-        host = self._pinned.copy(vector)
+        host = _on_host(vector)
         self._group.exchange(host)
         vector.set(host)
         return host
 
     def broadcast(self, buffer: Array, root: int) -> None:
         """Replace a buffer by that of a rank."""
-        host = self._pinned.copy(buffer)
+        host = _on_host(buffer)
         self._group.broadcast(host, root)
         buffer.set(host)
 
 
-class _Pinned(threading.local):
-    """Buffers that are used again, one for each stream and thread.
+_pinned: dict[tuple[int, int, int], Array] = {}
+"""Memory that is used again, by thread, device and stream.
 
-    What a stream copies out is there when the host has waited for it, and by then its copy in before that has
-    ended too: so one buffer is enough for a stream, and one for all would be too few.
-    """
+What a stream copies out is there when the host has waited for it, and by then its copy in before that has
+ended too: so one piece is enough for a stream, and one for all would be too few. It is freed only for a
+larger one, as a copy in may be under way when the group is gone.
+"""
 
-    def __init__(self) -> None:
-        self._buffers: dict[tuple[int, int], Array] = {}
 
-    def copy(self, buffer: Array) -> Array:
-        """Return a copy of a CuPy array, when it is complete."""
-        cupy = _cupy()
-        key = buffer.device.id, cupy.cuda.get_current_stream().ptr
-        pinned = self._buffers.get(key)
-        if pinned is None or pinned.nbytes < buffer.nbytes:
-            memory = cupy.cuda.alloc_pinned_memory(max(buffer.nbytes, 1))
-            pinned = self._buffers[key] = np.frombuffer(memory, np.uint8)
-        host: Array = pinned[: buffer.nbytes].view(buffer.dtype).reshape(buffer.shape)
-        buffer.get(out=host)
-        return host
+def _on_host(buffer: Array) -> Array:
+    """Return a copy of a CuPy array in pinned memory, when it is complete."""
+    cupy = _cupy()
+    key = threading.get_ident(), buffer.device.id, cupy.cuda.get_current_stream().ptr
+    pinned = _pinned.get(key)
+    if pinned is None or pinned.nbytes < buffer.nbytes:
+        memory = cupy.cuda.alloc_pinned_memory(max(buffer.nbytes, 1))
+        pinned = np.frombuffer(memory, np.uint8)
+    host: Array = pinned[: buffer.nbytes].view(buffer.dtype).reshape(buffer.shape)
+    buffer.get(out=host)
+    _pinned[key] = pinned  # only now has the copy in ended that may have read a smaller one
+    return host
 
 
 class CUDAAware:
@@ -120,15 +123,16 @@ class CUDAAware:
     def broadcast(self, buffer: Array, root: int) -> None:
         """Replace a buffer by that of a rank."""
         _cupy().cuda.get_current_stream().synchronize()
-        self._group.broadcast_in_place(buffer, root)
+        self._group.broadcast_in_place(buffer.reshape(-1).view("u1"), root)  # MPI has no 16-bit floats
 
 
 class NCCL:
     """Enqueues NCCL's operations on the current stream: the host waits for nothing.
 
     What an exchange tells of faults is therefore looked at when the GPU has it: at the group's next exchange,
-    or in `check_errors`. A thread watches meanwhile, and aborts the communicator if an exchange has not ended
-    by the group's timeout, or NCCL reports an error: otherwise the stream would wait for ever.
+    in `check_errors`, and by a thread that watches meanwhile. After an error that thread aborts the
+    communicator, as also if an operation has not ended by the group's timeout, or NCCL reports an error:
+    otherwise the stream might wait for ever.
 
     Parameters
     ----------
@@ -151,123 +155,216 @@ class NCCL:
         missing = why_no_nccl(group)
         if missing:
             raise RuntimeError(f"transport 'nccl': {missing}")
-        nccl = _nccl()
-        self._types = {
-            "float16": nccl.NCCL_FLOAT16,
-            "bfloat16": nccl.NCCL_BFLOAT16,
-            "float32": nccl.NCCL_FLOAT32,
-            "float64": nccl.NCCL_FLOAT64,
-        }
-        self._sum, self._byte = nccl.NCCL_SUM, nccl.NCCL_UINT8
-        unique_id = group.broadcast_object(nccl.get_unique_id() if group.rank == 0 else None)
+        self._nccl = _nccl()
+        unique_id = _unique_id(self._nccl, group)
         self._device = _cupy().cuda.runtime.getDevice()
-        self._communicator: Any = nccl.NcclCommunicator(group.size, unique_id, group.rank)
-        self._timeout = group.timeout
-        self._lock = threading.RLock()
-        self._pending: deque[_Pending] = deque()
-        self._captured: list[_Pending] = []
-        self._error: Exception | None = None
-        period = min(1.0, self._timeout / 4)
-        threading.Thread(target=_watch, args=(weakref.ref(self), period), daemon=True).start()
+        communicator = self._nccl.NcclCommunicator(group.size, unique_id, group.rank)
+        self._operations = _Operations(communicator, self._device, group)
+        self._captured: list[_Operation] = []
+        threading.Thread(target=self._operations.watch, name="cupy_syncbn NCCL", daemon=True).start()
+        # At exit the thread is left as it is: to end in order, NCCL would wait for the other ranks.
+        weakref.finalize(self, self._operations.close).atexit = False
 
     def allreduce(self, buffer: Array) -> Array:
         """Replace a buffer by its sum, and return it."""
-        pointer, stream = self._prepare(buffer)
-        kind = self._types[buffer.dtype.name]
-        self._communicator.allReduce(pointer, pointer, buffer.size, kind, self._sum, stream)
+        kind = getattr(self._nccl, f"NCCL_{buffer.dtype.name.upper()}", None)
+        if kind is None:
+            raise TypeError(f"expected a type that NCCL adds up (got {buffer.dtype.name})")
+
+        def enqueue(communicator: Any, pointer: int, stream: int) -> None:
+            communicator.allReduce(pointer, pointer, buffer.size, kind, self._nccl.NCCL_SUM, stream)
+
+        self._enqueue(enqueue, buffer)
         return buffer
 
     exchange = allreduce
 
     def broadcast(self, buffer: Array, root: int) -> None:
         """Replace a buffer by that of a rank."""
-        pointer, stream = self._prepare(buffer)
-        self._communicator.broadcast(pointer, pointer, buffer.nbytes, self._byte, root, stream)
 
-    def _prepare(self, buffer: Array) -> tuple[int, int]:
+        def enqueue(communicator: Any, pointer: int, stream: int) -> None:
+            communicator.broadcast(pointer, pointer, buffer.nbytes, self._nccl.NCCL_UINT8, root, stream)
+
+        self._enqueue(enqueue, buffer)
+
+    def _enqueue(self, enqueue: Callable[[Any, int, int], None], buffer: Array) -> None:
         self.raise_errors()
         if buffer.device.id != self._device:
             raise ValueError(
                 f"expected an array on device {self._device}, which NCCL's communicator was made for "
                 f"(got one on {buffer.device.id})"
             )
-        return buffer.data.ptr, _cupy().cuda.get_current_stream().ptr
+        if buffer.size:
+            self._operations.enqueue(enqueue, buffer.data.ptr, _cupy().cuda.get_current_stream())
 
     def defer(self, trailer: Array, check: Callable[[list[float]], None]) -> None:
         """Show the trailer of an exchange to `check` when the GPU has it; what that raises is raised then."""
         cupy = _cupy()
-        memory = cupy.cuda.alloc_pinned_memory(trailer.nbytes)
-        pinned = np.frombuffer(memory, trailer.dtype, trailer.size)
+        pinned = np.frombuffer(cupy.cuda.alloc_pinned_memory(trailer.nbytes), trailer.dtype, trailer.size)
         pinned[:] = 0
         trailer.get(out=pinned, blocking=False)
-        stream = cupy.cuda.get_current_stream()
-        if stream.ptr and cupy.cuda.runtime.streamIsCapturing(stream.ptr):
-            self._captured.append(_Pending(None, pinned, check, 0.0))  # each replay writes to it
-            return
-        event = cupy.cuda.Event(disable_timing=True)
-        event.record(stream)
-        with self._lock:
-            self._pending.append(_Pending(event, pinned, check, time.monotonic()))
+        operation = _Operation(pinned, check)
+        if not self._operations.add(operation, cupy.cuda.get_current_stream()):
+            self._captured.append(operation)
 
     def raise_errors(self, *, wait: bool = False) -> None:
-        """Raise the first error of the exchanges that have ended, or of all; then NCCL is aborted."""
-        while wait and not self._error and self._pending and not self._pending[0].event.done:
-            time.sleep(1e-4)
-        with self._lock:
-            try:
-                while self._pending and not self._error and self._pending[0].event.done:
-                    pending = self._pending.popleft()
-                    pending.check(pending.trailer.tolist())
-                if wait and not self._error:
-                    for pending in self._captured:
-                        pending.check(pending.trailer.tolist())
-            except RuntimeError as error:
-                self._abort(error)
-            if self._error:
-                raise self._error
+        """Raise the first error of the operations that have ended, or of all and of replayed graphs."""
+        if wait:
+            if self._captured:  # graphs that the stream was given
+                self._operations.add(_Operation(), _cupy().cuda.get_current_stream())
+            self._operations.wait()
+            self._operations.look(self._captured)
+        self._operations.raise_errors()
+
+
+class _Operation:
+    """What the GPU has been given, as the host sees it."""
+
+    __slots__ = ("check", "event", "since", "trailer")
+
+    def __init__(
+        self, trailer: Array | None = None, check: Callable[[list[float]], None] | None = None
+    ) -> None:
+        self.event: Any = None
+        """Recorded behind it; None while the host is still in NCCL's call, which may wait too."""
+        self.trailer, self.check = trailer, check
+        """In pinned memory, and what looks at it there."""
+        self.since = time.monotonic()
+
+    @property
+    def ended(self) -> bool:
+        return self.event is not None and self.event.done
 
     def look(self) -> None:
-        """Abort the communicator if an exchange takes too long, or NCCL reports an error."""
+        """Raise the error that the trailer tells of."""
+        if self.check is not None and self.trailer is not None:
+            self.check(self.trailer.tolist())
+
+
+class _Operations:
+    """All operations of a communicator that the host has not seen to end, and the first error among them."""
+
+    def __init__(self, communicator: Any, device: int, group: MPIProcessGroup) -> None:
+        self._communicator, self._device = communicator, device
+        self._timeout = group.timeout
+        self._rank = f"rank {group.rank} of {group.size}"
+        self._lock = threading.Lock()
+        self._pending: deque[_Operation] = deque()
+        self._last_end = 0.0  # when the host last saw one end
+        self._error: Exception | None = None
+        self._closed = False
+
+    def enqueue(self, enqueue: Callable[[Any, int, int], None], pointer: int, stream: Any) -> None:
+        """Let a function give NCCL an operation, and watch that from now on."""
+        operation = _Operation()
         with self._lock:
-            if self._error:
-                return
-            if self._pending and not self._pending[0].event.done:
-                waited = time.monotonic() - self._pending[0].since
-                if waited > self._timeout:
-                    message = f"the GPU waited {self._timeout:g} s for the other ranks in an exchange by NCCL"
-                    self._abort(CollectiveTimeoutError(message))
-                    return
+            self._pending.append(operation)
+        try:
+            enqueue(self._communicator, pointer, stream.ptr)
+            operation.event = _event_behind(stream)
+        except RuntimeError:
+            self.raise_errors()  # the communicator may have been aborted meanwhile
+            raise
+        finally:
+            if operation.event is None:  # it failed, or is part of a graph
+                with self._lock:
+                    self._pending.remove(operation)
+
+    def add(self, operation: _Operation, stream: Any) -> bool:
+        """Watch an operation that the stream has been given; tell whether that can be: not in a graph."""
+        operation.event = _event_behind(stream)
+        if operation.event is not None:
+            with self._lock:
+                self._pending.append(operation)
+        return operation.event is not None
+
+    def raise_errors(self) -> None:
+        """Raise the first error of the operations that have ended."""
+        self.look()
+        if self._error:
+            raise self._error.with_traceback(None)
+
+    def wait(self) -> None:
+        """Wait for all operations, or the first error."""
+        self.look()
+        while self._pending and not self._error:
+            time.sleep(1e-4)
+            self.look()
+
+    def look(self, others: Iterable[_Operation] = ()) -> None:
+        """Look at the operations that have ended, and at others that have."""
+        with self._keep_error():
+            self._look()
+            for operation in others:
+                operation.look()
+
+    def watch(self) -> None:
+        """Look on from a thread of its own, which ends the communicator in the end."""
+        _cupy().cuda.runtime.setDevice(self._device)  # or a query would take up memory of device 0
+        while not self._error and (self._pending or not self._closed):
+            time.sleep(min(_PERIOD, self._timeout / 4))
+            with self._keep_error():
+                self._look()
+                self._check_progress()
+        # Both calls may wait for the other ranks. What the GPU may still write to stays in `_pending`.
+        if self._error:
+            self._communicator.abort()
+        else:
+            self._communicator.destroy()
+
+    def close(self) -> None:
+        """Let the thread end when all operations have. The garbage collector calls this, anywhere."""
+        self._closed = True
+
+    def _look(self) -> None:
+        """Look at the operations that have ended."""
+        while not self._error and self._pending and self._pending[0].ended:
+            self._last_end = time.monotonic()
+            self._pending.popleft().look()
+
+    def _check_progress(self) -> None:
+        """Raise an error if an operation takes too long, or NCCL reports one."""
+        if self._pending:
+            waited = time.monotonic() - max(self._pending[0].since, self._last_end)
+            if waited > self._timeout:
+                raise CollectiveTimeoutError(
+                    f"{self._rank} waited {self._timeout:g} s for the other ranks, in an operation of NCCL: "
+                    "a rank ended, is stuck, or did not make this call"
+                )
+        self._communicator.check_async_error()
+
+    @contextlib.contextmanager
+    def _keep_error(self) -> Iterator[None]:
+        """Hold the lock, and keep the first error that shows inside."""
+        with self._lock:
             try:
-                self._communicator.check_async_error()
-            except RuntimeError as error:
-                self._abort(error)
-
-    def _abort(self, error: Exception) -> None:
-        """End all operations under way, so that their streams go on; their results are undefined."""
-        self._error = error
-        self._pending.clear()
-        self._communicator.abort()
+                yield
+            except Exception as error:
+                self._error = self._error or error.with_traceback(None)  # which would keep all this alive
 
 
-class _Pending(NamedTuple):
-    """An exchange whose trailer the host has not seen."""
+def _event_behind(stream: Any) -> Any:
+    """Return an event that tells when a stream has come here; None if that is being captured."""
+    cupy = _cupy()
+    if stream.ptr and cupy.cuda.runtime.streamIsCapturing(stream.ptr):
+        return None
+    event = cupy.cuda.Event(disable_timing=True)
+    event.record(stream)
+    return event
 
-    event: Any
-    """None in a graph."""
-    trailer: Array
-    """In pinned memory."""
-    check: Callable[[list[float]], None]
-    since: float
 
-
-def _watch(transport: weakref.ref[NCCL], period: float) -> None:
-    while True:
-        time.sleep(period)
-        watched = transport()
-        if watched is None or watched._error:
-            return
-        watched.look()
-        del watched
+def _unique_id(nccl: Any, group: MPIProcessGroup) -> Any:
+    """Return rank 0's unique id, or raise what it could not be made for, on all ranks (**collective**)."""
+    own = None
+    if group.rank == 0:
+        try:
+            own = nccl.get_unique_id()
+        except RuntimeError as error:
+            own = f"rank 0: {error}"[: _PACKED // 4]
+    unique_id = group.broadcast_object(own)
+    if isinstance(unique_id, str):
+        raise RuntimeError(f"transport 'nccl': {unique_id}")
+    return unique_id
 
 
 def _cupy() -> Any:
@@ -289,23 +386,32 @@ def _nccl() -> Any:
     return nccl
 
 
+def _missing_for_nccl() -> tuple[str, str]:
+    """Tell what this process lacks for NCCL, or nothing, and which GPU it has."""
+    try:
+        runtime = _cupy().cuda.runtime
+    except (RuntimeError, ImportError) as error:
+        return str(error), ""
+    try:
+        gpu = runtime.deviceGetPCIBusId(runtime.getDevice())
+    except RuntimeError as error:
+        return f"CuPy finds no GPU: {error}", ""
+    try:
+        if getattr(_nccl(), "available", False):
+            return "", gpu
+    except ImportError:
+        pass
+    return "CuPy finds no NCCL: install nvidia-nccl-cu12 or nvidia-nccl-cu13, by the CUDA version of CuPy", ""
+
+
 def why_no_nccl(group: MPIProcessGroup) -> str:
     """Tell why NCCL cannot serve a group, or nothing if it can (**collective**)."""
-    cupy = _cupy()
-    try:
-        has_nccl = bool(getattr(_nccl(), "available", False))
-    except ImportError:
-        has_nccl = False
-    gpu = cupy.cuda.runtime.deviceGetPCIBusId(cupy.cuda.runtime.getDevice())
-    ranks: list[tuple[bool, str, str]] = group.gather_objects((has_nccl, group.host, gpu))
-    without = [rank for rank, (found, _, _) in enumerate(ranks) if not found]
-    if without:
-        return (
-            f"CuPy finds no NCCL on rank {without[0]}: install nvidia-nccl-cu12 or nvidia-nccl-cu13, by the "
-            "CUDA version of CuPy"
-        )
+    missing, gpu = _missing_for_nccl()
+    everyones: list[tuple[str, str, str]] = group.gather_objects((missing[: _PACKED // 4], group.host, gpu))
     owners: dict[tuple[str, str], int] = {}
-    for rank, (_, host, pci) in enumerate(ranks):
+    for rank, (reason, host, pci) in enumerate(everyones):
+        if reason:
+            return f"rank {rank} cannot take part, as {reason}"
         if (host, pci) in owners:
             return (
                 f"ranks {owners[host, pci]} and {rank} share GPU {pci} of {host}, and NCCL wants one a rank: "
@@ -328,4 +434,6 @@ def transport_for(group: MPIProcessGroup, name: str) -> Transport:
 
 def pack(value: Any) -> Array:
     """Return a small object as _PACKED bytes, as the ranks that wait for it cannot know its size."""
-    return np.frombuffer(pickle.dumps(value).ljust(_PACKED, b"\0"), np.uint8).copy()
+    data = pickle.dumps(value)
+    assert len(data) <= _PACKED, f"{len(data)} bytes"
+    return np.frombuffer(data.ljust(_PACKED, b"\0"), np.uint8).copy()

@@ -264,6 +264,9 @@ def _normalize(
     types = 0
     for bit, values in ((_WEIGHT, weight), (_BIAS, bias), (_MEAN, mean), (_VAR, var)):
         types |= _is_float(x.dtype, bit, None if values is None else values.dtype)
+    weight, bias, means, variances = (
+        None if values is None else accessible(values) for values in (weight, bias, mean, var)
+    )
     activation = slope is not None
     instance = kernels.normalize(x.dtype.name, launch.width, launch.columns, residual is not None, activation)
     _, counters = _workspaces.current().reserve(launch, 0)
@@ -280,8 +283,8 @@ def _normalize(
             _or_null(squares),
             _or_null(weight),
             _or_null(bias),
-            _or_null(mean),
-            _or_null(var),
+            _or_null(means),
+            _or_null(variances),
             _or_null(tracked),
             types,
             -1.0 if momentum is None else float(momentum),
@@ -292,6 +295,9 @@ def _normalize(
             counters,
         ),
     )
+    for view, values in ((mean, means), (var, variances)):
+        if ranks and view is not None and view is not values:  # it has gaps
+            view[...] = values
     return _Normalization(launch, saved, mask, residual is not None, slope)
 
 

@@ -1,10 +1,11 @@
 """CUDA kernels on the CPU, behind a stand-in for CuPy: see README.md."""
 
 from .build import BuildError, available, build_all
-from .cuda import devices
+from .cuda import devices, pinned
 from .device_memory import memory
 from .runtime import SCHEDULES, EmulatorError, Schedule, schedule, stats
 from .stand_in import installed, make_cupy
+from .work import streams
 
 __all__ = [
     "SCHEDULES",
@@ -17,6 +18,8 @@ __all__ = [
     "installed",
     "make_cupy",
     "memory",
+    "pinned",
     "schedule",
     "stats",
+    "streams",
 ]

@@ -1,15 +1,21 @@
-"""The stand-in for cupy.cuda: devices, streams, events, pinned memory and errors of the CUDA runtime.
+"""The stand-in for cupy.cuda: devices, streams, events, graphs, pinned memory and errors of the CUDA runtime.
 
-Work is done at once, in the order of the calls: a missing synchronisation cannot show here.
+Work is done as work.py says: at once, unless something before it takes its time.
 """
 
 import ctypes
 import itertools
 import threading
 import time
+import weakref
 from types import SimpleNamespace
 
-_INVALID_DEVICE, _STREAM_CAPTURE_UNSUPPORTED = 101, 900
+import numpy as np
+
+from . import work
+from .runtime import EmulatorError
+
+_INVALID_DEVICE, _STREAM_CAPTURE_UNSUPPORTED, _CAPTURED_EVENT = 101, 900, 907
 
 # What tests may change: how many devices there are, and what every device has.
 devices = SimpleNamespace(
@@ -28,6 +34,8 @@ devices = SimpleNamespace(
         "L2CacheSize": 50 << 20,
     },
 )
+
+pinned = SimpleNamespace(allocations=0)  # how often pinned memory has been allocated
 
 _thread = threading.local()  # .device, .streams: CUDA keeps them for each thread of the host
 
@@ -62,8 +70,8 @@ class Device:
 
     def synchronize(self):
         _check_device(self.id)
-        for stream in _capturing:
-            stream._refuse_in_capture("cudaDeviceSynchronize")
+        _refuse("cudaDeviceSynchronize", work.is_any_capturing())
+        work.synchronize("cudaDeviceSynchronize", work.under_way(self.id))
 
     @property
     def attributes(self):
@@ -98,19 +106,29 @@ class Device:
 
 # ---- Streams and events ----
 _next_pointer = itertools.count(0x10000, 0x100)
-_capturing = []
+
+
+def _refuse(name, is_capturing):
+    if is_capturing:
+        message = f"cudaErrorStreamCaptureUnsupported: {name} is not permitted when stream is capturing"
+        raise CUDARuntimeError(_STREAM_CAPTURE_UNSUPPORTED, message)
 
 
 class Stream:
     def __init__(self, null=False, non_blocking=False, ptds=False, priority=None):
         self.ptr = 0 if null else next(_next_pointer)
-        self.non_blocking = non_blocking
+        self.device_id = -1 if null else Device().id
+        if non_blocking:
+            work.set_non_blocking(self.ptr)
 
     @classmethod
     def from_external(cls, ptr):
         stream = cls(null=True)
         stream.ptr = ptr
         return stream
+
+    def _key(self):
+        return (Device().id if self.device_id < 0 else self.device_id), self.ptr
 
     def use(self):
         _streams()[-1] = self
@@ -124,12 +142,14 @@ class Stream:
         _streams().pop()
 
     def synchronize(self):
-        self._refuse_in_capture("cudaStreamSynchronize")
+        self.refuse_in_capture("cudaStreamSynchronize")
+        work.synchronize("cudaStreamSynchronize", self.under_way())
 
     @property
     def done(self):
-        self._refuse_in_capture("cudaStreamQuery")
-        return True
+        self.refuse_in_capture("cudaStreamQuery")
+        work.go_on()
+        return not self.under_way()
 
     def record(self, event=None):
         event = event or Event()
@@ -137,26 +157,32 @@ class Stream:
         return event
 
     def wait_event(self, event):
-        pass
+        if event._works:
+            work.submit(*self._key(), lambda: None, after=event._works)
 
     def launch_host_func(self, callback, arg):
-        callback(arg)
+        def call():
+            callback(arg)
 
-    # What is captured is done at once as well: there is no graph to launch.
+        work.submit(*self._key(), call)
+
     def begin_capture(self, mode=None):
-        _capturing.append(self)
+        if self.ptr == 0:
+            raise RuntimeError("cannot capture on the default (legacy) stream")
+        work.begin_capture(*self._key())
 
     def end_capture(self):
-        _capturing.remove(self)
+        return Graph(work.end_capture(*self._key()))
 
     def is_capturing(self):
-        return self in _capturing
+        return work.is_capturing(*self._key())
 
-    def _refuse_in_capture(self, name):
+    def under_way(self):
+        return work.under_way(*self._key())
+
+    def refuse_in_capture(self, name):
         """Raise what CUDA raises where the host would wait for a stream that is being captured."""
-        if self in _capturing:
-            message = f"cudaErrorStreamCaptureUnsupported: {name} is not permitted when stream is capturing"
-            raise CUDARuntimeError(_STREAM_CAPTURE_UNSUPPORTED, message)
+        _refuse(name, self.is_capturing())
 
     def __eq__(self, other):
         return isinstance(other, Stream) and self.ptr == other.ptr
@@ -168,10 +194,31 @@ class Stream:
 class ExternalStream(Stream):
     def __init__(self, ptr, device_id=-1):
         super().__init__(null=True)
-        self.ptr = ptr
+        self.ptr, self.device_id = ptr, device_id
 
 
 Stream.null = Stream(null=True)
+
+
+class Graph:
+    """What has been captured. As in CUDA, its memory may be freed while it is replayed; here it lives on."""
+
+    def __init__(self, captured):
+        self._captured = captured
+
+    def launch(self, stream=None):
+        for start, give in self._captured:
+            submit(start, stream, give)
+
+
+def submit(start, stream=None, give=None):
+    """Give work to a stream, by default the current one."""
+    work.submit(*(get_current_stream() if stream is None else stream)._key(), start, give=give)
+
+
+def settle(stream=None):
+    """Wait for what is before on a stream, as work comes that the stand-in does at once."""
+    work.settle(*(get_current_stream() if stream is None else stream)._key())
 
 
 def _streams():
@@ -187,17 +234,29 @@ def get_current_stream(device_id=-1):
 class Event:
     def __init__(self, block=False, disable_timing=False, interprocess=False):
         self.ptr = next(_next_pointer)
-        self._disable_timing, self._time = disable_timing, None
+        self._device = Device().id
+        self._works, self._time, self._captured = (), None, False
 
     def record(self, stream=None):
-        self._time = time.perf_counter()
+        stream = get_current_stream() if stream is None else stream
+        self._captured = stream.is_capturing()
+        self._works, self._time = stream.under_way(), time.perf_counter()
 
     def synchronize(self):
-        get_current_stream()._refuse_in_capture("cudaEventSynchronize")
+        self._refuse_captured()
+        work.synchronize("cudaEventSynchronize", self._works)
 
     @property
     def done(self):
-        return True
+        self._refuse_captured()
+        if not hasattr(_thread, "device") and self._device:
+            raise EmulatorError("an event is queried in a thread without a device: CUDA would open device 0")
+        work.go_on()
+        return all(before.done for before in self._works)
+
+    def _refuse_captured(self):
+        if self._captured:
+            raise CUDARuntimeError(_CAPTURED_EVENT, "cudaErrorCapturedEvent: the event is part of a graph")
 
 
 def get_elapsed_time(start_event, end_event):
@@ -206,6 +265,7 @@ def get_elapsed_time(start_event, end_event):
 
 # ---- Pinned memory ----
 _PINNED_UNIT = 512
+_pinned = weakref.WeakValueDictionary()  # address: memory
 
 
 def alloc_pinned_memory(size):
@@ -213,12 +273,35 @@ def alloc_pinned_memory(size):
     nbytes = max(1, -(-size // _PINNED_UNIT)) * _PINNED_UNIT
     memory = _pinned_type(nbytes)()
     ctypes.memset(memory, 0xFF, nbytes)
+    pinned.allocations += 1
+    _pinned[memory.ptr] = memory
     return memory
 
 
 def _pinned_type(nbytes):
     properties = {"ptr": property(ctypes.addressof), "size": lambda self: nbytes}
     return type("PinnedMemoryPointer", (ctypes.c_ubyte * nbytes,), properties)
+
+
+def when_copied(array):
+    """Return a function that returns an array of the host when a copy to or from it takes place.
+
+    CUDA copies pinned memory when the stream comes to it, and knows nothing of who has freed it since.
+    """
+    address = array.ctypes.data
+    memory = next((m for base, m in list(_pinned.items()) if base <= address < base + len(m)), None)
+    if memory is None:
+        return lambda: array
+    owner, offset = weakref.ref(memory), address - memory.ptr
+    shape, strides, dtype = array.shape, array.strides, array.dtype
+
+    def find():
+        memory = owner()
+        if memory is None:
+            raise EmulatorError("pinned memory was freed before the copy to or from it took place")
+        return np.ndarray(shape, dtype, memory, offset, strides)
+
+    return find
 
 
 # ---- cupy.cuda itself, and cupy.cuda.runtime ----
@@ -249,7 +332,7 @@ runtime = SimpleNamespace(
     deviceGetPCIBusId=_get_pci_bus_id,
     deviceSynchronize=lambda: Device().synchronize(),
     streamSynchronize=lambda ptr: Stream.from_external(ptr).synchronize(),
-    streamIsCapturing=lambda ptr: Stream.from_external(ptr).is_capturing(),
+    streamIsCapturing=lambda ptr: int(Stream.from_external(ptr).is_capturing()),
     runtimeGetVersion=lambda: 13000,
     driverGetVersion=lambda: 13000,
 )

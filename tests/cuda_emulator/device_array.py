@@ -8,7 +8,8 @@ import math
 
 import numpy as np
 
-from .cuda import Device
+from . import work
+from .cuda import Device, get_current_stream, settle, submit, when_copied
 from .device_memory import Allocation, find_allocation
 
 
@@ -57,6 +58,8 @@ def _operand(value):
 
 
 class ndarray:  # noqa: N801 (CuPy's name)
+    # _array is the NumPy array over the memory, _values the same when the current stream has come here.
+
     def __init__(self, shape, dtype=float, memptr=None, strides=None, order="C"):
         dtype = np.dtype(dtype)
         if memptr is not None or strides is not None:
@@ -64,16 +67,16 @@ class ndarray:  # noqa: N801 (CuPy's name)
         shape = (shape,) if np.ndim(shape) == 0 else tuple(int(size) for size in shape)
         nbytes = math.prod(shape) * dtype.itemsize
         self._allocation = Allocation(nbytes, f"{dtype.name}{list(shape)}", Device().id)
-        self._values = self._allocation.view(shape, dtype)
+        self._array = self._allocation.view(shape, dtype)
         if order == "F":
-            self._values = self._allocation.view(shape[::-1], dtype).T
+            self._array = self._allocation.view(shape[::-1], dtype).T
         self._owner = None
 
     @classmethod
     def _over(cls, values, allocation, owner=None):
         """Return an array over a NumPy view of an allocation."""
         array = cls.__new__(cls)
-        array._values, array._allocation, array._owner = values, allocation, owner
+        array._array, array._allocation, array._owner = values, allocation, owner
         return array
 
     @classmethod
@@ -92,7 +95,7 @@ class ndarray:  # noqa: N801 (CuPy's name)
         """Return a new array with the contents of a NumPy array."""
         values = np.asarray(values)
         array = cls._empty_like(values, values.dtype, order)
-        array._values[...] = values
+        array._array[...] = values
         array._mark_written(written)
         return array
 
@@ -109,26 +112,38 @@ class ndarray:  # noqa: N801 (CuPy's name)
         offset = address - allocation.address
         return cls._over(allocation.view(shape, dtype, offset, interface.get("strides")), allocation, owner)
 
+    @property
+    def _values(self):
+        settle()
+        return self._array
+
+    def _for_host(self, name):
+        """Return the values to an operation for which the host waits."""
+        stream = get_current_stream()
+        stream.refuse_in_capture(name)
+        work.synchronize(name, stream.under_way())
+        return self._array
+
     def _view(self, values):
         return self._over(values, self._allocation, self._owner)
 
     def _mark_written(self, written=None):
         """Tell the runtime what the host wrote: all of this array, or what a map of written bytes says."""
         if self.size:
-            self._allocation.written_map(self._values)[...] = 1 if written is None else written
+            self._allocation.written_map(self._array)[...] = 1 if written is None else written
 
     def _written_map(self):
-        return self._allocation.written_map(self._values) if self.size else None
+        return self._allocation.written_map(self._array) if self.size else None
 
     # ---- What it is ----
-    shape = property(lambda self: self._values.shape)
-    strides = property(lambda self: self._values.strides)
-    dtype = property(lambda self: self._values.dtype)
-    ndim = property(lambda self: self._values.ndim)
-    size = property(lambda self: self._values.size)
-    nbytes = property(lambda self: self._values.nbytes)
-    itemsize = property(lambda self: self._values.itemsize)
-    flags = property(lambda self: Flags(self._values))
+    shape = property(lambda self: self._array.shape)
+    strides = property(lambda self: self._array.strides)
+    dtype = property(lambda self: self._array.dtype)
+    ndim = property(lambda self: self._array.ndim)
+    size = property(lambda self: self._array.size)
+    nbytes = property(lambda self: self._array.nbytes)
+    itemsize = property(lambda self: self._array.itemsize)
+    flags = property(lambda self: Flags(self._array))
 
     @property
     def data(self):
@@ -139,7 +154,7 @@ class ndarray:  # noqa: N801 (CuPy's name)
         return Device(self._allocation.device_id)
 
     def _address(self):
-        return self._values.ctypes.data if self.size else 0
+        return self._array.ctypes.data if self.size else 0
 
     @property
     def __cuda_array_interface__(self):
@@ -161,8 +176,24 @@ class ndarray:  # noqa: N801 (CuPy's name)
 
     # ---- To and from the host ----
     def get(self, stream=None, order="C", out=None, blocking=True):
+        stream = stream or get_current_stream()
         if out is None:
-            return self._values.copy(order)
+            out = np.empty_like(self._array, order=order)
+        else:
+            self._check_output(out)
+        if blocking:
+            stream.refuse_in_capture("cudaMemcpy")
+        target = when_copied(out)
+
+        def copy():
+            target()[...] = self._array
+
+        submit(copy, stream)
+        if blocking:
+            work.synchronize("cudaMemcpy", stream.under_way())
+        return out
+
+    def _check_output(self, out):
         if not isinstance(out, np.ndarray):
             raise TypeError(f"Only numpy.ndarray can be obtained from cupy.ndarray (got {type(out)})")
         if out.dtype != self.dtype:
@@ -171,8 +202,6 @@ class ndarray:  # noqa: N801 (CuPy's name)
             raise ValueError(f"Shape mismatch. Expected shape: {self.shape}, actual shape: {out.shape}")
         if not (out.flags.c_contiguous or out.flags.f_contiguous):
             raise RuntimeError("`out` cannot be specified when copying to non-contiguous ndarray")
-        out[...] = self._values
-        return out
 
     def set(self, arr, stream=None):
         if not isinstance(arr, np.ndarray):
@@ -183,17 +212,22 @@ class ndarray:  # noqa: N801 (CuPy's name)
             raise ValueError(f"Shape mismatch. Old shape: {self.shape}, new shape: {arr.shape}")
         if not self.flags.forc:
             raise RuntimeError("Cannot set to non-contiguous array")
-        self._values[...] = arr
-        self._mark_written()
+        source = when_copied(arr)
+
+        def copy():
+            self._array[...] = source()
+            self._mark_written()
+
+        submit(copy, stream)
 
     def item(self, *index):
-        return self._values.item(*index)
+        return self._for_host("item").item(*index)
 
     def tolist(self):
-        return self._values.tolist()
+        return self._for_host("tolist").tolist()
 
     def tobytes(self, order="C"):
-        return self._values.tobytes(order)
+        return self._for_host("tobytes").tobytes(order)
 
     def __array__(self, dtype=None, copy=None):
         raise TypeError(
@@ -204,17 +238,17 @@ class ndarray:  # noqa: N801 (CuPy's name)
     # ---- Views and copies ----
     @property
     def T(self):  # noqa: N802 (NumPy's name)
-        return self._view(self._values.T)
+        return self._view(self._array.T)
 
     def transpose(self, *axes):
-        return self._view(self._values.transpose(*axes))
+        return self._view(self._array.transpose(*axes))
 
     def swapaxes(self, first, second):
-        return self._view(self._values.swapaxes(first, second))
+        return self._view(self._array.swapaxes(first, second))
 
     def reshape(self, *shape, order="C"):
-        values = self._values.reshape(*shape, order=order)
-        if self.size == 0 or np.shares_memory(values, self._values):
+        values = self._array.reshape(*shape, order=order)
+        if self.size == 0 or np.shares_memory(values, self._array):
             return self._view(values)
         return self._copy_of(values)
 
@@ -225,10 +259,10 @@ class ndarray:  # noqa: N801 (CuPy's name)
         return self._copy_of(self._values.flatten(order))
 
     def squeeze(self, axis=None):
-        return self._view(self._values.squeeze(axis))
+        return self._view(self._array.squeeze(axis))
 
     def view(self, dtype=None):
-        return self._view(self._values.view(dtype if dtype is not None else self.dtype))
+        return self._view(self._array.view(dtype if dtype is not None else self.dtype))
 
     def copy(self, order="C"):
         return self._copy_of(self._values, order, self._written_map())
@@ -240,31 +274,38 @@ class ndarray:  # noqa: N801 (CuPy's name)
             return self._copy_of(self._values.astype(dtype, order="K"), order)
 
     def __getitem__(self, index):
-        values = self._values[_index(index)]
-        if isinstance(values, np.ndarray) and (values.size == 0 or np.shares_memory(values, self._values)):
+        values = self._array[_index(index)]
+        if isinstance(values, np.ndarray) and (values.size == 0 or np.shares_memory(values, self._array)):
             return self._view(values)
         if isinstance(values, np.ndarray):
             return self._copy_of(values)
         # One element: a view without dimensions, where NumPy has a scalar.
-        return self._view(self._values[(*_tuple(_index(index)), Ellipsis)])
+        return self._view(self._array[(*_tuple(_index(index)), Ellipsis)])
 
     def __setitem__(self, index, value):
         index = _index(index)
-        with np.errstate(all="ignore"):
-            self._values[index] = _operand(value)
-        if not self.size:
-            return
-        same_type = isinstance(value, ndarray) and value.dtype == self.dtype and value.size
-        target = self._allocation.written_map(self._values)
+        is_array = isinstance(value, ndarray)
+        operand = value._array if is_array else _operand(value)
+        same_type = is_array and value.dtype == self.dtype and value.size
+
+        of_bytes = index
         if any(part is Ellipsis for part in _tuple(index)):
-            index = (*_tuple(index), slice(None))  # the bytes of an element are one more axis
-        target[index] = value._written_map() if same_type else 1
+            of_bytes = (*_tuple(index), slice(None))  # the bytes of an element are one more axis
+
+        def assign():
+            with np.errstate(all="ignore"):
+                self._array[index] = operand
+            if self.size:
+                target = self._allocation.written_map(self._array)
+                target[of_bytes] = value._written_map() if same_type else 1
+
+        submit(assign)
 
     def fill(self, value):
         self[...] = value
 
     def __len__(self):
-        return len(self._values)
+        return len(self._array)
 
     def __iter__(self):
         return (self[i] for i in range(len(self)))
@@ -318,21 +359,21 @@ class ndarray:  # noqa: N801 (CuPy's name)
         return out
 
     def __float__(self):
-        return float(self._values.item())
+        return float(self._for_host("float").item())
 
     def __int__(self):
-        return int(self._values.item())
+        return int(self._for_host("int").item())
 
     def __index__(self):
-        return self._values.__index__()
+        return self._for_host("index").__index__()
 
     def __bool__(self):
-        return bool(self._values)
+        return bool(self._for_host("bool"))
 
     __hash__ = None
 
     def __repr__(self):
-        return repr(self._values)
+        return repr(self._for_host("repr"))
 
     __str__ = __repr__
 

@@ -7,7 +7,7 @@ import subprocess
 import numpy as np
 
 from . import build, prepass
-from .cuda import Device
+from .cuda import Device, submit
 from .device_array import ndarray
 from .runtime import (
     ALLOW_EXITED,
@@ -136,10 +136,12 @@ class RawKernel:
     def __call__(self, grid, block, args, *, shared_mem=0):
         grid, block = self._sizes("grid", grid), self._sizes("block", block)
         self._check_sizes(grid, block, shared_mem)
-        packed = self._pack(args)
+        packed, config = self._pack(args), self._config(grid, block, shared_mem)
+        submit(lambda: self._launch(grid, block, args, packed, config))
+
+    def _launch(self, grid, block, args, packed, config):
         pointers = (ctypes.c_void_p * max(1, len(packed)))(*map(ctypes.addressof, packed))
         counters, failure = Counters(), Failure()
-        config = self._config(grid, block, shared_mem)
         result = native().emu_launch(self._info, config, pointers, counters, failure)
         stats.add(self.name, grid, block, counters)
         if result:

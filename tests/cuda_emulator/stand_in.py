@@ -17,7 +17,8 @@ _NUMPY_NAMES = (
     "bool_ dtype float16 float32 float64 inf int8 int16 int32 int64 nan newaxis uint8 uint16 uint32 uint64"
 )
 _CUDA_NAMES = (
-    "Device Event ExternalStream Stream alloc_pinned_memory get_current_stream get_elapsed_time is_available"
+    "Device Event ExternalStream Graph Stream alloc_pinned_memory get_current_stream get_elapsed_time "
+    "is_available"
 )
 
 
@@ -94,7 +95,7 @@ def empty_like(prototype, dtype=None, order="K", subok=None, shape=None):
     dtype = prototype.dtype if dtype is None else dtype
     if shape is not None:
         return ndarray(shape, dtype, order="F" if order == "F" else "C")
-    return ndarray._empty_like(prototype._values, dtype, order)
+    return ndarray._empty_like(prototype._array, dtype, order)
 
 
 def full_like(prototype, fill_value, dtype=None, order="K", subok=None, shape=None):
@@ -178,8 +179,8 @@ def get_array_module(*args):
 
 
 def shares_memory(a, b, max_work=None):
-    return np.shares_memory(a._values, b._values)
+    return np.shares_memory(a._array, b._array)
 
 
 def may_share_memory(a, b, max_work=None):
-    return np.may_share_memory(a._values, b._values)
+    return np.may_share_memory(a._array, b._array)

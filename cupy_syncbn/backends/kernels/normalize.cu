@@ -56,7 +56,7 @@ template <typename T, int V, bool COLUMNS, bool RESIDUAL, bool ACTIVATION> struc
     }
 };
 
-// x, y, residual   [N, C, S]; residual is null without RESIDUAL
+// x, y, residual   [N, C, S]; y may be x; residual is null without RESIDUAL
 // mask             a byte a vector: bit e tells whether the activation's input e was at most 0. Null unless RESIDUAL
 //                  and ACTIVATION, as without a residual the backward computes it again
 // vector           [4 * C + 4] exchanged; null to normalize by the running statistics
@@ -69,11 +69,11 @@ template <typename T, int V, bool COLUMNS, bool RESIDUAL, bool ACTIVATION> struc
 // counter          [1]: zero before the launch and after it
 template <typename T, int V, bool COLUMNS, bool RESIDUAL, bool ACTIVATION>
 __global__ void __launch_bounds__(THREADS, MIN_BLOCKS<V>)
-    normalize(const T* __restrict__ x, T* __restrict__ y, const T* __restrict__ residual, unsigned char* __restrict__ mask,
-              GEOMETRY, const double* __restrict__ vector, const double* __restrict__ squares,
-              const void* __restrict__ weight, const void* __restrict__ bias, void* running_mean, void* running_var,
-              long long* num_batches_tracked, long long float_types, double momentum, long long ranks, double eps,
-              double slope, double* __restrict__ saved, unsigned int* counter)
+    normalize(const T* x, T* y, const T* __restrict__ residual, unsigned char* __restrict__ mask, GEOMETRY,
+              const double* __restrict__ vector, const double* __restrict__ squares, const void* __restrict__ weight,
+              const void* __restrict__ bias, void* running_mean, void* running_var, long long* num_batches_tracked,
+              long long float_types, double momentum, long long ranks, double eps, double slope,
+              double* __restrict__ saved, unsigned int* counter)
 {
     using A = Accumulator<T>;
     const Geometry g = {N, C, S, lanes, group, per_split};

@@ -1,0 +1,76 @@
+"""How tests start MPI ranks of their own, with the launcher of this Python's MPI library or of another's."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import REPOSITORY, clean_environment
+
+OTHER_PYTHON = "CUPY_SYNCBN_TEST_OTHER_PYTHON"
+
+# By vendor: what allows more ranks than cores, and what writes a rank's number before its output.
+OVERSUBSCRIBE = {"Open MPI": ["--oversubscribe"]}
+LABEL = {"Open MPI": ["--output", "tag"], "MPICH": ["-l"], "Intel MPI": ["-l"]}
+
+
+def run(command, environment, deadline):
+    """Run a command; return its exit status, None after the deadline, and all its output."""
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
+        cwd=REPOSITORY, env=environment, start_new_session=True,
+    )  # fmt: skip
+    try:
+        output, _ = process.communicate(timeout=deadline)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        output, _ = process.communicate()
+        return None, output
+    return process.returncode, output
+
+
+def find_launcher(python):
+    beside = os.pathsep.join([str(Path(python).parent), os.environ.get("PATH", os.defpath)])
+    launcher = shutil.which("mpirun", path=beside) or shutil.which("mpiexec", path=beside)
+    assert launcher, f"neither mpirun nor mpiexec beside {python} or on the PATH"
+    return launcher
+
+
+def vendor_of(python):
+    code = "from mpi4py import MPI; print(MPI.get_vendor()[0])"
+    status, output = run([python, "-c", code], clean_environment(), 60)
+    assert status == 0, output
+    return output.strip().splitlines()[-1]
+
+
+def other_python():
+    """Return the Python with another MPI library; skip the test if there is none, but not in CI."""
+    python = os.environ.get(OTHER_PYTHON)
+    if not python:
+        reason = f"{OTHER_PYTHON} names no Python with another MPI library"
+        if os.environ.get("CI"):
+            pytest.fail(reason)
+        pytest.skip(reason)
+    assert vendor_of(python) != vendor_of(sys.executable), f"{OTHER_PYTHON} has the same MPI library"
+    return python
+
+
+def launch(python, ranks, arguments, deadline, *options, **variables):
+    """Run Python on some ranks; return the command, its exit status (None after the deadline), its output."""
+    vendor = vendor_of(python)
+    environment = clean_environment(
+        OMP_NUM_THREADS="1",
+        OPENBLAS_NUM_THREADS="1",
+        PYTHONPATH=os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")])),
+        **variables,
+    )
+    if os.geteuid() == 0:
+        environment |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    command = [
+        find_launcher(python), *OVERSUBSCRIBE.get(vendor, []), *LABEL.get(vendor, []), *options,
+        "-n", str(ranks), python, *arguments,
+    ]  # fmt: skip
+    return " ".join(command), *run(command, environment, deadline)
