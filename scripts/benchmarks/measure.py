@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import shlex
+import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -112,6 +113,27 @@ def processor() -> str:
         pass  # not Linux: the architecture has to do
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return f"{model}, {cores} cores"
+
+
+def commit() -> str | None:
+    """Return the commit of this checkout, with "-dirty" if files of the package differ from it.
+
+    CUPY_SYNCBN_COMMIT tells it where there is no repository; None is unknown.
+    """
+    if "CUPY_SYNCBN_COMMIT" in os.environ:
+        return os.environ["CUPY_SYNCBN_COMMIT"]
+    root = Path(__file__).resolve().parents[2]
+    git = ["git", "-C", str(root), "-c", f"safe.directory={root}"]
+    try:
+        head = subprocess.run([*git, "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True)
+        changes = subprocess.run(
+            [*git, "status", "--porcelain", "cupy_syncbn"], capture_output=True, text=True
+        )
+    except OSError:
+        return None
+    if head.returncode or changes.returncode:
+        return None
+    return head.stdout.strip() + ("-dirty" if changes.stdout else "")
 
 
 def circumstances(argv: Sequence[str], threads: int, packages: Sequence[str]) -> dict[str, Any]:
