@@ -669,6 +669,23 @@ def test_ranks(cupy, dtypes, channels_last):
             assert_close(sum(gradients[i].get() for gradients in unreduced), expected[name])
 
 
+@pytest.mark.parametrize("dtypes", DTYPES)
+def test_one_value_in_all(cupy, dtypes):
+    """One rank has a sample, another has none: y is the bias, and the variance zero."""
+    backend, step = the_backend(), make_step((1, 33, 1), dtypes)
+    x, empty = cupy.asarray(step.x), cupy.empty((0, 33, 1), step.x.dtype)
+    total, _ = add_up([backend.statistics(part, TRAILER)[0] for part in (x, empty)])
+    squares = cupy.zeros(33 + len(TRAILER)) if dtypes == "float64" else None
+    arrays = (cupy.asarray(getattr(step, name)) for name in ("weight", "bias", "running_mean", "running_var"))
+    weight, bias, mean, var = arrays
+    running = Running(mean, var, cupy.array(np.int64(0)), 1.0)
+    y = cupy.empty(x.shape, x.dtype)
+    backend.normalize(x, y, total, squares, weight, bias, running, 2, 1e-5, None, None)
+    assert_identical(y.get(), step.bias.astype(step.x.dtype).reshape(x.shape))
+    assert_identical(mean.get(), step.x.reshape(-1).astype(step.running_mean.dtype))
+    assert not var.get().any()
+
+
 # ---- Values ----
 
 

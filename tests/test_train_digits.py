@@ -6,7 +6,7 @@ import sys
 
 import pytest
 from helpers import REPOSITORY, clean_environment
-from test_launch import OVERSUBSCRIBE, find_launcher, run, vendor_of
+from launcher import OVERSUBSCRIBE, find_launcher, run, vendor_of
 
 DEADLINE = 120
 SCRIPT = str(REPOSITORY / "scripts" / "train_digits.py")
