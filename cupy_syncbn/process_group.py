@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import os
@@ -9,7 +10,7 @@ import pickle
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -316,6 +317,20 @@ class MPIProcessGroup(ProcessGroup):
         data = transports.pack(value)
         self.broadcast_in_place(data, 0)
         return pickle.loads(data)
+
+    @contextlib.contextmanager
+    def messages(self, needed: list[Any]) -> Iterator[tuple[MPI.Comm, Callable[[Any, int], MPI.Status]]]:
+        """Give the communicator for messages between ranks, and what waits for one: all within the timeout.
+
+        After an error inside, the communicator is used no more, and what MPI needed is kept.
+        """
+        channel = self._opened()
+        self._deadline = None
+        try:
+            yield channel.comm, self._wait
+        except BaseException as error:
+            channel.give_up(error, *needed)
+            raise
 
     def has_same_ranks(self, other: ProcessGroup) -> bool:
         """Tell whether two groups, both with this process in them, are of the same ranks."""

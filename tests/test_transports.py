@@ -261,6 +261,7 @@ def test_streams_share_no_pinned_memory(world, cupy, streams):
                 buffer = cupy.full(50 + 1000 * step, 10.0 * step + number)
                 group.allreduce(buffer)  # the second time with larger memory, while the smaller is read
                 sums.append((buffer, (10 * step + number) * world.size))
+    cupy.cuda.Device().synchronize()
     for buffer, expected in sums:
         assert (buffer.get() == expected).all()
 
@@ -284,11 +285,36 @@ def test_host_waits_once_an_exchange(world, rng, cupy, streams):
     assert len(streams.synchronizations) == (2 if world.size > 1 else 0)
 
 
-def test_lengths_that_differ(world, cupy, streams):
+@pytest.mark.parametrize("transport", ["mpi", "cuda-aware-mpi"])
+@pytest.mark.parametrize("longer", [5, 200_000])
+def test_lengths_that_differ(world, cupy, streams, transport, longer):
     needs_ranks(world)
-    vector = cupy.zeros(10 + 5 * (world.rank == 1))
-    assert np.isnan(host_staged().exchange(vector)[-3])
-    assert np.isnan(vector.get()[-3])
+    group = new_group(transport=transport)
+    for _ in range(2):
+        vector = cupy.zeros(10 + longer * (world.rank == 1))
+        assert np.isnan(group.exchange(vector)[-3])
+        assert np.isnan(vector.get()[-3])
+    vector = cupy.ones(100)
+    assert group.exchange(vector)[-3] == world.size
+
+
+@pytest.mark.parametrize("transport", ["mpi", "cuda-aware-mpi"])
+@pytest.mark.parametrize("call", ["allreduce", "exchange", "broadcast"])
+def test_rank_that_never_comes_to_mpi(world, cupy, streams, transport, call):
+    needs_ranks(world)
+    group = MPIProcessGroup(world.comm.Dup(), transport=transport, timeout=0.3)
+    group.allreduce(cupy.ones(5))
+    if world.rank > 0:
+        start = time.monotonic()
+        for _ in range(2):
+            with pytest.raises(CollectiveTimeoutError):
+                getattr(group, call)(cupy.ones(5))
+        assert time.monotonic() - start < 2
+    world.comm.Barrier()
+    if world.rank == 0:
+        with contextlib.suppress(CollectiveTimeoutError):
+            getattr(group, call)(cupy.ones(5))
+    world.comm.Barrier()
 
 
 # ---- MPI that takes addresses on the GPU ----
@@ -301,11 +327,47 @@ def test_stream_has_ended_when_mpi_reads(world, cupy, streams, call):
     buffer = cupy.zeros(10)
     with cupy.cuda.Stream() as stream:
         buffer.set(staging)
-        assert stream.under_way()
-        streams.synchronizations.clear()
+        assert stream._under_way()
         getattr(group, call)(buffer)
-        assert streams.synchronizations[:1] == ["cudaStreamSynchronize"]
         assert (buffer.get() == (1 if call == "broadcast" else world.size)).all()
+
+
+class BetweenTwoRanks:
+    """A communicator whose other functions may not take addresses on the GPU, as in Open MPI."""
+
+    def __init__(self, comm, cupy):
+        self._comm, self._cupy = comm, cupy
+
+    def __getattr__(self, name):
+        def call(*arguments, **keywords):
+            on_gpu = any(isinstance(argument, self._cupy.ndarray) for argument in arguments)
+            assert not on_gpu or name in ("Isend", "Irecv"), f"{name} of an address on the GPU"
+            return getattr(self._comm, name)(*arguments, **keywords)
+
+        return call
+
+
+def test_addresses_go_into_messages_between_two_ranks(world, rng, cupy, streams):
+    group = new_group(transport="cuda-aware-mpi")
+    channel = group._opened()
+    channel.comm = BetweenTwoRanks(channel.comm, cupy)
+    layer = SyncBatchNorm(4, device="cuda", process_group=group)
+    x = cupy.asarray(random_batch(rng, SHAPE))
+    layer(x)
+    layer.backward(x)
+    for buffer in cupy.ones(3), cupy.ones(3, "float16"):
+        group.broadcast(buffer)
+        group.allreduce(buffer)
+        assert (buffer.get() == world.size).all()
+
+
+def test_sizes_that_differ(world, cupy, streams):
+    needs_ranks(world)
+    group = MPIProcessGroup(world.comm.Dup(), transport="cuda-aware-mpi")
+    buffer = cupy.ones(10 + (world.rank % 2))
+    if world.size == 2:
+        with pytest.raises(RankMismatchError, match="different sizes"):
+            group.allreduce(buffer)
 
 
 # ---- NCCL ----
@@ -322,7 +384,7 @@ def test_nothing_waits_for_the_host(world, rng, cupy, nccl, streams):
         dx = layer.backward(dy)
         layer.zero_grad()
     assert streams.synchronizations == []
-    assert cupy.cuda.get_current_stream().under_way()
+    assert cupy.cuda.get_current_stream()._under_way()
     assert np.isfinite(y.get()).all()
     assert np.isfinite(dx.get()).all()
 
@@ -764,6 +826,7 @@ with cuda_emulator.installed() as cupy, pytest.MonkeyPatch.context() as monkeypa
 # ---- Graphs ----
 def capture(cupy, step):
     stream = cupy.cuda.Stream(non_blocking=True)
+    cupy.cuda.Device().synchronize()  # such a stream does not wait for what others were given
     with stream:
         step()  # the workspaces are there, the communicator too
         stream.synchronize()
@@ -785,6 +848,7 @@ def test_captured_steps(world, rng, cupy, nccl, streams):
     x, dy = (cupy.asarray(random_batch(rng, SHAPE)[part]) for _ in "12")
     stream, graph, (y, dx) = capture(cupy, lambda: step_of(layer, x, dy))
     layer.reset_running_stats()
+    cupy.cuda.Device().synchronize()
     for _ in range(3):
         new_x, new_dy = (random_batch(rng, SHAPE) for _ in "12")
         with stream:
@@ -950,12 +1014,62 @@ def test_stand_in_refuses(world, emulator, cupy, nccl):
 
 
 @pytest.mark.serial
-def test_stand_in_has_the_names_of_cupy(nccl):
-    real = pytest.importorskip("cupy_backends.cuda.libs.nccl")
-    for name in vars(nccl):
-        assert name.startswith("_") or name == "available" or hasattr(real, name), name
-    for name, value in vars(nccl).items():
-        if name.startswith("NCCL_"):
-            assert getattr(real, name) == value
-    for name in vars(nccl.NcclCommunicator):
-        assert name.startswith("_") or hasattr(real.NcclCommunicator, name) or name == "was_aborted", name
+def test_stand_in_has_the_names_of_cupy():
+    pytest.importorskip("cupy")
+    from cupy.cuda import nccl as real
+
+    if not real.available:
+        pytest.skip("CuPy has no NCCL")
+    stand_in = nccl_stand_in.make_nccl()
+    for name, value in vars(stand_in).items():
+        if not name.startswith("_"):
+            assert hasattr(real, name)
+            assert not name.startswith("NCCL_") or value == getattr(real, name)
+    for name in vars(stand_in.NcclCommunicator):
+        assert name.startswith("_") or hasattr(real.NcclCommunicator, name)
+
+
+# ---- scripts/cuda_aware_check.py ----
+@pytest.fixture
+def check(monkeypatch):
+    monkeypatch.syspath_prepend(str(REPOSITORY / "scripts"))
+    import cuda_aware_check
+
+    monkeypatch.setattr(cuda_aware_check, "SHAPE", (4, 6, 5))
+    monkeypatch.setattr(cuda_aware_check, "EXCHANGES", 3)
+    return cuda_aware_check
+
+
+def test_check_of_cuda_aware_mpi(world, cupy, streams, check, capsys):
+    status = check.main()
+    said = capsys.readouterr().out
+    if world.size == 1:
+        assert (status, said) == (2, "cuda-aware-mpi: not checked: start at least two ranks\n")
+    else:
+        assert status == 0
+        assert ("equal to host-staged" in said) == (world.rank == 0)
+
+
+def test_check_finds_a_wrong_sum(world, cupy, streams, check, capsys, monkeypatch):
+    needs_ranks(world)
+    add_up = transports.CUDAAware._add_up
+
+    def wrong(self, buffer, **arguments):
+        result = add_up(self, buffer, **arguments)
+        if buffer.size > 1000 and self._group.rank == 1:
+            buffer[5] = np.nan
+        return result
+
+    monkeypatch.setattr(transports.CUDAAware, "_add_up", wrong)
+    assert check.main() == 1
+    assert ("differ from host-staged" in capsys.readouterr().out) == (world.rank == 0)
+
+
+def test_check_without_a_gpu(world, emulator, check, capsys):
+    from cupy_syncbn import backends
+
+    emulator.devices.count = 0
+    backends._why_no_gpu.cache_clear()
+    assert check.main() == 2
+    assert "sees no GPU" in capsys.readouterr().out
+    emulator.devices.count = world.size

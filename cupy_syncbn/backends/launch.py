@@ -94,7 +94,7 @@ def launch_for(shape: tuple[int, int, int], itemsize: int, aligned: bool, multip
         if S // width >= 2**31:
             raise ValueError(
                 f"expected fewer than {2**31 * width} elements a channel and sample (got {S}): "
-                "divide the batch into samples"
+                "cut each into several samples: the statistics are the same"
             )
         steps = _ceil(N * max(S // width, 1), THREADS)
         unit = THREADS

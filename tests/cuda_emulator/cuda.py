@@ -142,14 +142,14 @@ class Stream:
         _streams().pop()
 
     def synchronize(self):
-        self.refuse_in_capture("cudaStreamSynchronize")
-        work.synchronize("cudaStreamSynchronize", self.under_way())
+        self._refuse_in_capture("cudaStreamSynchronize")
+        work.synchronize("cudaStreamSynchronize", self._under_way())
 
     @property
     def done(self):
-        self.refuse_in_capture("cudaStreamQuery")
-        work.go_on()
-        return not self.under_way()
+        self._refuse_in_capture("cudaStreamQuery")
+        work.go_on(self._under_way())
+        return not self._under_way()
 
     def record(self, event=None):
         event = event or Event()
@@ -177,10 +177,10 @@ class Stream:
     def is_capturing(self):
         return work.is_capturing(*self._key())
 
-    def under_way(self):
+    def _under_way(self):
         return work.under_way(*self._key())
 
-    def refuse_in_capture(self, name):
+    def _refuse_in_capture(self, name):
         """Raise what CUDA raises where the host would wait for a stream that is being captured."""
         _refuse(name, self.is_capturing())
 
@@ -240,7 +240,7 @@ class Event:
     def record(self, stream=None):
         stream = get_current_stream() if stream is None else stream
         self._captured = stream.is_capturing()
-        self._works, self._time = stream.under_way(), time.perf_counter()
+        self._works, self._time = stream._under_way(), time.perf_counter()
 
     def synchronize(self):
         self._refuse_captured()
@@ -251,7 +251,7 @@ class Event:
         self._refuse_captured()
         if not hasattr(_thread, "device") and self._device:
             raise EmulatorError("an event is queried in a thread without a device: CUDA would open device 0")
-        work.go_on()
+        work.go_on(self._works)
         return all(before.done for before in self._works)
 
     def _refuse_captured(self):

@@ -120,8 +120,8 @@ class ndarray:  # noqa: N801 (CuPy's name)
     def _for_host(self, name):
         """Return the values to an operation for which the host waits."""
         stream = get_current_stream()
-        stream.refuse_in_capture(name)
-        work.synchronize(name, stream.under_way())
+        stream._refuse_in_capture(name)
+        work.synchronize(name, stream._under_way())
         return self._array
 
     def _view(self, values):
@@ -158,6 +158,7 @@ class ndarray:  # noqa: N801 (CuPy's name)
 
     @property
     def __cuda_array_interface__(self):
+        self._allocation.mark_all_written()  # by whom the address is handed to, for all one knows
         return {
             "shape": self.shape,
             "typestr": self.dtype.str,
@@ -182,7 +183,7 @@ class ndarray:  # noqa: N801 (CuPy's name)
         else:
             self._check_output(out)
         if blocking:
-            stream.refuse_in_capture("cudaMemcpy")
+            stream._refuse_in_capture("cudaMemcpy")
         target = when_copied(out)
 
         def copy():
@@ -190,7 +191,7 @@ class ndarray:  # noqa: N801 (CuPy's name)
 
         submit(copy, stream)
         if blocking:
-            work.synchronize("cudaMemcpy", stream.under_way())
+            work.synchronize("cudaMemcpy", stream._under_way())
         return out
 
     def _check_output(self, out):

@@ -30,26 +30,34 @@ _non_blocking = set()  # streams that take no turns with the null stream
 class Work:
     """What `start` does: it returns None, or a function to be called until that returns True."""
 
-    def __init__(self, start, needs):
-        self.done = False
-        self._next, self._needs, self._started = start, needs, False
+    def __init__(self, start, needs, others_wait):
+        self.needs, self.others_wait = needs, others_wait
+        self.done = self._started = False
+        self._next = start
 
     def go_on(self):
         """Do what can be done now; an error ends the work, and is the caller's."""
-        if any(not work.done for work in self._needs):
+        if any(not work.done for work in self.needs):
             return
-        self.done = True  # also where it fails
-        result = self._next()
+        self.needs = ()
+        try:
+            result = self._next()
+        except BaseException:
+            self.done = True
+            raise
         if self._started:
             self.done = bool(result)
-        elif result is not None:
-            self._next, self._started, self.done = result, True, False
+        elif result is None:
+            self.done = True
+        else:
+            self._next, self._started = result, True
 
 
 def submit(device, stream, start, after=(), give=None):
     """Give work to a stream, which begins it when other work has ended, too.
 
     `give`, if any, is called when the work is given to the stream, also by a graph, and returns its `start`.
+    Other ranks wait for such work: it goes on whatever the host waits for.
     """
     with _lock:
         if (device, stream) in _graphs:
@@ -57,7 +65,7 @@ def submit(device, stream, start, after=(), give=None):
             return
         start = give() if give else start
         before = [*under_way(device, stream), *(work for work in after if not work.done)]
-        work = Work(start, before)
+        work = Work(start, before, others_wait=give is not None)
         if streams.at_once and not before:
             work.go_on()
         if not work.done:
@@ -80,12 +88,19 @@ def _take_turns(stream, other):
     return stream == other or (0 in (stream, other) and not {stream, other} & _non_blocking)
 
 
-def go_on():
-    """Do all work whose turn has come."""
+def go_on(works):
+    """Do what some work needs, as far as that can be done now. Other streams may be far behind."""
     with _lock:
+        needed, found = [*works, *(work for work in _unfinished if work.others_wait)], set()
+        while needed:
+            work = needed.pop()
+            if not work.done and work not in found:
+                found.add(work)
+                needed += work.needs
         try:
             for work in _unfinished:
-                work.go_on()
+                if work in found:
+                    work.go_on()
         finally:
             _unfinished[:] = [work for work in _unfinished if not work.done]
             for key in [key for key, work in _last.items() if work.done]:
@@ -96,7 +111,7 @@ def finish(works):
     """Wait for work. Its errors come out here."""
     deadline = time.monotonic() + PATIENCE
     while not all(work.done for work in works):
-        go_on()
+        go_on(works)
         if time.monotonic() > deadline:
             raise EmulatorError(f"the host waited {PATIENCE:g} s for a stream: its work does not end")
         time.sleep(2e-5)
