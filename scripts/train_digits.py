@@ -286,7 +286,8 @@ def main():
         ways.append(Way("one process", build_network(xp, args), syncbn.SingleProcessGroup(), xp, args))
 
     total = args.epochs * len(ways) * -(-len(train) // args.batch)
-    with tqdm(total=total, unit="step", mininterval=0.5, disable=group.rank != 0) as progress:
+    silent = {} if group.rank == 0 else {"disable": True}  # else TQDM_DISABLE decides
+    with tqdm(total=total, unit="step", mininterval=0.5, **silent) as progress:
         for _ in range(args.epochs):
             order = xp.asarray(rng.permutation(train))
             for way in ways:

@@ -23,7 +23,7 @@ ALLOWED = {
     "errors": set(),
     "backends": {"backends"},
     "host_exchange": set(),
-    "transports": {"process_group"},  # for its type
+    "transports": {"host_exchange", "process_group"},  # the latter for its type
     "process_group": {"process_group", "transports", "host_exchange"},
     "exchange": {"process_group", "backends"},
     "functional": {"exchange", "process_group", "backends"},
