@@ -13,4 +13,17 @@ class RankMismatchError(RuntimeError):
 
 
 class CollectiveTimeoutError(RuntimeError):
-    """A rank did not come to a collective call within the group's timeout."""
+    """A rank did not come to a collective call within the group's timeout.
+
+    Attributes
+    ----------
+    call : object
+        What did not end in time, such as "forward 3 of stem (64 channels)"; None if that is not known.
+    """
+
+    def __init__(self, message: str, call: object = None) -> None:
+        super().__init__(message, call)
+        self.call = call
+
+    def __str__(self) -> str:
+        return self.args[0] if self.call is None else f"{self.call}: {self.args[0]}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import zlib
 from types import ModuleType
@@ -38,7 +39,7 @@ class Call(NamedTuple):
         """
         if group.size == 1:
             return 0.0, 0.0, 0.0
-        tag = zlib.crc32(repr(tuple(self)).encode()) & 0xFFF
+        tag = zlib.crc32(b"%d" % self.number, _hash(self.name, self.channels, self.direction)) & 0xFFF
         return 0.0, tag, tag * tag
 
     def faults_join(self, group: ProcessGroup, length: int, library: ModuleType = np) -> _FaultsJoin:
@@ -62,29 +63,34 @@ class Call(NamedTuple):
         """
         if group.size == 1:
             return
-        ending = self._sum(group, vector)[-3:]
-        if isinstance(ending, np.ndarray):
-            self._check(group, ending.tolist())
+        trailer = self._sum(group, vector)[-3:]
+        if isinstance(trailer, np.ndarray):
+            self._check(group, trailer.tolist())
         else:
-            group.defer(ending, functools.partial(self._check, group))
+            self._defer(group, trailer)
+
+    def _defer(self, group: ProcessGroup, trailer: Array) -> None:
+        group.defer(trailer, functools.partial(self._check, group), self)
 
     def _check(self, group: ProcessGroup, trailer: list[float]) -> None:
         """Raise the error that the trailer of a sum tells of, if it does."""
         fault, tag, tag_square = trailer
+        if fault == 0 and group.size * tag_square == tag * tag:
+            return
         if fault > 0:
             raise RemoteRankError(f"{_faulty(fault, group)} failed before {self}: see the error there")
-        if fault != 0 or group.size * tag_square != tag * tag:
-            raise RankMismatchError(
-                f"rank {group.rank} is in {self}, while another rank is in another call: "
-                "all ranks must call the same layers in the same order"
-            )
+        raise RankMismatchError(
+            f"rank {group.rank} is in {self}, while another rank is in another call: "
+            "all ranks must call the same layers in the same order"
+        )
 
     def _sum(self, group: ProcessGroup, vector: Array) -> Array:
         """Add up `vector`, and return the sum as the group does; a timeout names this call."""
         try:
             return group.exchange(vector)
         except CollectiveTimeoutError as error:
-            raise CollectiveTimeoutError(f"{self}: {error}") from None
+            error.call = error.call or self  # one of an earlier call may show only now
+            raise
 
 
 class _FaultsJoin:
@@ -104,9 +110,18 @@ class _FaultsJoin:
             vector[-3:] = self.call.trailer(self.group)
             vector[-3] = _fault_code(self.group)
             try:
-                self.call._sum(self.group, self.library.asarray(vector))
+                sum_ = self.call._sum(self.group, self.library.asarray(vector))
+                if not isinstance(sum_, np.ndarray):  # an exchange of NCCL: the others may end it by an error
+                    with contextlib.suppress(RemoteRankError, RankMismatchError):
+                        self.call._defer(self.group, sum_[-3:])
             except CollectiveTimeoutError as late:
                 error.add_note(f"The other ranks did not hear of it: {late}")
+
+
+@functools.cache
+def _hash(name: str, channels: int, direction: str) -> int:
+    """Return what begins the tags of a layer's calls in one direction."""
+    return zlib.crc32(repr((name, channels, direction)).encode())
 
 
 def _fault_code(group: ProcessGroup) -> float:

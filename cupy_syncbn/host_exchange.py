@@ -96,13 +96,15 @@ class Exchange:
         self._comm, self._place = comm, place
         self._short = place[:length]
         self._long = place
-        self._messages = []
+        self._messages: list[_Messages] = []
+        self._outgoing: list[tuple[MPI.Prequest, int]] = []
         for partner, sends, receives, replaces in steps(rank, size):
             incoming = comm.Recv_init(place, partner, _TAG) if receives else None
             sent = np.empty(length)
             parts = [sent] if length <= LONGEST else [np.array([length], np.float64), sent]
             outgoing = [comm.Send_init(part, partner, _TAG) for part in parts if sends]
             self._messages.append(_Messages(partner, incoming, outgoing, sent, replaces))
+            self._outgoing += [(request, partner) for request in outgoing]
 
     def sum(self, vector: Array, wait: Callable[[MPI.Request, int], MPI.Status]) -> None:
         """Replace `vector`, float64, by its sum; ``vector[FAULT]`` is NaN where lengths differed.
@@ -133,6 +135,5 @@ class Exchange:
                 vector[:] = received
             else:
                 vector += received
-        for message in self._messages:
-            for request in message.outgoing:
-                wait(request, message.partner)
+        for request, partner in self._outgoing:
+            wait(request, partner)

@@ -86,7 +86,7 @@ class ProcessGroup(ABC):
         """
         return self.allreduce(vector)
 
-    def defer(self, trailer: Array, check: Callable[[list[float]], None]) -> None:
+    def defer(self, trailer: Array, check: Callable[[list[float]], None], call: object) -> None:
         """Look at the trailer of an exchange that is not in memory of the host: now, or later.
 
         Parameters
@@ -95,6 +95,8 @@ class ProcessGroup(ABC):
             Of CuPy.
         check : callable
             Is given the numbers, and raises an error if they tell of one.
+        call : object
+            What the exchange was, for an error that it did not end in time.
         """
         check(trailer.tolist())
 
@@ -243,7 +245,9 @@ class MPIProcessGroup(ProcessGroup):
         if not _is_numpy(vector):
             ending: Array = self._carrier.exchange(vector)
             return ending
-        channel = self._opened()
+        channel = self._channel
+        if channel is None or channel.given_up:
+            channel = self._opened()
         self._deadline = None
         try:
             exchange = channel.exchanges.get(vector.size)
@@ -258,12 +262,12 @@ class MPIProcessGroup(ProcessGroup):
             raise
         return vector
 
-    def defer(self, trailer: Array, check: Callable[[list[float]], None]) -> None:
+    def defer(self, trailer: Array, check: Callable[[list[float]], None], call: object) -> None:
         """Look at the trailer of an exchange: by NCCL, when the GPU has it."""
         if isinstance(self._carrier, transports.NCCL):
-            self._carrier.defer(trailer, check)
+            self._carrier.defer(trailer, check, call)
         else:
-            super().defer(trailer, check)
+            super().defer(trailer, check, call)
 
     def check_errors(self) -> None:
         """Wait for all exchanges by NCCL, and raise the first error that they tell of.

@@ -15,6 +15,7 @@ import warnings
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import numpy as np
@@ -257,13 +258,13 @@ class NCCL:
         if buffer.size:
             self._operations.enqueue(enqueue, buffer.data.ptr, _cupy().cuda.get_current_stream())
 
-    def defer(self, trailer: Array, check: Callable[[list[float]], None]) -> None:
+    def defer(self, trailer: Array, check: Callable[[list[float]], None], call: object) -> None:
         """Show the trailer of an exchange to `check` when the GPU has it; what that raises is raised then."""
         cupy = _cupy()
         pinned = np.frombuffer(cupy.cuda.alloc_pinned_memory(trailer.nbytes), trailer.dtype, trailer.size)
         pinned[:] = 0
         trailer.get(out=pinned, blocking=False)
-        operation = _Operation(pinned, check)
+        operation = _Operation(pinned, check, call)
         if not self._operations.add(operation, cupy.cuda.get_current_stream()):
             self._captured.append(operation)
 
@@ -280,15 +281,19 @@ class NCCL:
 class _Operation:
     """What the GPU has been given, as the host sees it."""
 
-    __slots__ = ("check", "event", "since", "trailer")
+    __slots__ = ("call", "check", "event", "since", "trailer")
 
     def __init__(
-        self, trailer: Array | None = None, check: Callable[[list[float]], None] | None = None
+        self,
+        trailer: Array | None = None,
+        check: Callable[[list[float]], None] | None = None,
+        call: object = None,
     ) -> None:
         self.event: Any = None
         """Recorded behind it; None while the host is still in NCCL's call, which may wait too."""
         self.trailer, self.check = trailer, check
         """In pinned memory, and what looks at it there."""
+        self.call = call
         self.since = time.monotonic()
 
     @property
@@ -387,9 +392,12 @@ class _Operations:
         if self._pending:
             waited = time.monotonic() - max(self._pending[0].since, self._last_end)
             if waited > self._timeout:
+                # The first is the sum itself; what an exchange defers comes right behind its own.
+                call = next((each.call for each in islice(self._pending, 2) if each.call), None)
                 raise CollectiveTimeoutError(
                     f"{self._rank} waited {self._timeout:g} s for the other ranks, in an operation of NCCL: "
-                    "a rank ended, is stuck, or did not make this call"
+                    "a rank ended, is stuck, or did not make this call",
+                    call,
                 )
         self._communicator.check_async_error()
 

@@ -612,6 +612,8 @@ def test_fault_of_a_rank(world, rng, cupy, nccl, direction, found_by):
         world.comm.Barrier()
         with pytest.raises(TypeError, match="numpy"):
             call(np.ones(SHAPE, "f4"))
+        # The others take no more: it must not wait for them.
+        assert_dead(group, RemoteRankError, f"rank {faulty} failed before {direction}", cupy)
     else:
         result = call(x)  # returns: nobody knows yet
         if found_by == "watching thread":
@@ -671,7 +673,7 @@ def test_rank_that_never_comes(world, rng, cupy, nccl, waits_in):
         start = time.monotonic()
         y = layer(x)
         assert time.monotonic() - start < timeout
-        match = f"rank {world.rank} of {world.size} waited 0.5 s for the other ranks.*NCCL"
+        match = rf"^forward 1 of stem \(4 channels\): rank {world.rank} of {world.size} waited 0.5 s .*NCCL"
         if waits_in == "a copy to the host":
             y.get()
         elif waits_in == "next call":
