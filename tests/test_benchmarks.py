@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -35,7 +36,7 @@ def run(script, folder, *arguments):
     assert str(REPOSITORY) not in text
     record = json.loads(text)
     assert {"machine", "date", "versions", "threads", "command"} <= record.keys()
-    assert path.name == f"{Path(script).stem}-{record['date']}.json"
+    assert re.fullmatch(rf"{Path(script).stem}(-[a-z-]+)?-{record['date']}\.json", path.name)
     pictures = list(folder.glob("*.png"))
     assert len(pictures) == PLOTS
     for picture in pictures:

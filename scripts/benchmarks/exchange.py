@@ -1,20 +1,22 @@
 """What synchronization costs: our exchange beside a bare allreduce, and beside an allgather with a merge.
 
-    ours         `ProcessGroup.exchange` of the forward's vector, 4C + 4 numbers of float64: with the fault
-                 flag and the tag, and a look at the length of every message
-    allreduce    MPI's Iallreduce of the same vector, waited for by Test
+    ours         `Call.exchange` of the forward's vector, 4C + 4 numbers of float64: with the fault flag and
+                 the tag, made and checked, a look at the length of every message, and a timeout
+    iallreduce   MPI's Iallreduce of the same vector, waited for by Test, so that a timeout is possible
+    allreduce    MPI's Allreduce of it, which waits for ever
     allgather    what torch and apex do: each rank's mean, invstd and count, 2C + 1 numbers of float32, go to
                  all ranks, and each merges all of them
+    gather       that without the merge
 
-Times are medians over interleaved runs, of the slowest rank in each. With more ranks than cores they are
-those of the operating system's scheduler: read them as an order of magnitude.
+Times are medians over runs interleaved in random order, of the slowest rank in each. With more ranks than
+cores they are those of the operating system's scheduler: read them as an order of magnitude.
 
 The model for larger groups takes its latency a and its time a byte b from two ranks, where neither contender
 waits for a core, by least squares over C:
 
     ours         log2(ranks) steps, each a + b (32C + 32)
-    allgather    log2(ranks) steps of latency a, and b (ranks - 1) (8C + 4), the least that must arrive;
-                 then the merge, which is timed by itself, for up to 1024 ranks, and scaled beyond
+    allgather    log2(ranks) steps of latency a, and b (ranks - 1) (8C + 4), the least that must arrive,
+                 with a and b of the gather; then the merge, timed for up to 1024 ranks, and scaled beyond
 
 It assumes that all ranks are as far apart as two processes of this machine, that no two messages share a
 link, and that no rank is late. A network has its own a and b: `--latency-us` and `--gigabytes-per-s` put
@@ -43,12 +45,13 @@ import numpy as np
 from measure import RESULTS, caption, circumstances, new_figure, pin_threads, save, table
 
 from cupy_syncbn import default_group
+from cupy_syncbn.exchange import Call
 
 CHANNELS = (64, 256, 1024, 4096)
 RANKS = (2, 4, 8, 16, 32)
 MODELLED = (2, 32, 1024, 16384)
 LARGEST_MERGE = 1024
-CONTENDERS = ("ours", "allreduce", "allgather")
+CONTENDERS = ("ours", "iallreduce", "allreduce", "allgather", "gather")
 
 
 def sent_bytes(contender: str, channels: int) -> int:
@@ -92,20 +95,24 @@ def worker(repeats: int) -> None:
     results = {}
     for channels in CHANNELS:
         vector = np.ones(4 * channels + 4)
-        vector[-3:] = 0, 1, 1
         statistics = np.ones(2 * channels + 1, np.float32)
         gathered = np.empty((comm.size, statistics.size), np.float32)
 
-        def ours(vector: np.ndarray = vector) -> None:
-            group.exchange(vector)
+        def ours(vector: np.ndarray = vector, channels: int = channels) -> None:
+            call = Call("stem", channels, "forward", 7)
+            vector[-3:] = call.trailer(group)
+            call.exchange(group, vector)
 
-        def allreduce(vector: np.ndarray = vector) -> None:
+        def iallreduce(vector: np.ndarray = vector) -> None:
             request = comm.Iallreduce(MPI.IN_PLACE, vector)
             spins = 0
             while not request.Test():
                 spins += 1
-                if spins > 200:  # as the package: ranks may share a core
+                if spins > 50:  # as the package: ranks may share a core
                     os.sched_yield()
+
+        def allreduce(vector: np.ndarray = vector) -> None:
+            comm.Allreduce(MPI.IN_PLACE, vector)
 
         def allgather(
             statistics: np.ndarray = statistics, gathered: np.ndarray = gathered, channels: int = channels
@@ -113,18 +120,25 @@ def worker(repeats: int) -> None:
             comm.Allgather(statistics, gathered)
             merge(gathered, channels)
 
-        times = np.zeros((repeats, len(CONTENDERS)))
+        def gather(statistics: np.ndarray = statistics, gathered: np.ndarray = gathered) -> None:
+            comm.Allgather(statistics, gathered)
+
+        runs = (ours, iallreduce, allreduce, allgather, gather)
+        times = np.zeros((repeats, len(runs)))
+        orders = np.random.default_rng(0)  # alike on all ranks
         for repeat in range(-2, repeats):
-            for i, run in enumerate((ours, allreduce, allgather)):
+            for i in orders.permutation(len(runs)):  # what ran before has left its data in the caches
                 vector[:] = 1  # sums stay finite
                 comm.Barrier()
                 start = time.perf_counter()
-                run()
+                runs[i]()
                 times[repeat, i] = time.perf_counter() - start  # the first two are overwritten
         comm.Allreduce(MPI.IN_PLACE, times, op=MPI.MAX)
         results[channels] = dict(zip(CONTENDERS, np.median(times, axis=0).tolist(), strict=True))
     if comm.rank == 0:
-        print(json.dumps({"library": MPI.Get_library_version().split("\n")[0], "seconds": results}))
+        name, version = MPI.get_vendor()
+        library = f"{name} {'.'.join(map(str, version))}"
+        print(json.dumps({"library": library, "seconds": results}))
 
 
 def launch(ranks: int, repeats: int) -> dict[str, Any]:
@@ -152,9 +166,8 @@ def fit(measured: dict[str, Any], contender: str) -> tuple[float, float]:
     """Return latency (s) and time a byte (s) of two ranks, by least squares weighted by 1 / time."""
     rows = measured["2"]
     sizes = np.array([received_bytes(contender, channels, 2) for channels in CHANNELS], float)
-    times = np.array([rows[str(channels)][contender] for channels in CHANNELS])
-    if contender == "allgather":
-        times = times - [merge_seconds(2, channels, 20) for channels in CHANNELS]
+    name = "gather" if contender == "allgather" else contender
+    times = np.array([rows[str(channels)][name] for channels in CHANNELS])
     matrix = np.stack([np.ones_like(sizes), sizes], axis=1) / times[:, None]
     (latency, per_byte), *_ = np.linalg.lstsq(matrix, np.ones_like(times), rcond=None)
     return max(float(latency), 0.0), max(float(per_byte), 0.0)
@@ -179,7 +192,7 @@ def plot(record: dict[str, Any]) -> Any | None:
     if made is None:
         return None
     figure, axes = made
-    for contender in CONTENDERS:
+    for contender in CONTENDERS[:4]:
         ranks = [int(ranks) for ranks in record["measured"]]
         times = [1e6 * record["measured"][str(r)]["1024"][contender] for r in ranks]
         (line,) = axes.loglog(ranks, times, marker="o", label=f"{contender}, measured")
@@ -189,7 +202,7 @@ def plot(record: dict[str, Any]) -> Any | None:
                 [int(r) for r in values], list(values.values()), "--", color=line.get_color(), label="model"
             )
     axes.axvline(record["cores"], color="black", linewidth=1, linestyle=":", label="cores of this machine")
-    axes.set(title="1024 channels", xlabel="ranks", ylabel="µs an exchange")
+    axes.set(title=f"1024 channels, {record['library']}", xlabel="ranks", ylabel="µs an exchange")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
     figure.supxlabel(caption(record), fontsize="small")
@@ -201,7 +214,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else list(argv)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="2 and 4 ranks, few repeats")
-    parser.add_argument("--repeats", type=int, default=200, metavar="N", help="runs of each (default 200)")
+    parser.add_argument("--repeats", type=int, default=2000, metavar="N", help="runs of each (default 2000)")
     parser.add_argument("--latency-us", type=float, metavar="US", help="of the network to model")
     parser.add_argument("--gigabytes-per-s", type=float, metavar="GB/S", help="of the network to model")
     parser.add_argument("--output", type=Path, default=RESULTS, metavar="DIR", help="where the results go")
@@ -220,13 +233,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         measured[str(ranks)], library = result["seconds"], result["library"]
     cores = len(os.sched_getaffinity(0))
     print(f"\nMicroseconds an exchange, {library}, {cores} cores\n")
-    headings = ["ranks, C", *CONTENDERS, "ours/allreduce", "ours/allgather", "bytes in: ours", "allgather"]
+    rivals = ("iallreduce", "allreduce", "allgather")
+    headings = ["ranks, C", *CONTENDERS, *(f"ours/{name}" for name in rivals), "bytes in: ours", "allgather"]
     rows = []
     for ranks, by_channels in measured.items():
         for channels, times in by_channels.items():
             ours = times["ours"]
             row = [f"{ranks}, {channels}", *(f"{1e6 * times[name]:.1f}" for name in CONTENDERS)]
-            row += [f"{ours / times[name]:.2f}" for name in ("allreduce", "allgather")]
+            row += [f"{ours / times[name]:.2f}" for name in rivals]
             row += [f"{received_bytes(name, int(channels), int(ranks)):,}" for name in ("ours", "allgather")]
             rows.append(row)
     print(table(headings, rows))
@@ -276,7 +290,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         **facts, "library": library, "cores": cores, "measured": measured,
         "model": {"network": network, "origin": origin, "us": modelled},
     }  # fmt: skip
-    save(options.output, "exchange", record, plot(record))
+    vendor = library.rpartition(" ")[0].lower().replace(" ", "-")
+    save(options.output, f"exchange-{vendor}", record, plot(record))
     return 0
 
 
