@@ -10,7 +10,7 @@ import numpy as np
 
 from cupy_syncbn.backends import Array, module_of
 from cupy_syncbn.exchange import Call
-from cupy_syncbn.layers import Module, Parameter, _BatchNorm
+from cupy_syncbn.layers import Module, Parameter, SyncBatchNorm, _BatchNorm
 from cupy_syncbn.process_group import ProcessGroup, as_group
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ class DistributedDataParallel(Module):
     Notes
     -----
     Construction and `reduce_gradients` are **collective**; forward and backward are the module's.
+    SyncBatchNorm layers without a name take their dotted one in the module, for errors to tell.
     """
 
     def __init__(
@@ -65,6 +66,9 @@ class DistributedDataParallel(Module):
             values = module_of(array).ascontiguousarray(array)
             self.process_group.broadcast(values)
             array[...] = values.reshape(array.shape)
+        for name, layer in module.named_modules():
+            if isinstance(layer, SyncBatchNorm) and layer.name is None:
+                layer.name = name or None  # alike on all ranks, and layers of one size are told apart
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the module."""

@@ -576,7 +576,8 @@ class SyncBatchNorm(_BatchNorm):
         Whether weight and bias get the gradients of this rank, for a data-parallel wrapper to average, or
         their sum or mean over the ranks, which comes with the backward's exchange at no cost.
     name : str, optional
-        What errors call the layer.
+        What errors call the layer, the same on all ranks; DistributedDataParallel gives it a name if it has
+        none. Ranks that call different layers of one size find out by the names, or by the number of calls.
 
     Attributes
     ----------

@@ -124,6 +124,26 @@ def test_ranks_with_different_modules(world, difference):
     assert_unchanged(model, before)
 
 
+def test_layers_get_names(world, rng):
+    """By them ranks find out that they call layers of one size in different orders."""
+    model = Module()
+    model.stem = SyncBatchNorm(4)
+    model.blocks = [SyncBatchNorm(4), SyncBatchNorm(4, name="own")]
+    DistributedDataParallel(model)
+    stem, first, own = model.stem, *model.blocks
+    assert [layer.name for layer in (stem, first, own)] == ["stem", "blocks.0", "own"]
+    x = random_batch(rng, (12, 4))
+    for layer in stem, first:
+        layer(x)
+    if world.size > 1:
+        called = first if world.rank == 1 else stem
+        with pytest.raises(RankMismatchError, match=f"forward 1 of {called.name} "):
+            called(x)
+    alone = SyncBatchNorm(4)
+    DistributedDataParallel(alone)
+    assert alone.name is None
+
+
 def test_calls_forward_through():
     ddp = DistributedDataParallel(Weights())
     assert ddp(21) == 42
