@@ -16,13 +16,13 @@ pytestmark = pytest.mark.launch
 DEADLINE = 180
 
 
-def launch_tests(python, ranks):
+def launch_tests(python, ranks, *options):
     # mpi4py's runner ends all ranks when one fails; pytest fails at the first failure, before ranks part.
     command, status, output = launch(
         python,
         ranks,
         ["-m", "mpi4py", "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider",
-         "-m", "not launch and not serial", "tests"],
+         "-m", "not launch and not serial", *options, "tests"],
         DEADLINE,
         CUPY_SYNCBN_TEST_WORLD_SIZE=str(ranks),
         CUPY_SYNCBN_TIMEOUT="60",
@@ -34,7 +34,8 @@ def launch_tests(python, ranks):
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
 def test_ranks(ranks):
-    launch_tests(sys.executable, ranks)
+    # One rank runs the kernels as one process does, which takes its time in the emulator.
+    launch_tests(sys.executable, ranks, *(["--ignore=tests/test_cupy_functional.py"] if ranks == 1 else []))
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
