@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import socket
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cupy_syncbn.backends import array_module
@@ -26,16 +29,22 @@ def local_rank(comm: MPI.Intracomm | None = None) -> int:
 
     Notes
     -----
-    **Collective** over `comm`: processes find each other by the memory they share.
+    **Collective** over `comm`: processes know their node by its kernel, not by
+    MPI_COMM_TYPE_SHARED: some builds and launchers of MPI put each process in a part of its own there.
     """
     if comm is None and default_group().size == 1:
         return 0
     from mpi4py import MPI
 
-    node = (MPI.COMM_WORLD if comm is None else comm).Split_type(MPI.COMM_TYPE_SHARED)
-    rank: int = node.rank
-    node.Free()
-    return rank
+    comm = MPI.COMM_WORLD if comm is None else comm
+    return comm.allgather(_node())[: comm.rank].count(_node())
+
+
+def _node() -> str:
+    """Name the node that this process is on."""
+    with contextlib.suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text()  # of a kernel, whatever its containers
+    return socket.gethostname()
 
 
 def bind_device(comm: MPI.Intracomm | None = None) -> int:

@@ -919,31 +919,12 @@ def test_bind_device(world, emulator, cupy):
         assert cupy.zeros(3).device.id == expected
 
 
-def test_local_rank_counts_the_ranks_that_share_memory(world, emulator, cupy):
+def test_local_rank_counts_the_ranks_of_the_node(world, emulator, cupy, monkeypatch):
     """As on nodes of two ranks each."""
-
-    class Comm:
-        def __init__(self):
-            self.freed = 0
-
-        def Split_type(self, kind):  # noqa: N802 (mpi4py's name)
-            assert kind == MPI.COMM_TYPE_SHARED
-            node = world.comm.Split(world.rank // 2, world.rank)
-            return Node(node, self)
-
-    class Node:
-        def __init__(self, node, comm):
-            self.rank, self.node, self.comm = node.rank, node, comm
-
-        def Free(self):  # noqa: N802 (mpi4py's name)
-            self.node.Free()
-            self.comm.freed += 1
-
-    comm = Comm()
-    assert cupy_syncbn.local_rank(comm) == world.rank % 2
+    monkeypatch.setattr(cupy_syncbn.device, "_node", lambda: f"node {world.rank // 2}")
+    assert cupy_syncbn.local_rank() == world.rank % 2
     emulator.devices.count = 2
-    assert cupy_syncbn.bind_device(comm) == world.rank % 2
-    assert comm.freed == 2
+    assert cupy_syncbn.bind_device() == world.rank % 2
 
 
 # ---- The stand-in for NCCL finds what it is for ----
