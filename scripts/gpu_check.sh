@@ -201,7 +201,9 @@ describe() { # part: sets COMMAND and LIMIT, or MISSING to what it lacks
         return
     fi
     case "$part" in
-        environment) COMMAND=(bash -c 'nvidia-smi && "$PYTHON" -c "$ENVIRONMENT"') LIMIT=90 ;;
+        environment)
+            COMMAND=(bash -c 'nvidia-smi && "$PYTHON" -m cupy_syncbn; "$PYTHON" -c "$ENVIRONMENT"') LIMIT=90
+            ;;
         compile) COMMAND=("$PYTHON" scripts/sanitize.py --compile) LIMIT=240 ;;
         tests) pytest_command -m 'not launch' -k 'not nccl and not graph' && LIMIT=480 ;;
         graphs) pytest_command -k graph && LIMIT=120 ;;

@@ -1,18 +1,20 @@
-"""What README.md and the docstrings show, runs as it is written."""
+"""What README.md shows, runs as it is written; tests/test_api.py runs the docstrings' examples."""
 
-import doctest
 import re
+import shlex
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
 import pytest
 from helpers import REPOSITORY, clean_environment
-
-from cupy_syncbn import layers
+from launcher import launch
 
 pytestmark = pytest.mark.serial
 
 TEXT = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+TESTS = Path(__file__).parent
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL)
 
 
@@ -25,20 +27,81 @@ def test_python_blocks_run(code, tmp_path):
     assert process.returncode == 0, process.stderr
 
 
-def test_commands_name_files_that_exist():
-    commands = [code for language, code in BLOCKS if language == "bash"]
-    files = re.findall(r"scripts/[\w/.]+", " ".join(commands))
-    assert {"scripts/train_digits.sh", "scripts/test.sh"} <= set(files)
-    assert all((REPOSITORY / file).is_file() for file in files)
+# What runs the commands that no test here does.
+CI = (REPOSITORY / ".ci" / "run").read_text()
+ELSEWHERE = {
+    "bash scripts/train_digits.sh": CI,
+    "bash scripts/test.sh": CI,
+    "pip install": CI,
+    "sbatch scripts/slurm/cpu.sh": "test_slurm.py",
+    "sbatch --nodes=4 scripts/slurm/gpu.sh": "test_slurm.py",
+    "qsub scripts/pbs/job.sh": "test_slurm.py",
+    "bash scripts/gpu_check.sh": "test_gpu_check.py",
+}
+COMMANDS = [
+    line.partition(" #")[0].strip()
+    for language, code in BLOCKS
+    if language == "bash"
+    for line in code.splitlines()
+]
+# And those within sentences
+SPOKEN = [c for c in re.findall(r"`((?:mpirun|python) [^`]+)`", TEXT) if "NAME" not in c]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_of_blocks_run(command):
+    if command.startswith("mpirun"):
+        assert command in LAUNCHED
+        return
+    (known,) = [known for known in ELSEWHERE if command.startswith(known)]
+    runs = ELSEWHERE[known]
+    if runs is CI:
+        assert known in CI
+    else:
+        assert all(
+            Path(file).name in (TESTS / runs).read_text() for file in re.findall(r"scripts/\S+", command)
+        )
+
+
+def test_extras_exist():
+    extras = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    named = re.findall(r"\.\[(\w+)\]", TEXT)
+    assert named
+    assert set(named) <= set(extras)
+
+
+LAUNCHED = [c for c in dict.fromkeys(COMMANDS + SPOKEN) if c.startswith("mpirun")]
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize("command", LAUNCHED)
+def test_launches_run(command, tmp_path):
+    """Also those with the example as train.py."""
+    (code,) = [code for language, code in BLOCKS if language == "python"]
+    (tmp_path / "train.py").write_text(code)
+    words = [str(tmp_path / word) if word == "train.py" else word for word in shlex.split(command)]
+    assert words[:2] == ["mpirun", "-n"]
+    assert words[3] == "python"
+    if "pytest" in words:
+        words.append("--collect-only")
+    told, status, output = launch(sys.executable, int(words[2]), words[4:], 120)
+    assert status == 0, f"{told}\n{output}"
+
+
+@pytest.mark.parametrize("command", [c for c in SPOKEN if c.startswith("python ")])
+def test_programs_named_in_sentences(command):
+    """Another test runs them: it names the file."""
+    words = shlex.split(command)
+    if words[1] == "-m":
+        assert words[2] in ("cupy_syncbn", "mpi4py")
+        return
+    file = REPOSITORY / words[1]
+    others = [path.read_text() for path in TESTS.glob("test_*.py") if path != Path(__file__)]
+    assert words[1] == "train.py" or file.is_file()
+    assert words[1] == "train.py" or any(file.name in text or file.stem in text for text in others)
 
 
 def test_links_name_files_that_exist():
     links = re.findall(r"\]\((?!https?:|#)([^)]+)\)", TEXT)
     assert links
     assert [link for link in links if not (REPOSITORY / link).exists()] == []
-
-
-def test_docstrings():
-    result = doctest.testmod(layers)
-    assert result.attempted > 0
-    assert result.failed == 0
