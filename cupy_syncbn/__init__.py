@@ -4,6 +4,7 @@
 arrays: ``y = bn(x)``, ``dx = bn.backward(dy)``. Launched by mpirun, the batches of all ranks are one batch.
 """
 
+from cupy_syncbn.config import show_config
 from cupy_syncbn.convert import convert_sync_batchnorm
 from cupy_syncbn.data_parallel import DistributedDataParallel
 from cupy_syncbn.device import bind_device, local_rank
@@ -27,6 +28,7 @@ from cupy_syncbn.process_group import (
     new_group,
     split_group,
 )
+from cupy_syncbn.running_statistics import frozen_statistics, recalibrate
 
 __version__ = "0.1.0"
 
@@ -50,8 +52,11 @@ __all__ = [
     "bind_device",
     "convert_sync_batchnorm",
     "default_group",
+    "frozen_statistics",
     "local_rank",
     "new_group",
+    "recalibrate",
+    "show_config",
     "split_group",
     "sync_batch_norm",
     "sync_batch_norm_backward",

@@ -82,7 +82,7 @@ class _Conversion:
         if id(old) not in self.layers:
             new = SyncBatchNorm.__new__(SyncBatchNorm)
             vars(new).update(
-                vars(old), process_group=self.group, _saved=None, _exchanges=0, _introduced=False
+                _BatchNorm.__getstate__(old), process_group=self.group, _exchanges=0, _introduced=False
             )
             self.layers[id(old)] = old, new
             self.layers[id(new)] = old, new

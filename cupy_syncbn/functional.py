@@ -44,6 +44,8 @@ class Saved(NamedTuple):
     call: Call
     intact: bool
     """False if the output was written over `x`."""
+    sums: tuple[Array, Array | None] | None
+    """The exchanged vectors: of all ranks, and squares for float64 data. None with running statistics."""
 
 
 class Gradients(NamedTuple):
@@ -82,7 +84,9 @@ def sync_batch_norm(
     ----------
     x : array of shape (N, C, *spatial), or (N, *spatial, C) if `channels_last`
         This rank's part of the batch, of type float16, bfloat16, float32 or float64; N may differ between
-        ranks and be 0. A transposed view is computed in its memory order, without a copy.
+        ranks and be 0. A transposed view is computed in its memory order, without a copy. An array of
+        NumPy or CuPy, or what shares its memory with them: a torch tensor (without its graph), a JAX array,
+        anything with DLPack or ``__array__``.
     weight, bias : array of shape (C,), optional
         Scale and offset, of the type of `x`, or float32 for 16-bit `x`; so are the running statistics.
     running_mean, running_var : array of shape (C,), optional
@@ -106,15 +110,15 @@ def sync_batch_norm(
     residual : array like `x`, optional
         Added before the activation.
     out : array like `x`, optional
-        Where to write y. It must not overlap `x`, which the backward needs, or `residual`; but without
-        training it may be `x`, if no backward follows.
+        Where to write y, of NumPy or on the GPU. It must not overlap `x`, which the backward needs, or
+        `residual`; but without training it may be `x`, if no backward follows.
     call : Call, optional
         What this call is named in errors, and compared by between ranks; layers give theirs.
 
     Returns
     -------
     y : array like `x`
-        The result, in the memory order of `x`.
+        The result, in the memory order of `x`: of NumPy, or of CuPy on a GPU.
     saved : Saved
         For `sync_batch_norm_backward`. It refers to `x`: leave it unchanged until then. With an activation
         it also holds one bit an element.
@@ -137,7 +141,7 @@ def sync_batch_norm(
     library = _library(x, weight, running_mean)
     with call.faults_join(peers, 4 * call.channels + 4, library):
         check_settings(eps, momentum)
-        x, residual, out = as_array(x), as_array(residual), as_array(out)
+        x, residual, out = as_array(x), as_array(residual), as_array(out, host=False)
         backend, layout = _check_input(x, channels_last, call.channels)
         dtype = x.dtype.newbyteorder("=")
         running = _check_running(
@@ -188,6 +192,7 @@ def sync_batch_norm(
         synchronized=training,
         call=call,
         intact=out is None or not backend.overlaps(out, x),
+        sums=(vector, squares) if use_batch else None,
     )
     return y, saved
 
@@ -203,7 +208,8 @@ def sync_batch_norm_backward(dy: Array, saved: Saved, *, grad_reduction: str = "
     Parameters
     ----------
     dy : array
-        Gradient with respect to y: of its shape and type, in any memory order.
+        Gradient with respect to y: of its shape and type, in any memory order, of any library that `x` may
+        be of.
     saved : Saved
         From the forward.
     grad_reduction : {"none", "sum", "mean"}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 
@@ -208,8 +208,9 @@ class Module:
         Parameters
         ----------
         state : mapping of str to array
-            From `state_dict`, ``np.load`` of an npz file, safetensors, or a torch state_dict: anything that
-            `numpy.asarray` takes. An older one without ``num_batches_tracked`` counts as 0.
+            From `state_dict`, ``np.load`` of an npz file, ``safetensors.numpy``, or a torch state_dict with
+            its tensors: anything that `numpy.asarray` takes. An older one without ``num_batches_tracked``
+            counts as 0. Values are rounded to the types of the parameters and buffers.
         strict : bool
             Whether the names must be the same.
 
@@ -239,10 +240,12 @@ class Module:
         for name, value in values.items():
             if value.shape != own[name].shape:
                 raise ValueError(f"expected {name} of shape {own[name].shape} (got {value.shape})")
-            if not np.can_cast(value.dtype, own[name].dtype, "same_kind"):
+            if value.dtype == "V2" and own[name].dtype.name == "bfloat16":
+                values[name] = value.view(own[name].dtype)  # npz files keep its bits, not its name
+            elif not _can_cast(value.dtype, own[name].dtype):
                 raise TypeError(f"expected {name} to be {own[name].dtype} (got {value.dtype})")
         for name, value in values.items():
-            own[name][...] = module_of(own[name]).asarray(value)
+            own[name][...] = module_of(own[name]).asarray(value.astype(own[name].dtype))
         return IncompatibleKeys(missing, unexpected)
 
     def to(self, device: str) -> Self:
@@ -273,6 +276,11 @@ class Module:
                 buffer = getattr(module, name)
                 setattr(module, name, None if buffer is None else move(buffer, xp))
         return self
+
+
+def _can_cast(dtype: np.dtype[Any], target: np.dtype[Any]) -> bool:
+    """Tell whether values may be converted; NumPy counts bfloat16 to float16 as no cast of one kind."""
+    return np.can_cast(dtype, target, "same_kind") or (is_data_type(dtype) and is_data_type(target))
 
 
 def _join(prefix: str, name: str) -> str:
@@ -326,6 +334,10 @@ class _BatchNorm(Module):
     running_mean: Array | None
     running_var: Array | None
     num_batches_tracked: Array | None
+    _frozen: int = 0
+    """How many `frozen_statistics` the layer is in."""
+    _observe: Callable[[Saved], None] | None = None
+    """Is shown each forward; see `recalibrate`."""
 
     def __init__(
         self,
@@ -370,7 +382,8 @@ class _BatchNorm(Module):
         Parameters
         ----------
         x : array of shape (N, C, *spatial), or (N, *spatial, C) if `channels_last`
-            The batch, of the layer's type, or float16 or bfloat16 with a float32 layer.
+            The batch, of the layer's type, or float16 or bfloat16 with a float32 layer; of NumPy or CuPy, or
+            what shares memory with them, such as a torch tensor or a JAX array.
         residual : array like `x`, optional
             Added before the activation.
         out : array like `x`, optional
@@ -395,13 +408,14 @@ class _BatchNorm(Module):
         with call.faults_join(self._peers(), 4 * self.num_features + 4, self._library(x)):
             x = as_array(x)
             self._check(x)
+        tracks = not (self.training and self._frozen)
         y, self._saved = sync_batch_norm(
             x,
             None if self.weight is None else self.weight.data,
             None if self.bias is None else self.bias.data,
-            self.running_mean,
-            self.running_var,
-            num_batches_tracked=self.num_batches_tracked,
+            self.running_mean if tracks else None,
+            self.running_var if tracks else None,
+            num_batches_tracked=self.num_batches_tracked if tracks else None,
             training=self.training,
             momentum=self.momentum,
             eps=self.eps,
@@ -413,6 +427,8 @@ class _BatchNorm(Module):
             call=call,
         )
         self._exchanges += self.training
+        if self._observe is not None:
+            self._observe(self._saved)
         return y
 
     def _call(self, direction: str) -> Call:
@@ -477,6 +493,12 @@ class _BatchNorm(Module):
             if parameter is not None and gradient is not None:
                 parameter.accumulate(gradient)
         return gradients.x if gradients.residual is None else (gradients.x, gradients.residual)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what copies and pickles have: not the forward that waits for its backward."""
+        state = {name: value for name, value in vars(self).items() if name not in ("_frozen", "_observe")}
+        group = None if self.process_group is None else as_group(self.process_group)
+        return state | {"_saved": None, "process_group": group}
 
     def reset_running_stats(self) -> None:
         """Set the running statistics to their start: mean 0, variance 1, no batches."""
@@ -600,6 +622,10 @@ class SyncBatchNorm(_BatchNorm):
     forward and backward are **collective** in training mode: every rank of the group must call them, one
     with no samples too, with N = 0. In evaluation mode nothing is exchanged, except that the backward
     reduces the gradients of weight and bias if `grad_reduction` says so.
+
+    Layers can be copied and pickled, without a forward that waits for its backward. A group of None, or of
+    all ranks, is then that of the program that loads the pickle. One of some ranks stays itself in the
+    process that pickled it; elsewhere each use raises RuntimeError until `process_group` is assigned.
 
     Examples
     --------

@@ -9,6 +9,8 @@ import os
 import pickle
 import sys
 import time
+import uuid
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, cast
@@ -344,6 +346,19 @@ class MPIProcessGroup(ProcessGroup):
 
         return MPI.Comm.Compare(self._comm, other._comm) != MPI.UNEQUAL
 
+    def __reduce__(self) -> tuple[Callable[..., ProcessGroup], tuple[str, ...]]:
+        """Pickle all ranks of the world as `default_group()` where they are loaded; others by a token."""
+        from mpi4py import MPI
+
+        if MPI.Comm.Compare(self._comm, MPI.COMM_WORLD) != MPI.UNEQUAL:
+            return default_group, ()
+        _pickled[self._token] = self
+        return _unpickled, (self._token,)
+
+    @functools.cached_property
+    def _token(self) -> str:
+        return uuid.uuid4().hex
+
     @functools.cached_property
     def _carrier(self) -> transports.Transport:
         """What carries CuPy arrays, chosen when the first comes (**collective**)."""
@@ -459,15 +474,15 @@ _left_to_mpi: list[tuple[_Channel, tuple[Array, ...]]] = []
 """What exchanges needed that were given up: kept for ever, as MPI may still read and write it."""
 
 
-class _NotAMember(ProcessGroup):
-    """What a process gets that is not in the group it helped to create."""
+class _Unusable(ProcessGroup):
+    """What a process has that is not in a group, or has lost it: each use is an error that says why."""
 
-    def __init__(self, ranks: list[int]) -> None:
-        self._ranks = ranks
+    def __init__(self, reason: str) -> None:
+        self._reason = reason
 
     def __getattribute__(self, name: str) -> Any:
         if name in ("rank", "size", "timeout", "allreduce", "exchange", "broadcast"):
-            raise RuntimeError(f"this process is not a member of the group of ranks {self._ranks}")
+            raise RuntimeError(self._reason)
         return super().__getattribute__(name)
 
     def allreduce(self, buffer: Array) -> Array:
@@ -478,7 +493,19 @@ class _NotAMember(ProcessGroup):
         """Raise RuntimeError, as does every other use."""
 
     def __repr__(self) -> str:
-        return f"<not a member of the group of ranks {self._ranks}>"
+        return f"<no group: {self._reason}>"
+
+
+_pickled: weakref.WeakValueDictionary[str, MPIProcessGroup] = weakref.WeakValueDictionary()
+"""The groups that this process has pickled, by their tokens."""
+
+
+def _unpickled(token: str) -> ProcessGroup:
+    """Return the group of a token, in the process that pickled it."""
+    return _pickled.get(token) or _Unusable(
+        "this group of some ranks was pickled in another process, or is gone: "
+        "assign layer.process_group, for instance new_group(ranks)"
+    )
 
 
 _SINGLE = SingleProcessGroup()
@@ -641,7 +668,7 @@ def new_group(
     _meet(comm, timeout)
     part = comm.Split(0 if is_member else MPI.UNDEFINED, members.index(comm.rank) if is_member else 0)
     if not is_member:
-        return _NotAMember(members)
+        return _Unusable(f"this process is not a member of the group of ranks {members}")
     return MPIProcessGroup(part, transport=transport, timeout=timeout)
 
 

@@ -235,7 +235,7 @@ describe() { # part: sets COMMAND and LIMIT, or MISSING to what it lacks
 HIDDEN=(-e "s|$PWD|.|g" -e "s|$LOGS|LOGS|g" -e "s|$(dirname "$(command -v "$PYTHON")")/||g")
 [[ "$OUTPUT" != /* ]] || HIDDEN+=(-e "s|$OUTPUT|OUTPUT|g")
 [ "$(printf %s "${HOME:-}" | wc -c)" -lt 2 ] || HIDDEN+=(-e "s|$HOME|~|g")
-[ "$(uname -n | wc -c)" -lt 4 ] || HIDDEN+=(-e "s|$(uname -n)|HOST|g")
+HIDDEN+=(-e "s|\\b$(uname -n)\\b|HOST|g")
 plain() { sed "${HIDDEN[@]}"; }
 
 ROWS="" DETAILS="" FAILED=0

@@ -111,7 +111,7 @@ def test_public_names():
     expected = """SyncBatchNorm BatchNorm1d BatchNorm2d BatchNorm3d Parameter Module Sequential
         convert_sync_batchnorm sync_batch_norm sync_batch_norm_backward ProcessGroup SingleProcessGroup
         MPIProcessGroup new_group split_group default_group DistributedDataParallel RemoteRankError
-        RankMismatchError"""
+        RankMismatchError show_config"""
     assert set(expected.split()) <= set(cupy_syncbn.__all__)
     assert issubclass(cupy_syncbn.RankMismatchError, RuntimeError)
     assert issubclass(cupy_syncbn.RemoteRankError, RuntimeError)

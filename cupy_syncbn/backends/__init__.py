@@ -48,18 +48,78 @@ _CUDA = 2
 
 
 def _is_cupy(array: object) -> bool:
-    return "cupy" in sys.modules and isinstance(array, sys.modules["cupy"].ndarray)
+    return isinstance(array, getattr(sys.modules.get("cupy"), "ndarray", ()))
 
 
-def as_array(array: Any) -> Any:
-    """Return another library's array on a GPU as a CuPy array, without a copy; others as they are."""
-    if isinstance(array, np.ndarray) or _is_cupy(array):
+def _is_torch(array: object) -> bool:
+    return isinstance(array, getattr(sys.modules.get("torch"), "Tensor", ()))
+
+
+def as_array(array: Any, *, host: bool = True) -> Any:
+    """Return another library's array as one of CuPy or NumPy, without a copy if there is a way.
+
+    Parameters
+    ----------
+    array : object
+        A torch tensor, which may require gradients, or an array with DLPack, ``__array__`` or
+        ``__cuda_array_interface__``. What has none of these comes back as it is.
+    host : bool
+        Whether to take arrays in memory of the host too: it might be by a copy, of no use to write to.
+
+    Raises
+    ------
+    TypeError
+        If there is no way to the array's memory.
+    ModuleNotFoundError
+        If it is on a GPU and CuPy is not installed, or of bfloat16 and ml_dtypes is not.
+    """
+    if array is None or isinstance(array, np.ndarray | np.generic) or _is_cupy(array):
         return array
-    if hasattr(array, "__dlpack_device__") and array.__dlpack_device__()[0] == _CUDA:
-        return import_cupy().from_dlpack(array)
-    if hasattr(array, "__cuda_array_interface__"):
-        return import_cupy().asarray(array)
+    if _is_torch(array):
+        array = array.detach()  # torch exports none that require gradients
+    try:
+        device = array.__dlpack_device__()[0]
+    except (AttributeError, BufferError):  # JAX raises the latter for arrays of several devices
+        device = None
+    if device == _CUDA or hasattr(array, "__cuda_array_interface__"):
+        try:
+            cupy = import_cupy()
+        except ModuleNotFoundError as error:
+            error.add_note(
+                f"The {_type_name(array)} is on a GPU. Or move it to the CPU, as .cpu() does of torch."
+            )
+            raise
+        return cupy.from_dlpack(array) if device == _CUDA else cupy.asarray(array)
+    return _on_host(array, device) if host else array
+
+
+def _on_host(array: Any, device: int | None) -> Any:
+    """Return another library's array in memory of the host as a NumPy array."""
+    if _is_torch(array):
+        torch = sys.modules["torch"]
+        if array.dtype != torch.bfloat16:
+            return array.numpy()
+        import ml_dtypes
+
+        return array.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    reason: Exception | None = None
+    if device is not None:
+        try:
+            return np.from_dlpack(array)
+        except (BufferError, RuntimeError, TypeError) as error:  # of bfloat16, or on another device
+            reason = error
+    if hasattr(array, "__array__"):  # JAX's is without a copy, and knows bfloat16
+        return np.asarray(array)
+    if reason is not None:
+        raise TypeError(
+            f"expected an array that NumPy takes by DLPack (got {_type_name(array)}: {reason}): convert it, "
+            "bfloat16 by a view as int16, numpy.from_dlpack, and a view as ml_dtypes.bfloat16"
+        ) from reason
     return array
+
+
+def _type_name(array: object) -> str:
+    return f"{type(array).__module__}.{type(array).__qualname__}"
 
 
 def backend_of(array: object) -> Backend:
@@ -75,7 +135,7 @@ def backend_of(array: object) -> Backend:
     if _is_cupy(array):
         return _cupy_backend()
     raise TypeError(
-        f"expected a NumPy or CuPy array (got {type(array).__module__}.{type(array).__qualname__}): "
+        f"expected a NumPy or CuPy array (got {_type_name(array)}): "
         "convert it, for instance with numpy.asarray or cupy.asarray"
     )
 

@@ -1,0 +1,212 @@
+"""Running statistics beside training: of a whole data set, or left as they are."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+
+from cupy_syncbn.backends import Array, module_of, move, numpy_backend
+from cupy_syncbn.exchange import Call
+from cupy_syncbn.functional import Saved
+from cupy_syncbn.layers import Module, _BatchNorm
+from cupy_syncbn.process_group import ProcessGroup, SingleProcessGroup, as_group
+
+
+def frozen_statistics(module: Module) -> contextlib.AbstractContextManager[None]:
+    """Return a context in which training leaves running statistics and num_batches_tracked as they are.
+
+    Batches are normalized by their own statistics as ever. It is for forwards that are computed again, as
+    in activation checkpointing, which would count their batches twice.
+
+    Parameters
+    ----------
+    module : Module
+        Its batch normalizations are meant, those it has at this call. Contexts may be nested.
+
+    Returns
+    -------
+    context manager
+        Ranks may be inside or outside of it, and are in step.
+
+    Raises
+    ------
+    TypeError
+        If `module` is not a Module.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cupy_syncbn import BatchNorm1d
+    >>> bn, x = BatchNorm1d(3, device="cpu"), np.ones((4, 3), "float32")
+    >>> y = bn(x)
+    >>> with frozen_statistics(bn):
+    ...     y = bn(x)
+    >>> int(bn.num_batches_tracked)
+    1
+    """
+    return _frozen(_layers(module))
+
+
+@contextlib.contextmanager
+def _frozen(layers: list[_BatchNorm]) -> Iterator[None]:
+    for layer in layers:
+        layer._frozen += 1
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._frozen -= 1
+
+
+def recalibrate(module: Module, batches: Iterable[Any]) -> None:
+    """Set running statistics to the mean and unbiased variance of all values of a data set.
+
+    They are the statistics of all that each layer meets in all `batches` of all ranks of its group, each
+    value with the same weight ("precise batch norm", Wu and Johnson 2021), where training leaves an average
+    of batches' statistics that lags behind the parameters. The module is called as in training: each batch
+    is normalized by its own statistics, over the ranks.
+
+    Parameters
+    ----------
+    module : Module
+        Its batch normalizations are in training mode meanwhile, all other modules in the mode they have.
+        ``num_batches_tracked``, gradients, and a forward that waits for its backward stay as they are.
+    batches : iterable of array, or of tuple
+        What to call `module` with, a tuple as ``module(*batch)``. Ranks may have different numbers of
+        batches, but each has one: a rank that has no more joins the others with no samples, its last batch
+        cut to length 0 along the first axis of each array. One without data gives ``[x[:0]]``.
+
+    Raises
+    ------
+    TypeError
+        If `module` is not a Module.
+    ValueError
+        If there is no batch on this rank. It, and what `batches` raises, is RemoteRankError on the others.
+    RemoteRankError, RankMismatchError, CollectiveTimeoutError
+        See `sync_batch_norm`. After any error, all is as it was before.
+
+    Notes
+    -----
+    **Collective** if there are SyncBatchNorm layers: every rank of the largest of their groups must call it,
+    and the other groups must lie within that one. Before each batch the ranks exchange whether there is one.
+    A layer with momentum None would take the result for that of the batches it has counted.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cupy_syncbn import BatchNorm1d
+    >>> bn = BatchNorm1d(1, device="cpu")
+    >>> recalibrate(bn, [np.array([[1], [2], [3]], "float32"), np.array([[4], [9]], "float32")])
+    >>> bn.running_mean.tolist(), bn.running_var.round(4).tolist()
+    ([3.799999952316284], [9.699999809265137])
+    """
+    layers = _layers(module)
+    groups = [as_group(layer.process_group) for layer in layers]
+    group = max(groups, key=lambda each: each.size, default=SingleProcessGroup())
+    totals = [_Total() for _ in layers]
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_frozen(layers))
+        for layer, total in zip(layers, totals, strict=True):
+            stack.enter_context(_observed(layer, total))
+        for arguments in _in_step(batches, group, len(layers)):
+            module(*arguments)
+        for each in groups:
+            each.check_errors()
+    for layer, total in zip(layers, totals, strict=True):
+        if layer.running_mean is not None and layer.running_var is not None and total.count:
+            _assign(layer.running_mean, total.pivot + total.offset)
+            _assign(layer.running_var, total.m2 / max(total.count - 1, 1))
+
+
+def _layers(module: Module) -> list[_BatchNorm]:
+    if not isinstance(module, Module):
+        raise TypeError(f"expected a Module (got {type(module).__name__})")
+    return [layer for _, layer in module.named_modules() if isinstance(layer, _BatchNorm)]
+
+
+class _Total:
+    """Statistics of all values that a layer has met, (C,) in float64."""
+
+    def __init__(self) -> None:
+        self.count = 0.0
+        self.pivot: Array = np.zeros(())
+        self.offset: Array = np.zeros(())
+        """mean - pivot: where the mean is far from zero, differences between means need all its bits."""
+        self.m2: Array = np.zeros(())
+        """Σ(x - mean)²."""
+
+    @np.errstate(all="ignore")  # infinities and NaN are the data's, and pass through
+    def add(self, forward: Saved) -> None:
+        """Merge the statistics of a forward, after Chan, Golub and LeVeque (1983)."""
+        assert forward.sums is not None
+        vector, C = move(forward.sums[0], np), forward.call.channels
+        _, m2, count = numpy_backend._moments(vector, C)
+        if not count:
+            return
+        if forward.sums[1] is not None:
+            m2 = move(forward.sums[1], np)[:C]
+        pivot_sum, _, sum_ = vector[: 3 * C].reshape(3, C)
+        pivot = numpy_backend._round_to_12_bits(pivot_sum / count)
+        if not self.count:
+            self.pivot = pivot
+        offset = (pivot - self.pivot) + ((pivot_sum - count * pivot) + sum_) / count
+        distance, share = offset - self.offset, count / (self.count + count)
+        self.m2 = self.m2 + np.maximum(m2, 0) + distance * distance * (self.count * share)
+        self.offset = self.offset + distance * share
+        self.count += count
+
+
+@contextlib.contextmanager
+def _observed(layer: _BatchNorm, total: _Total) -> Iterator[None]:
+    """Add what a layer meets in training mode to a total, and put the layer back in its state."""
+    training, saved = layer.training, layer._saved
+
+    def observe(forward: Saved) -> None:
+        layer._saved = saved  # of no use to a backward: the batch can go
+        total.add(forward)
+
+    layer.training, layer._observe = True, observe
+    try:
+        yield
+    finally:
+        layer.training, layer._saved, layer._observe = training, saved, None
+
+
+def _in_step(batches: Iterable[Any], group: ProcessGroup, layers: int) -> Iterator[tuple[Any, ...]]:
+    """Yield the arguments of each batch, and empty ones while other ranks have more (**collective**)."""
+    end = object()
+    for number in itertools.count():
+        call = Call("recalibrate", layers, "batch", number)
+        with call.faults_join(group, 4):
+            if number == 0:
+                iterator, arguments = iter(batches), ()
+            batch = next(iterator, end)
+            if batch is end and number == 0:
+                raise ValueError(
+                    "expected at least one batch (got none): give [x[:0]] on a rank without data"
+                )
+        votes = np.array([batch is not end, *call.trailer(group)])
+        call.exchange(group, votes)
+        if not votes[0]:
+            return
+        if batch is not end:
+            arguments = batch if isinstance(batch, tuple) else (batch,)
+        yield arguments if batch is not end else _emptied(arguments)
+
+
+def _emptied(value: Any) -> Any:
+    """Return arguments with all arrays cut to length 0 along their first axis."""
+    if isinstance(value, dict):
+        return {key: _emptied(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return getattr(value, "_make", type(value))([_emptied(item) for item in value])
+    return value[:0] if getattr(value, "shape", ()) else value
+
+
+@np.errstate(all="ignore")
+def _assign(buffer: Array, values: Array) -> None:
+    buffer[...] = module_of(buffer).asarray(values.astype(buffer.dtype))
