@@ -38,6 +38,15 @@ def convert_sync_batchnorm(module: Any, process_group: ProcessGroup | MPI.Intrac
     ------
     TypeError
         If `process_group` is not a group.
+
+    Examples
+    --------
+    >>> from cupy_syncbn import BatchNorm2d
+    >>> net = {"stem": BatchNorm2d(8), "blocks": [BatchNorm2d(16), "relu"]}
+    >>> weight = net["stem"].weight
+    >>> net = convert_sync_batchnorm(net)
+    >>> type(net["stem"]).__name__, net["stem"].weight is weight
+    ('SyncBatchNorm', True)
     """
     group = None if process_group is None else as_group(process_group)
     return _Conversion(group).converted(module)

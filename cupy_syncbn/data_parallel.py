@@ -42,6 +42,15 @@ class DistributedDataParallel(Module):
     -----
     Construction and `reduce_gradients` are **collective**; forward and backward are the module's.
     SyncBatchNorm layers without a name take their dotted one in the module, for errors to tell.
+
+    Examples
+    --------
+    >>> bn = SyncBatchNorm(3)
+    >>> model = DistributedDataParallel(bn)
+    >>> y = model(np.random.default_rng(0).normal(size=(8, 3)).astype("float32"))
+    >>> dx = model.backward(y)
+    >>> model.reduce_gradients()
+    >>> bn.weight.data -= 0.1 * bn.weight.grad
     """
 
     def __init__(

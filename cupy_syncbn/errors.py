@@ -15,8 +15,10 @@ class RankMismatchError(RuntimeError):
 class CollectiveTimeoutError(RuntimeError):
     """A rank did not come to a collective call within the group's timeout.
 
-    Attributes
+    Parameters
     ----------
+    message : str
+        Who waited, how long, and for whom.
     call : object
         What did not end in time, such as "forward 3 of stem (64 channels)"; None if that is not known.
     """

@@ -49,7 +49,17 @@ class Saved(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Gradients with respect to the arguments of `sync_batch_norm`; None for those not given."""
+    """Gradients with respect to the arguments of `sync_batch_norm`; None for those not given.
+
+    Parameters
+    ----------
+    x : array
+        Of the shape, type and memory order of the argument.
+    weight, bias : array of shape (C,)
+        This rank's, or the sum or mean over the ranks, by `grad_reduction`.
+    residual : array
+        As `x`.
+    """
 
     x: Array
     weight: Array | None
@@ -134,6 +144,17 @@ def sync_batch_norm(
     -----
     **Collective** when training: every rank of the group must call it. One allreduce of 32C + 32 bytes; for
     float64 data a second, of 8C + 24.
+
+    Examples
+    --------
+    >>> x = np.array([[1.0, 10.0], [3.0, 30.0]])
+    >>> y, saved = sync_batch_norm(x, eps=0)
+    >>> y
+    array([[-1., -1.],
+           [ 1.,  1.]])
+    >>> sync_batch_norm_backward(np.ones_like(y), saved).x
+    array([[0., 0.],
+           [0., 0.]])
     """
     group = as_group(process_group)
     peers = group if training else _LOCAL

@@ -43,6 +43,15 @@ class Parameter:
         The values. An optimizer may change them in place, or assign others.
     grad : array or None
         The gradient, of the shape and type of `data`: None until a backward, which then adds to it.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> weight = Parameter(np.ones(3))
+    >>> for _ in range(2):
+    ...     weight.accumulate(np.full(3, 0.5))
+    >>> weight.grad
+    array([1., 1., 1.])
     """
 
     def __init__(self, data: Array) -> None:
@@ -50,7 +59,13 @@ class Parameter:
         self.grad: Array | None = None
 
     def accumulate(self, gradient: Array) -> None:
-        """Add to the gradient."""
+        """Add to the gradient.
+
+        Parameters
+        ----------
+        gradient : array
+            Like `data`. The first is kept, not copied.
+        """
         if self.grad is None:
             self.grad = gradient
         else:
@@ -77,17 +92,57 @@ class Module:
     ----------
     training : bool
         Whether it is in training mode.
+
+    Examples
+    --------
+    >>> class Block(Module):
+    ...     def __init__(self):
+    ...         self.norms = [BatchNorm2d(8), BatchNorm2d(8)]
+    >>> [name for name, _ in Block().named_parameters()]
+    ['norms.0.weight', 'norms.0.bias', 'norms.1.weight', 'norms.1.bias']
     """
 
     training: bool = True
     _buffer_names: tuple[str, ...] = ()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Compute the output."""
+        """Compute the output.
+
+        Parameters
+        ----------
+        *args, **kwargs : object
+            The subclass's.
+
+        Returns
+        -------
+        object
+            The subclass's.
+
+        Raises
+        ------
+        NotImplementedError
+            If the subclass does not write it.
+        """
         raise NotImplementedError(f"{type(self).__name__} has no forward")
 
     def backward(self, *args: Any, **kwargs: Any) -> Any:
-        """Compute the gradient of the input from that of the output, and add to the parameters' gradients."""
+        """Compute the gradient of the input from that of the output, and add to the parameters' gradients.
+
+        Parameters
+        ----------
+        *args, **kwargs : object
+            The subclass's.
+
+        Returns
+        -------
+        object
+            The subclass's.
+
+        Raises
+        ------
+        NotImplementedError
+            If the subclass does not write it.
+        """
         raise NotImplementedError(f"{type(self).__name__} has no backward")
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -126,7 +181,15 @@ class Module:
                 pending += [(f"{name}.{key}", item) for key, item in items][::-1]
 
     def named_modules(self) -> Iterator[tuple[str, Module]]:
-        """Yield (dotted name, module) of this module, named "", and all within it, each once."""
+        """Go through this module, named "", and all within it, each once.
+
+        Yields
+        ------
+        name : str
+            Dotted.
+        module : Module
+            The module.
+        """
         pending: list[tuple[str, Module]] = [("", self)]
         seen: set[int] = set()
         while pending:
@@ -139,7 +202,15 @@ class Module:
             pending += [(name, leaf) for name, leaf in children[::-1] if isinstance(leaf, Module)]
 
     def named_parameters(self) -> Iterator[tuple[str, Parameter]]:
-        """Yield (dotted name, parameter) of all parameters, each once."""
+        """Go through all parameters, each once.
+
+        Yields
+        ------
+        name : str
+            Dotted.
+        parameter : Parameter
+            The parameter.
+        """
         seen: set[int] = set()
         for prefix, module in self.named_modules():
             for name, leaf in module._leaves():
@@ -148,11 +219,25 @@ class Module:
                     yield _join(prefix, name), leaf
 
     def parameters(self) -> Iterator[Parameter]:
-        """Yield all parameters, each once."""
+        """Go through all parameters, each once.
+
+        Returns
+        -------
+        iterator of Parameter
+            In the order of `named_parameters`.
+        """
         return (parameter for _, parameter in self.named_parameters())
 
     def named_buffers(self) -> Iterator[tuple[str, Array]]:
-        """Yield (dotted name, array) of all buffers, each once."""
+        """Go through all buffers, each once.
+
+        Yields
+        ------
+        name : str
+            Dotted.
+        array : array
+            The buffer.
+        """
         seen: set[int] = set()
         for prefix, module in self.named_modules():
             for name in module._buffer_names:
@@ -162,7 +247,13 @@ class Module:
                     yield _join(prefix, name), buffer
 
     def buffers(self) -> Iterator[Array]:
-        """Yield all buffers, each once."""
+        """Go through all buffers, each once.
+
+        Returns
+        -------
+        iterator of array
+            In the order of `named_buffers`.
+        """
         return (buffer for _, buffer in self.named_buffers())
 
     def train(self, mode: bool = True) -> Self:
@@ -183,7 +274,13 @@ class Module:
         return self
 
     def eval(self) -> Self:
-        """Set evaluation mode here and in all modules within, and return this module."""
+        """Set evaluation mode here and in all modules within.
+
+        Returns
+        -------
+        Self
+            This module.
+        """
         return self.train(False)
 
     def zero_grad(self) -> None:
@@ -294,6 +391,12 @@ class Sequential(Module):
     ----------
     *layers : Module
         The modules, in the order of the forward.
+
+    Examples
+    --------
+    >>> net = Sequential(BatchNorm1d(4), BatchNorm1d(4))
+    >>> list(net.state_dict())[:3]
+    ['0.weight', '0.bias', '1.weight']
     """
 
     def __init__(self, *layers: Module) -> None:
@@ -334,6 +437,7 @@ class _BatchNorm(Module):
     running_mean: Array | None
     running_var: Array | None
     num_batches_tracked: Array | None
+    process_group: ProcessGroup | None = None
     _frozen: int = 0
     """How many `frozen_statistics` the layer is in."""
     _observe: Callable[[Saved], None] | None = None
@@ -364,7 +468,6 @@ class _BatchNorm(Module):
         self.affine, self.track_running_stats = affine, track_running_stats
         self.channels_last, self.activation = channels_last, activation
         self.grad_reduction, self.name = grad_reduction, name
-        self.process_group: ProcessGroup | None = None
         xp, shape, dtype = array_module(device), (self.num_features,), data_type(dtype)
         self.weight = Parameter(xp.ones(shape, dtype)) if affine else None
         self.bias = Parameter(xp.zeros(shape, dtype)) if affine else None
@@ -674,7 +777,25 @@ class SyncBatchNorm(_BatchNorm):
     def convert_sync_batchnorm(
         cls, module: Any, process_group: ProcessGroup | MPI.Intracomm | None = None
     ) -> Any:
-        """Turn all batch normalizations within an object into SyncBatchNorm; see `convert_sync_batchnorm`."""
+        """Turn all batch normalizations within an object into SyncBatchNorm.
+
+        Parameters
+        ----------
+        module : object
+            See the function `convert_sync_batchnorm`, of which this is torch's name.
+        process_group : ProcessGroup, mpi4py.MPI.Intracomm or None
+            The ranks whose batches are one; None is all.
+
+        Returns
+        -------
+        object
+            The converted layer or object.
+
+        Raises
+        ------
+        TypeError
+            If `process_group` is not a group.
+        """
         from cupy_syncbn.convert import convert_sync_batchnorm  # which imports this file
 
         return convert_sync_batchnorm(module, process_group)
@@ -683,24 +804,61 @@ class SyncBatchNorm(_BatchNorm):
 class _LocalBatchNorm(_BatchNorm):
     """Batch normalization by the statistics of this rank's batch."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.process_group = SingleProcessGroup()
+    process_group = SingleProcessGroup()
 
 
 class BatchNorm1d(_LocalBatchNorm):
-    """Batch normalization of (N, C) or (N, C, L) input on one rank; arguments as `SyncBatchNorm`."""
+    """Batch normalization of (N, C) or (N, C, L) input on one rank.
+
+    Parameters
+    ----------
+    num_features, eps, momentum, affine, track_running_stats : see `SyncBatchNorm`
+        The number of channels, and the settings.
+    dtype, device, channels_last, activation, grad_reduction, name : see `SyncBatchNorm`
+        Keyword arguments.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument is wrong, or in `forward` the input has another number of dimensions.
+    """
 
     _dimensions = (2, 3)
 
 
 class BatchNorm2d(_LocalBatchNorm):
-    """Batch normalization of (N, C, H, W) input on one rank; arguments as `SyncBatchNorm`."""
+    """Batch normalization of (N, C, H, W) input on one rank.
+
+    Parameters
+    ----------
+    num_features, eps, momentum, affine, track_running_stats : see `SyncBatchNorm`
+        The number of channels, and the settings.
+    dtype, device, channels_last, activation, grad_reduction, name : see `SyncBatchNorm`
+        Keyword arguments.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument is wrong, or in `forward` the input has another number of dimensions.
+    """
 
     _dimensions = (4,)
 
 
 class BatchNorm3d(_LocalBatchNorm):
-    """Batch normalization of (N, C, D, H, W) input on one rank; arguments as `SyncBatchNorm`."""
+    """Batch normalization of (N, C, D, H, W) input on one rank.
+
+    Parameters
+    ----------
+    num_features, eps, momentum, affine, track_running_stats : see `SyncBatchNorm`
+        The number of channels, and the settings.
+    dtype, device, channels_last, activation, grad_reduction, name : see `SyncBatchNorm`
+        Keyword arguments.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument is wrong, or in `forward` the input has another number of dimensions.
+    """
 
     _dimensions = (5,)

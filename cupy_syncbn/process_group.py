@@ -45,6 +45,10 @@ class ProcessGroup(ABC):
         This process's number within the group, and how many there are.
     timeout : float
         Seconds after which a collective call gives up waiting.
+
+    See Also
+    --------
+    default_group, new_group, split_group : What makes one.
     """
 
     rank: int
@@ -85,6 +89,11 @@ class ProcessGroup(ABC):
         array
             Something that ends in the sum's trailer; in memory of the host if it is there already. A group
             that notices different lengths sets the fault flag to NaN on all ranks.
+
+        Raises
+        ------
+        CollectiveTimeoutError
+            If a rank does not come within the timeout.
         """
         return self.allreduce(vector)
 
@@ -99,6 +108,11 @@ class ProcessGroup(ABC):
             Is given the numbers, and raises an error if they tell of one.
         call : object
             What the exchange was, for an error that it did not end in time.
+
+        Raises
+        ------
+        RemoteRankError, RankMismatchError
+            What `check` raises, unless it is called later.
         """
         check(trailer.tolist())
 
@@ -114,6 +128,13 @@ class ProcessGroup(ABC):
     @abstractmethod
     def broadcast(self, buffer: Array, root: int = 0) -> None:
         """Replace `buffer`, contiguous, by that of rank `root` (**collective**).
+
+        Parameters
+        ----------
+        buffer : array
+            Of NumPy or CuPy, of one size and type on all ranks.
+        root : int
+            The rank.
 
         Raises
         ------
@@ -145,7 +166,14 @@ class ProcessGroup(ABC):
 
 
 class SingleProcessGroup(ProcessGroup):
-    """One process by itself: nothing to exchange, nothing to wait for."""
+    """One process by itself: nothing to exchange, nothing to wait for.
+
+    Examples
+    --------
+    >>> group = SingleProcessGroup()
+    >>> group.rank, group.size
+    (0, 1)
+    """
 
     rank, size, timeout = 0, 1, math.inf
 
@@ -223,7 +251,7 @@ class MPIProcessGroup(ProcessGroup):
         if not _is_numpy(buffer):
             total: Array = self._carrier.allreduce(buffer)
             return total
-        self.allreduce_in_place(buffer)
+        self._allreduce_in_place(buffer)
         return buffer
 
     def exchange(self, vector: Array) -> Array:
@@ -299,29 +327,61 @@ class MPIProcessGroup(ProcessGroup):
         if not _is_numpy(buffer):
             self._carrier.broadcast(buffer, root)
         else:
-            self.broadcast_in_place(_bytes(buffer), root)
+            self._broadcast_in_place(_bytes(buffer), root)
 
-    def allreduce_in_place(self, buffer: Array) -> None:
+    def _allreduce_in_place(self, buffer: Array) -> None:
         """Sum up a buffer that MPI takes as it is."""
         from mpi4py import MPI
 
         self._complete(self._opened().comm.Iallreduce(MPI.IN_PLACE, buffer, op=MPI.SUM), buffer)
 
-    def broadcast_in_place(self, buffer: Array, root: int) -> None:
+    def _broadcast_in_place(self, buffer: Array, root: int) -> None:
         """Broadcast a buffer that MPI takes as it is."""
         self._complete(self._opened().comm.Ibcast(buffer, root), buffer)
 
     def gather_objects(self, value: Any) -> list[Any]:
-        """Return the small objects of all ranks, in their order (**collective**)."""
+        """Return the small objects of all ranks (**collective**).
+
+        Parameters
+        ----------
+        value : object
+            This rank's, of at most 1024 bytes as a pickle.
+
+        Returns
+        -------
+        list of object
+            In the order of the ranks.
+
+        Raises
+        ------
+        CollectiveTimeoutError
+            If a rank does not come within the timeout.
+        """
         own = transports.pack(value)
         everyones = np.empty((self.size, own.size), np.uint8)
         self._complete(self._opened().comm.Iallgather(own, everyones), own, everyones)
         return [pickle.loads(row) for row in everyones]
 
     def broadcast_object(self, value: Any) -> Any:
-        """Return rank 0's small object (**collective**)."""
+        """Return rank 0's small object (**collective**).
+
+        Parameters
+        ----------
+        value : object
+            Of at most 1024 bytes as a pickle; of rank 0 only.
+
+        Returns
+        -------
+        object
+            That of rank 0.
+
+        Raises
+        ------
+        CollectiveTimeoutError
+            If a rank does not come within the timeout.
+        """
         data = transports.pack(value)
-        self.broadcast_in_place(data, 0)
+        self._broadcast_in_place(data, 0)
         return pickle.loads(data)
 
     @contextlib.contextmanager
@@ -329,6 +389,23 @@ class MPIProcessGroup(ProcessGroup):
         """Give the communicator for messages between ranks, and what waits for one: all within the timeout.
 
         After an error inside, the communicator is used no more, and what MPI needed is kept.
+
+        Parameters
+        ----------
+        needed : list of array
+            What MPI may write or read.
+
+        Yields
+        ------
+        comm : mpi4py.MPI.Comm
+            The communicator.
+        wait : callable
+            Given a request and the partner's rank, waits and returns the status.
+
+        Raises
+        ------
+        CollectiveTimeoutError
+            If an earlier exchange was given up; `wait` also if the partner does not come in time.
         """
         channel = self._opened()
         self._deadline = None
@@ -564,6 +641,12 @@ def default_group() -> ProcessGroup:
     ProcessGroup
         All ranks of MPI.COMM_WORLD, when an MPI launcher started this process or it has imported
         mpi4py.MPI already; else this process by itself, and MPI is not initialised.
+
+    Examples
+    --------
+    >>> group = default_group()
+    >>> 0 <= group.rank < group.size
+    True
     """
     if not _world:
         if "mpi4py.MPI" not in sys.modules and not _launched():

@@ -77,7 +77,7 @@ LAUNCHED = [c for c in dict.fromkeys(COMMANDS + SPOKEN) if c.startswith("mpirun"
 @pytest.mark.parametrize("command", LAUNCHED)
 def test_launches_run(command, tmp_path):
     """Also those with the example as train.py."""
-    (code,) = [code for language, code in BLOCKS if language == "python"]
+    code = next(code for language, code in BLOCKS if language == "python")
     (tmp_path / "train.py").write_text(code)
     words = [str(tmp_path / word) if word == "train.py" else word for word in shlex.split(command)]
     assert words[:2] == ["mpirun", "-n"]

@@ -24,7 +24,8 @@ args = parser.parse_args()
 with contextlib.suppress(ModuleNotFoundError, RuntimeError):  # there is no CuPy, or no GPU
     bind_device()
 world = MPI.COMM_WORLD
-comm = world.Split_type(MPI.COMM_TYPE_SHARED)  # the ranks that share this node's memory
+nodes = world.allgather(MPI.Get_processor_name())  # Split_type(COMM_TYPE_SHARED) does not suit every launcher
+comm = world.Split(nodes.index(nodes[world.rank]))
 if args.ranks_per_group:  # split_group(n, comm=comm) does the same where n divides the node's ranks
     comm = comm.Split(comm.rank // args.ranks_per_group)
 
