@@ -21,7 +21,7 @@ import numpy as np
 from cupy_syncbn import process_group as groups
 from cupy_syncbn import transports
 from cupy_syncbn.backends import array_module
-from cupy_syncbn.device import local_rank
+from cupy_syncbn.device import number_on_node
 from cupy_syncbn.layers import SyncBatchNorm
 from cupy_syncbn.process_group import MPIProcessGroup, ProcessGroup, SingleProcessGroup
 
@@ -110,7 +110,7 @@ def survey(write: Callable[[str], None] | None = None, *, as_json: bool = False)
     several = comm is not None and comm.size > 1
     seconds, problems = _timeout()
     group = MPIProcessGroup(comm, transport="mpi", timeout=seconds) if comm and several else _SINGLE
-    rows = [_Row(*values) for values in _gather(group, tuple(_own_row(comm)))]
+    rows = [_Row(*values) for values in _gather(group, tuple(_own_row(group)))]
     facts = _facts(group, rows, mpi_error, problems)
     own_write = write if write and _is_first(group) else None
     if own_write and not as_json:
@@ -157,8 +157,9 @@ _SINGLE = SingleProcessGroup()
 
 
 # ---- What is here ----
-def _own_row(comm: MPI.Intracomm | None) -> _Row:
-    number = local_rank(comm) if comm else 0  # collective, so before anything that may fail
+def _own_row(group: ProcessGroup) -> _Row:
+    # Collective, so before anything that may fail.
+    number = number_on_node(group) if isinstance(group, MPIProcessGroup) else 0
     gpu = pci = device = None
     device_error = why_no_gpu = ""
     try:

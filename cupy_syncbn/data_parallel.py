@@ -37,6 +37,8 @@ class DistributedDataParallel(Module):
         If `bucket_cap_mb` is not positive.
     RankMismatchError
         If parameters or buffers differ between ranks in name, shape or type.
+    CollectiveTimeoutError
+        If a rank does not come within the group's timeout.
 
     Notes
     -----
@@ -106,7 +108,8 @@ class DistributedDataParallel(Module):
 
         Notes
         -----
-        **Collective.** 16-bit gradients are added up in float32.
+        **Collective.** 16-bit gradients are added up in float32. If a rank is lost, or out of memory, between
+        two messages, the gradients of the first are averaged already: compute all anew.
         """
         group = self.process_group
         reduced = self._already_reduced()

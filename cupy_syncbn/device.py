@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cupy_syncbn.backends import array_module
-from cupy_syncbn.process_group import default_group
+from cupy_syncbn.process_group import MPIProcessGroup, default_group
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -27,6 +27,11 @@ def local_rank(comm: MPI.Intracomm | None = None) -> int:
     int
         0 to the number of processes on the node less 1.
 
+    Raises
+    ------
+    CollectiveTimeoutError
+        If a process does not come within CUPY_SYNCBN_TIMEOUT seconds (600).
+
     Notes
     -----
     **Collective** over `comm`: processes know their node by its kernel, not by
@@ -36,8 +41,12 @@ def local_rank(comm: MPI.Intracomm | None = None) -> int:
         return 0
     from mpi4py import MPI
 
-    comm = MPI.COMM_WORLD if comm is None else comm
-    return comm.allgather(_node())[: comm.rank].count(_node())
+    return number_on_node(MPIProcessGroup(MPI.COMM_WORLD if comm is None else comm, transport="mpi"))
+
+
+def number_on_node(group: MPIProcessGroup) -> int:
+    """Return this process's number among those of a group on the same node (**collective**)."""
+    return group.gather_objects(_node())[: group.rank].count(_node())
 
 
 def _node() -> str:
@@ -67,6 +76,8 @@ def bind_device(comm: MPI.Intracomm | None = None) -> int:
         If CuPy is not installed.
     RuntimeError
         If it finds no driver, or no GPU.
+    CollectiveTimeoutError
+        As in `local_rank`.
 
     Notes
     -----

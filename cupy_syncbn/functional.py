@@ -137,8 +137,12 @@ def sync_batch_norm(
     ------
     TypeError, ValueError
         If an argument is wrong. Nothing has been changed then, and the other ranks raise RemoteRankError.
-    RemoteRankError, RankMismatchError, CollectiveTimeoutError
-        See `Call.exchange`.
+    RemoteRankError
+        If another rank found its input wrong.
+    RankMismatchError
+        If the ranks are in different calls.
+    CollectiveTimeoutError
+        If a rank does not come within the group's timeout.
 
     Notes
     -----
@@ -248,8 +252,12 @@ def sync_batch_norm_backward(dy: Array, saved: Saved, *, grad_reduction: str = "
         If `dy` does not match y.
     RuntimeError
         If y was written over x.
-    RemoteRankError, RankMismatchError, CollectiveTimeoutError
-        See `Call.exchange`.
+    RemoteRankError
+        If another rank found its input wrong.
+    RankMismatchError
+        If the ranks are in different calls.
+    CollectiveTimeoutError
+        If a rank does not come within the group's timeout.
 
     Notes
     -----
@@ -381,7 +389,7 @@ def check_types(name: str, dtype: np.dtype[Any], x_type: np.dtype[Any]) -> None:
         wanted = x_type.name if x_type.itemsize > 2 else f"float32 or {x_type.name}"
         raise TypeError(
             f"expected {name} of type {wanted} for {x_type.name} data (got {dtype}): "
-            f"use x.astype({dtype.name!r}), or a layer with dtype={x_type.name!r}"
+            f"use x.astype({dtype.name!r}), or {name} of type {x_type.name}"
         )
 
 

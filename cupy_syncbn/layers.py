@@ -362,6 +362,8 @@ class Module:
         ------
         ValueError
             If there is no such device.
+        ModuleNotFoundError, RuntimeError
+            If CuPy is not installed, or sees no GPU.
         """
         xp = array_module(device)
         for parameter in self.parameters():
@@ -501,6 +503,13 @@ class _BatchNorm(Module):
         ------
         TypeError, ValueError
             If an argument is wrong. Nothing has been changed then.
+        RemoteRankError, RankMismatchError, CollectiveTimeoutError
+            See `sync_batch_norm`.
+
+        Notes
+        -----
+        **Collective** over the ranks of a SyncBatchNorm in training mode. The first such call sends one more
+        message, of 24 bytes.
         """
         if self.training and not self._introduced:
             # Vectors of other lengths must never meet: a fixed-size one tells first.
@@ -533,6 +542,10 @@ class _BatchNorm(Module):
         if self._observe is not None:
             self._observe(self._saved)
         return y
+
+    if TYPE_CHECKING:  # so that `y = bn(x)` has a type
+
+        def __call__(self, x: Array, residual: Array | None = None, out: Array | None = None) -> Array: ...
 
     def _call(self, direction: str) -> Call:
         return Call(self.name or type(self).__name__, self.num_features, direction, self._exchanges)
@@ -583,6 +596,13 @@ class _BatchNorm(Module):
             If there was no forward since the last backward.
         TypeError, ValueError
             If `dy` does not match the result. The backward can be called again then.
+        RemoteRankError, RankMismatchError, CollectiveTimeoutError
+            See `sync_batch_norm`.
+
+        Notes
+        -----
+        **Collective** over the ranks of a SyncBatchNorm, if its forward was, or if `grad_reduction` is not
+        "none".
         """
         if self._saved is None:
             call, length = self._call("backward"), 2 * self.num_features + 3
@@ -719,6 +739,8 @@ class SyncBatchNorm(_BatchNorm):
     ------
     TypeError, ValueError
         If an argument is wrong.
+    ModuleNotFoundError, RuntimeError
+        If CuPy or a GPU is missing for "cuda", or ml_dtypes for bfloat16.
 
     Notes
     -----
@@ -821,6 +843,8 @@ class BatchNorm1d(_LocalBatchNorm):
     ------
     TypeError, ValueError
         If an argument is wrong, or in `forward` the input has another number of dimensions.
+    ModuleNotFoundError, RuntimeError
+        If CuPy or a GPU is missing for "cuda", or ml_dtypes for bfloat16.
     """
 
     _dimensions = (2, 3)
@@ -840,6 +864,8 @@ class BatchNorm2d(_LocalBatchNorm):
     ------
     TypeError, ValueError
         If an argument is wrong, or in `forward` the input has another number of dimensions.
+    ModuleNotFoundError, RuntimeError
+        If CuPy or a GPU is missing for "cuda", or ml_dtypes for bfloat16.
     """
 
     _dimensions = (4,)
@@ -859,6 +885,8 @@ class BatchNorm3d(_LocalBatchNorm):
     ------
     TypeError, ValueError
         If an argument is wrong, or in `forward` the input has another number of dimensions.
+    ModuleNotFoundError, RuntimeError
+        If CuPy or a GPU is missing for "cuda", or ml_dtypes for bfloat16.
     """
 
     _dimensions = (5,)

@@ -46,7 +46,6 @@ NO_ERRORS = {
     "Sequential",
     "SingleProcessGroup",
     "default_group",
-    "local_rank",
     *(f"Module.{name}" for name in ("buffers", "eval", "named_buffers", "named_modules", "named_parameters")),
     *(f"Module.{name}" for name in ("parameters", "register_buffer", "state_dict", "train", "zero_grad")),
     "Parameter.accumulate",

@@ -74,6 +74,15 @@ LAUNCHED = [c for c in dict.fromkeys(COMMANDS + SPOKEN) if c.startswith("mpirun"
 
 
 @pytest.mark.launch
+@pytest.mark.parametrize("code", [code for language, code in BLOCKS if language == "python"])
+def test_python_blocks_run_on_ranks(code, tmp_path):
+    (tmp_path / "program.py").write_text(f"import os\nos.chdir({str(tmp_path)!r})\n{code}")
+    arguments = ["-W", "error", "-m", "mpi4py", str(tmp_path / "program.py")]
+    told, status, output = launch(sys.executable, 3, arguments, 120)
+    assert status == 0, f"{told}\n{output}"
+
+
+@pytest.mark.launch
 @pytest.mark.parametrize("command", LAUNCHED)
 def test_launches_run(command, tmp_path):
     """Also those with the example as train.py."""

@@ -317,7 +317,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "variance": variance,
         "wire": wire,
     }
-    save(options.output, "accuracy", record, plot(record))
+    save(options.output, "accuracy" + "-quick" * options.quick, record, plot(record))
     EMULATION.close()
     return 0
 

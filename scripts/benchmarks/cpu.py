@@ -359,7 +359,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     facts = circumstances(arguments, options.threads, ["cupy_syncbn", "numpy", "torch"])
     print(f"\n{caption(facts)}")
     record = {**facts, "repeats": repeats, "summary": summary, "results": results}
-    save(options.output, "cpu", record, plot(results, facts))
+    save(options.output, "cpu" + "-quick" * options.quick, record, plot(results, facts))
     return 0
 
 

@@ -291,7 +291,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "model": {"network": network, "origin": origin, "us": modelled},
     }  # fmt: skip
     vendor = library.rpartition(" ")[0].lower().replace(" ", "-")
-    save(options.output, f"exchange-{vendor}", record, plot(record))
+    save(options.output, f"exchange-{vendor}" + "-quick" * options.quick, record, plot(record))
     return 0
 
 
