@@ -90,9 +90,9 @@ class _Conversion:
             return old
         if id(old) not in self.layers:
             new = SyncBatchNorm.__new__(SyncBatchNorm)
-            vars(new).update(
-                _BatchNorm.__getstate__(old), process_group=self.group, _exchanges=0, _introduced=False
-            )
+            state = _BatchNorm.__getstate__(old)  # a pair where a subclass has slots, which `new` has not
+            vars(new).update(state[0] if isinstance(state, tuple) else state, process_group=self.group)
+            new._begin()
             self.layers[id(old)] = old, new
             self.layers[id(new)] = old, new
         return self.layers[id(old)][1]

@@ -66,20 +66,29 @@ class DistributedDataParallel(Module):
         if not bucket_cap_mb > 0:
             raise ValueError(f"expected bucket_cap_mb to be positive (got {bucket_cap_mb!r})")
         self.module = module
-        self.process_group = as_group(process_group)
+        # None stays None, so that a pickle means the ranks of the program that loads it.
+        self._group = None if process_group is None else as_group(process_group)
+        group = self.process_group
         self.bucket_cap_mb = bucket_cap_mb
         self.training = module.training
         self._reductions = 0
         state = module.state_dict()
         call = self._call("construction", state)
-        call.exchange(self.process_group, np.array(call.trailer(self.process_group)))
+        call.exchange(group, np.array(call.trailer(group)))
         for array in state.values():
             values = module_of(array).ascontiguousarray(array)
-            self.process_group.broadcast(values)
+            group.broadcast(values)
             array[...] = values.reshape(array.shape)
         for name, layer in module.named_modules():
             if isinstance(layer, SyncBatchNorm) and layer.name is None:
                 layer.name = name or None  # alike on all ranks, and layers of one size are told apart
+            if isinstance(layer, SyncBatchNorm):
+                layer._begin()  # one that a rank has loaded from a pickle may have been called before
+
+    @property
+    def process_group(self) -> ProcessGroup:
+        """The ranks."""
+        return as_group(self._group)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the module."""
@@ -169,8 +178,9 @@ class DistributedDataParallel(Module):
         for parameter, part in zip(bucket, parts, strict=True):
             if parameter.grad is not None:
                 part[...] = parameter.grad.reshape(-1)
-        self.process_group.allreduce(total)
-        total /= self.process_group.size
+        group = self.process_group
+        group.allreduce(total)
+        total /= group.size
         for parameter, part in zip(bucket, parts, strict=True):
             if parameter.grad is None:
                 parameter.grad = xp.empty_like(parameter.data)

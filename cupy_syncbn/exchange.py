@@ -65,7 +65,11 @@ class Call(NamedTuple):
             return
         trailer = self._sum(group, vector)[-3:]
         if isinstance(trailer, np.ndarray):
-            self._check(group, trailer.tolist())
+            try:
+                self._check(group, trailer.tolist())
+            except (RemoteRankError, RankMismatchError) as error:
+                _known_to(group, error)
+                raise
         else:
             self._defer(group, trailer)
 
@@ -111,11 +115,22 @@ class _FaultsJoin:
             vector[-3] = _fault_code(self.group)
             try:
                 sum_ = self.call._sum(self.group, self.library.asarray(vector))
+                _known_to(self.group, error)
                 if not isinstance(sum_, np.ndarray):  # an exchange of NCCL: the others may end it by an error
                     with contextlib.suppress(RemoteRankError, RankMismatchError):
                         self.call._defer(self.group, sum_[-3:])
             except CollectiveTimeoutError as late:
                 error.add_note(f"The other ranks did not hear of it: {late}")
+
+
+def _known_to(group: ProcessGroup, error: Exception) -> None:
+    """Note that all ranks of a group raise an error now."""
+    vars(error).setdefault("_known_to", []).append(group)
+
+
+def is_known_to(group: ProcessGroup, error: Exception) -> bool:
+    """Tell whether all ranks of a group have heard of an error."""
+    return any(group.has_same_ranks(known) for known in vars(error).get("_known_to", ()))
 
 
 @functools.cache

@@ -39,7 +39,7 @@ class Saved(NamedTuple):
     bias_type: Any
     constant_statistics: bool
     """Whether running statistics were used, which do not depend on x."""
-    group: ProcessGroup
+    group: ProcessGroup | MPI.Intracomm | None
     synchronized: bool
     call: Call
     intact: bool
@@ -160,8 +160,7 @@ def sync_batch_norm(
     array([[0., 0.],
            [0., 0.]])
     """
-    group = as_group(process_group)
-    peers = group if training else _LOCAL
+    peers = as_group(process_group) if training else _LOCAL
     call = call or Call("sync_batch_norm", _channels(x, weight, running_mean, channels_last), "forward", 0)
     library = _library(x, weight, running_mean)
     with call.faults_join(peers, 4 * call.channels + 4, library):
@@ -170,7 +169,7 @@ def sync_batch_norm(
         backend, layout = _check_input(x, channels_last, call.channels)
         dtype = x.dtype.newbyteorder("=")
         running = _check_running(
-            backend, running_mean, running_var, num_batches_tracked, momentum, dtype, call
+            backend, running_mean, running_var, num_batches_tracked, momentum, dtype, training, call
         )
         for name, values in (("weight", weight), ("bias", bias)):
             if values is not None:
@@ -213,7 +212,7 @@ def sync_batch_norm(
         weight_type=None if weight is None else weight.dtype,
         bias_type=None if bias is None else bias.dtype,
         constant_statistics=not use_batch,
-        group=group,
+        group=process_group,
         synchronized=training,
         call=call,
         intact=out is None or not backend.overlaps(out, x),
@@ -264,7 +263,7 @@ def sync_batch_norm_backward(dy: Array, saved: Saved, *, grad_reduction: str = "
     **Collective** if the forward was. One allreduce of 16C + 24 bytes.
     """
     x, normalization, layout = saved.x, saved.normalization, saved.layout
-    peers = saved.group if saved.synchronized or grad_reduction != "none" else _LOCAL
+    peers = as_group(saved.group) if saved.synchronized or grad_reduction != "none" else _LOCAL
     call = Call(saved.call.name, saved.call.channels, "backward", saved.call.number)
     with call.faults_join(peers, 2 * call.channels + 3, module_of(x)):
         dy = as_array(dy)
@@ -417,6 +416,7 @@ def _check_running(
     tracked: Array | None,
     momentum: float | None,
     x_type: Any,
+    training: bool,
     call: Call,
 ) -> Running | None:
     if mean is None or var is None:
@@ -431,6 +431,9 @@ def _check_running(
         _check_backend(backend, "num_batches_tracked", tracked)
     if tracked is not None and (tracked.shape != () or tracked.dtype != np.int64):
         raise ValueError(f"expected num_batches_tracked to be a 0-d int64 array (got {tracked!r})")
+    for name, buffer in (("running_mean", mean), ("running_var", var), ("num_batches_tracked", tracked)):
+        if training and isinstance(buffer, np.ndarray) and not buffer.flags.writeable:
+            raise ValueError(f"expected a writeable array as {name} (got a read-only one)")
     return Running(mean, var, tracked, momentum)
 
 

@@ -329,8 +329,9 @@ class Module:
         missing = [name for name in own if name not in state]
         values = {name: move(state[name], np) for name in own if name in state}
         for name in [name for name in missing if name.split(".")[-1] == "num_batches_tracked"]:
-            missing.remove(name)
-            values[name] = np.zeros((), np.int64)
+            if f"{name.removesuffix('num_batches_tracked')}running_mean" in values:
+                missing.remove(name)
+                values[name] = np.zeros((), np.int64)
         unexpected = [name for name in state if name not in own]
         if strict and (missing or unexpected):
             raise KeyError(f"state_dict has missing keys {missing} and unexpected keys {unexpected}")
@@ -440,6 +441,8 @@ class _BatchNorm(Module):
     running_var: Array | None
     num_batches_tracked: Array | None
     process_group: ProcessGroup | None = None
+    _exchanges: int
+    _introduced: bool
     _frozen: int = 0
     """How many `frozen_statistics` the layer is in."""
     _observe: Callable[[Saved], None] | None = None
@@ -478,8 +481,7 @@ class _BatchNorm(Module):
         self.num_batches_tracked = xp.zeros((), np.int64) if track_running_stats else None
         self.dtype = dtype
         self._saved: Saved | None = None
-        self._exchanges = 0
-        self._introduced = False
+        self._begin()
 
     def forward(self, x: Array, residual: Array | None = None, out: Array | None = None) -> Array:
         """Normalize a batch; see `sync_batch_norm`.
@@ -542,6 +544,11 @@ class _BatchNorm(Module):
         if self._observe is not None:
             self._observe(self._saved)
         return y
+
+    def _begin(self) -> None:
+        """Count exchanges from here on: all ranks do so at the same time."""
+        self._exchanges = 0
+        self._introduced = False
 
     if TYPE_CHECKING:  # so that `y = bn(x)` has a type
 
@@ -617,11 +624,13 @@ class _BatchNorm(Module):
                 parameter.accumulate(gradient)
         return gradients.x if gradients.residual is None else (gradients.x, gradients.residual)
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> Any:
         """Return what copies and pickles have: not the forward that waits for its backward."""
         state = {name: value for name, value in vars(self).items() if name not in ("_frozen", "_observe")}
         group = None if self.process_group is None else as_group(self.process_group)
-        return state | {"_saved": None, "process_group": group}
+        state |= {"_saved": None, "process_group": group}
+        whole = super().__getstate__()  # a pair where a subclass has slots
+        return (state, whole[1]) if isinstance(whole, tuple) else state
 
     def reset_running_stats(self) -> None:
         """Set the running statistics to their start: mean 0, variance 1, no batches."""

@@ -423,12 +423,12 @@ class MPIProcessGroup(ProcessGroup):
 
         return MPI.Comm.Compare(self._comm, other._comm) != MPI.UNEQUAL
 
-    def __reduce__(self) -> tuple[Callable[..., ProcessGroup], tuple[str, ...]]:
+    def __reduce__(self) -> tuple[Callable[..., ProcessGroup | None], tuple[str, ...]]:
         """Pickle all ranks of the world as `default_group()` where they are loaded; others by a token."""
         from mpi4py import MPI
 
         if MPI.Comm.Compare(self._comm, MPI.COMM_WORLD) != MPI.UNEQUAL:
-            return default_group, ()
+            return _unpickled_world, ()
         _pickled[self._token] = self
         return _unpickled, (self._token,)
 
@@ -585,6 +585,12 @@ def _unpickled(token: str) -> ProcessGroup:
     )
 
 
+def _unpickled_world() -> ProcessGroup | None:
+    """Return the group of all ranks; None, which means it, where it is not known to be more than one."""
+    group = default_group() if "mpi4py.MPI" in sys.modules else _SINGLE
+    return None if group.size == 1 else group
+
+
 _SINGLE = SingleProcessGroup()
 _world: list[ProcessGroup] = []
 
@@ -738,7 +744,8 @@ def new_group(
 
     Notes
     -----
-    **Collective** over `comm`: each of its processes calls it, with the same ranks.
+    **Collective** over `comm`: each of its processes calls it, with the same ranks. Make groups once, not in
+    each step: they are never freed, and MPI has only so many communicators (MPICH 2048).
     """
     transport = _transport(transport)
     from mpi4py import MPI

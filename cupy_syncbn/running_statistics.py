@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from cupy_syncbn.backends import Array, module_of, move, numpy_backend
-from cupy_syncbn.exchange import Call
+from cupy_syncbn.exchange import Call, is_known_to
 from cupy_syncbn.functional import Saved
 from cupy_syncbn.layers import Module, _BatchNorm
 from cupy_syncbn.process_group import ProcessGroup, SingleProcessGroup, as_group
@@ -112,8 +112,14 @@ def recalibrate(module: Module, batches: Iterable[Any]) -> None:
         stack.enter_context(_frozen(layers))
         for layer, total in zip(layers, totals, strict=True):
             stack.enter_context(_observed(layer, total))
-        for arguments in _in_step(batches, group, len(layers)):
-            module(*arguments)
+        for number, arguments in enumerate(_in_step(batches, group, len(layers))):
+            try:
+                module(*arguments)
+            except Exception as error:
+                if not is_known_to(group, error):  # the others are in this batch, or wait for the next
+                    with Call("recalibrate", len(layers), "batch", number + 1).faults_join(group, 4):
+                        raise
+                raise
         for each in groups:
             each.check_errors()
     for layer, total in zip(layers, totals, strict=True):
@@ -142,7 +148,8 @@ class _Total:
     @np.errstate(all="ignore")  # infinities and NaN are the data's, and pass through
     def add(self, forward: Saved) -> None:
         """Merge the statistics of a forward, after Chan, Golub and LeVeque (1983)."""
-        assert forward.sums is not None
+        if forward.sums is None:  # the module keeps this layer in evaluation mode: it stays as it is
+            return
         vector, C = move(forward.sums[0], np), forward.call.channels
         _, m2, count = numpy_backend._moments(vector, C)
         if not count:

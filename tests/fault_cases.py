@@ -495,7 +495,7 @@ CASES |= {
 def model_of(layer, group):
     """Return the model without its construction, which is collective."""
     model = DistributedDataParallel.__new__(DistributedDataParallel)
-    vars(model).update(module=layer, process_group=group, bucket_cap_mb=25, _reductions=0)
+    vars(model).update(module=layer, _group=group, bucket_cap_mb=25, _reductions=0)
     return model
 
 

@@ -309,3 +309,20 @@ def test_messages_end_in_a_remedy(rng):
         with pytest.raises((ValueError, TypeError)) as caught:
             layer(x)
         assert re.search(remedy, str(caught.value))
+
+
+@pytest.mark.parametrize("name", ["running_mean", "running_var", "num_batches_tracked"])
+def test_read_only_statistics(world, name):
+    """They are refused before the exchange: after it the other ranks would go on."""
+    layer, x = SyncBatchNorm(3), np.ones((4, 3), "f4")
+    layer(x)
+    state = snapshot(layer)
+    buffer = getattr(layer, name)
+    buffer.flags.writeable = world.rank != 0
+    expected = ValueError if world.rank == 0 else RemoteRankError
+    with pytest.raises(expected, match=f"writeable array as {name}" if world.rank == 0 else "rank 0"):
+        layer(x)
+    assert_unchanged(layer, state)
+    layer.eval()(x)
+    buffer.flags.writeable = True
+    layer.train()(x)

@@ -370,7 +370,9 @@ x = np.ones((4, 2), "f4")
 for layer in layers[:2]:
     assert layer.num_batches_tracked == 2 and layer.weight.grad is not None and layer._saved is None
     assert layer(x).shape == x.shape and not layer.running_mean is layers[2].running_mean
-assert layers[0].process_group is None and layers[1].process_group.size == 1
+assert layers[0].process_group is None and layers[1].process_group is None
+with open(sys.argv[1], "wb") as file:
+    pickle.dump(layers[:2], file)
 try:
     layers[2](x)
 except RuntimeError as error:
@@ -384,6 +386,51 @@ assert "mpi4py" not in sys.modules
 """
 
 
+LOADING_ON_RANKS = """
+import pickle, sys
+import numpy as np
+from cupy_syncbn import default_group
+group = default_group()
+with open(sys.argv[1], "rb") as file:
+    layers = pickle.load(file)
+for layer in layers:
+    layer._begin()
+    layer.reset_running_stats()
+    layer(np.full((4, 2), group.rank, "f4"))
+    assert abs(layer.running_mean - 0.1 * (group.size - 1) / 2).max() < 1e-6, layer.running_mean
+"""
+
+# A layer goes to another process, which multiprocessing starts and MPI knows nothing of.
+SPAWNING = """
+import multiprocessing
+import numpy as np
+from cupy_syncbn import SyncBatchNorm, default_group
+
+def work(layer, queue):
+    queue.put(layer.eval()(np.ones((4, 2), "f4")).shape)
+
+if __name__ == "__main__":
+    group = default_group()
+    if group.rank == 0:
+        context = multiprocessing.get_context("spawn")
+        for layer in SyncBatchNorm(2, process_group=group), SyncBatchNorm(2):
+            queue = context.Queue()
+            process = context.Process(target=work, args=(layer, queue))
+            process.start()
+            assert queue.get(timeout=30) == (4, 2)
+            process.join()
+    group.allreduce(np.zeros(1))
+"""
+
+
+@pytest.mark.launch
+def test_evaluation_in_a_process_that_a_rank_starts(tmp_path):
+    program = tmp_path / "spawning.py"
+    program.write_text(SPAWNING)
+    command, status, output = launch(sys.executable, 2, ["-m", "mpi4py", str(program)], 60)
+    assert status == 0, f"{command}\n{output}"
+
+
 @pytest.mark.launch
 def test_loading_in_a_program_without_ranks(tmp_path):
     path = str(tmp_path / "layers.pickle")
@@ -391,3 +438,31 @@ def test_loading_in_a_program_without_ranks(tmp_path):
     assert status == 0, f"{command}\n{output}"
     environment = clean_environment(PYTHONPATH=str(REPOSITORY))
     subprocess.run([sys.executable, "-c", LOADING, path], check=True, timeout=60, env=environment)
+    command, status, output = launch(sys.executable, 2, ["-m", "mpi4py", "-c", LOADING_ON_RANKS, path], 60)
+    assert status == 0, f"{command}\n{output}"
+
+
+class Slotted(SyncBatchNorm):
+    __slots__ = ("threshold",)
+
+
+def test_slots_of_subclasses(world):
+    layer = Slotted(C)
+    layer.threshold = 7
+    for other in copies(layer):
+        assert other.threshold == 7
+        assert other.num_features == C
+    converted = SyncBatchNorm.convert_sync_batchnorm(layer, SingleProcessGroup())
+    assert converted.num_features == C
+
+
+def test_counter_that_a_partial_state_does_not_have():
+    """It is 0 with running statistics of before there was one; without them it stays."""
+    layer = BatchNorm2d(C)
+    layer.num_batches_tracked[...] = 5
+    state = {"weight": np.full(C, 2.0, "f4")}
+    assert "num_batches_tracked" in layer.load_state_dict(state, strict=False).missing_keys
+    assert layer.num_batches_tracked == 5
+    state |= {"running_mean": np.ones(C, "f4"), "running_var": np.ones(C, "f4")}
+    assert layer.load_state_dict(state, strict=False).missing_keys == ["bias"]
+    assert layer.num_batches_tracked == 0

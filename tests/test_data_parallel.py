@@ -144,6 +144,16 @@ def test_layers_get_names(world, rng):
     assert alone.name is None
 
 
+def test_counts_calls_from_its_construction(world, rng):
+    """A rank may have loaded its layer from a pickle, where others made theirs anew."""
+    layer, x = SyncBatchNorm(4), random_batch(rng, (12, 4))
+    layer(x)
+    layer = layer if world.rank == 0 else SyncBatchNorm(4)
+    model = DistributedDataParallel(layer)
+    assert model.process_group.size == world.size
+    layer.backward(layer(x))
+
+
 def test_calls_forward_through():
     ddp = DistributedDataParallel(Weights())
     assert ddp(21) == 42

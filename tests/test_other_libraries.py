@@ -270,3 +270,12 @@ def test_on_the_gpu(rng, cupy):
     for array in by_dlpack(x), by_array(x):
         with pytest.raises(TypeError, match=r"input on the layer's device, cuda \(got numpy.ndarray\)"):
             layer(array)
+
+
+def test_torch_tensor_with_a_lazy_sign(rng):
+    torch = pytest.importorskip("torch")
+    z = torch.from_numpy(rng.normal(size=(6, 3)) + 1j * rng.normal(size=(6, 3)))
+    x = z.conj().imag
+    assert x.is_neg()
+    layer = SyncBatchNorm(3, dtype="float64")
+    assert_identical(layer(x), SyncBatchNorm(3, dtype="float64")(-z.imag.numpy()))

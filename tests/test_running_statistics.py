@@ -36,6 +36,36 @@ from cupy_syncbn import (
 C = 3
 
 
+class Fails(Module):
+    """Gives a rank an input of its own."""
+
+    def __init__(self, change):
+        self.change = change
+
+    def forward(self, x):
+        return self.change(x)
+
+
+def test_module_that_fails_on_a_rank_where_others_do_not_hear_of_it(world):
+    """A layer of a sub-group tells its own ranks only, and the module itself nobody."""
+    world_layer, own_layer = SyncBatchNorm(C), SyncBatchNorm(C, process_group=SingleProcessGroup())
+    cut = Fails(lambda x: x[:, :2] if world.rank == 0 else x)
+    before = [snapshot(layer) for layer in (world_layer, own_layer)]
+    expected = ValueError if world.rank == 0 else RemoteRankError
+    with pytest.raises(expected, match="channels" if world.rank == 0 else "rank 0 failed"):
+        recalibrate(Sequential(world_layer, cut, own_layer), [np.ones((4, C), "f4")] * 2)
+    for layer, state in zip((world_layer, own_layer), before, strict=True):
+        assert_unchanged(layer, state)
+    world_layer(np.ones((4, C), "f4"))  # the group goes on
+
+
+def test_layer_that_the_module_keeps_in_evaluation():
+    layer = BatchNorm1d(C)
+    before = snapshot(layer)
+    recalibrate(Sequential(Fails(lambda x: layer.eval()(x)), layer), [np.ones((4, C), "f4")])
+    assert_unchanged(layer, before)
+
+
 def draw_steps(rng, world, dtype="float64", steps=3):
     """Return what all ranks have, [step][rank]: rank r ends r steps before the last, after one at least."""
     counts = [max(steps - rank, 1) for rank in range(world.size)]

@@ -97,6 +97,7 @@ def _on_host(array: Any, device: int | None) -> Any:
     """Return another library's array in memory of the host as a NumPy array."""
     if _is_torch(array):
         torch = sys.modules["torch"]
+        array = array.resolve_neg()  # NumPy has no such lazy sign, of the imaginary part of a conjugate
         if array.dtype != torch.bfloat16:
             return array.numpy()
         import ml_dtypes
