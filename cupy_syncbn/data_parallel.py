@@ -80,9 +80,8 @@ class DistributedDataParallel(Module):
             group.broadcast(values)
             array[...] = values.reshape(array.shape)
         for name, layer in module.named_modules():
-            if isinstance(layer, SyncBatchNorm) and layer.name is None:
-                layer.name = name or None  # alike on all ranks, and layers of one size are told apart
             if isinstance(layer, SyncBatchNorm):
+                layer.name = layer.name or name or None  # alike on all ranks: tells those of one size apart
                 layer._begin()  # one that a rank has loaded from a pickle may have been called before
 
     @property
