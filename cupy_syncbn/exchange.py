@@ -64,14 +64,14 @@ class Call(NamedTuple):
         if group.size == 1:
             return
         trailer = self._sum(group, vector)[-3:]
-        if isinstance(trailer, np.ndarray):
-            try:
-                self._check(group, trailer.tolist())
-            except (RemoteRankError, RankMismatchError) as error:
-                _known_to(group, error)
-                raise
-        else:
+        if not isinstance(trailer, np.ndarray):
             self._defer(group, trailer)
+            return
+        try:
+            self._check(group, trailer.tolist())
+        except (RemoteRankError, RankMismatchError) as error:
+            _known_to(group, error)
+            raise
 
     def _defer(self, group: ProcessGroup, trailer: Array) -> None:
         group.defer(trailer, functools.partial(self._check, group), self)

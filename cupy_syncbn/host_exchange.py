@@ -120,7 +120,7 @@ class Exchange:
             if incoming is not None:
                 incoming.Start()
             if outgoing:
-                sent[:] = vector  # which is written to before its copy has gone
+                np.copyto(sent, vector)  # as the vector is written to before it has gone
                 for request in outgoing:
                     request.Start()
             if incoming is None:
@@ -136,4 +136,5 @@ class Exchange:
             else:
                 vector += received
         for request, partner in self._outgoing:
-            wait(request, partner)
+            if not request.Test():  # mostly it has gone
+                wait(request, partner)

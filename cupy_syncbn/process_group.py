@@ -32,7 +32,7 @@ DEFAULT_TIMEOUT = 600.0
 # PMIx (srun --mpi=pmix, prterun), MVAPICH2, and HPE Cray's PALS.
 _LAUNCHER_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "MV2_COMM_WORLD_RANK", "PALS_RANKID")
 
-_SPINS_BEFORE_YIELD = 50
+_SPINS_BEFORE_YIELD = range(50)
 """Tests of a request before the core is offered to others, such as ranks that share it."""
 
 
@@ -476,11 +476,11 @@ class MPIProcessGroup(ProcessGroup):
     def _wait(self, request: MPI.Request, partner: int | None = None) -> MPI.Status:
         """Wait for a request to or from a rank, or to all, until the deadline of the whole exchange."""
         assert self._channel is not None
-        status = self._channel.status
-        for _ in range(_SPINS_BEFORE_YIELD):
-            if request.Test(status):
+        status, test = self._channel.status, request.Test
+        for _ in _SPINS_BEFORE_YIELD:
+            if test(status):
                 return status
-        while not request.Test(status):
+        while not test(status):
             os.sched_yield()
             now = time.monotonic()
             if self._deadline is None:

@@ -381,6 +381,27 @@ def test_variance_of_ranks_far_apart(world, rng, dtype, spread):
     assert relative_error(global_variance(world, x, part), expected) <= TOLERANCE[np.dtype(dtype)]
 
 
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+@pytest.mark.parametrize("offset", [3, 1000])
+def test_ranks_at_opposite_offsets(world, rng, dtype, offset):
+    """Whatever stands for each rank's mean may add up to zero over the ranks: as here over an even number."""
+    n = 16
+    part = slice(n * world.rank, n * (world.rank + 1))
+    x = np.tile(random_array(rng, (n, 3, 4), dtype, offset=offset, scale=0.5), (world.size, 1, 1))
+    for rank in range(1, world.size, 2):
+        x[n * rank : n * (rank + 1)] *= -1
+    dy = random_array(rng, x.shape, dtype)
+    exact = dtype if dtype == "float64" else "float32"
+    reference, arrays = make_layer(rng, 3, exact, dtype=np.longdouble)
+    y, saved = sync_batch_norm(x[part], **arrays)
+    tolerance = {"float16": 1e-3, "float32": 1e-6, "float64": 1e-12}[dtype]
+    assert_close(y, reference(x), part, tolerance=tolerance)
+    assert_close(
+        sync_batch_norm_backward(dy[part], saved).x, reference.backward(dy), part, tolerance=tolerance
+    )
+    assert_close(arrays["running_var"], reference.running_var)
+
+
 @pytest.mark.parametrize("offset", [1e3, 1e5])
 def test_variance_of_channels_around_an_offset(world, rng, offset):
     """Whatever value stands for a channel's mean on each rank, it differs between ranks for some channels."""

@@ -18,7 +18,7 @@ from helpers import (
 from reference import BatchNorm
 
 from cupy_syncbn import SingleProcessGroup, sync_batch_norm, sync_batch_norm_backward
-from cupy_syncbn.backends import numpy_memory
+from cupy_syncbn.backends import numpy_backend, numpy_memory
 
 pytestmark = pytest.mark.serial
 
@@ -250,6 +250,17 @@ def test_variance_at_offset_float64(rng, shape, offset):
     x = rng.normal(offset, 1, shape)
     expected = np.var(x.astype(np.longdouble), axis=(0, *range(2, x.ndim)))
     assert relative_error(variance(x), expected) <= 1e-12
+
+
+def test_sum_of_opposite_pivots(rng):
+    """What two ranks add up: the mean is zero, as is the sum of the pivots, but not the pivots."""
+    x = random_array(rng, (50, 3, 7), offset=1e3)
+    trailer = (0.0, 0.0, 0.0)
+    sum_ = numpy_backend.statistics(x, trailer)[0] + numpy_backend.statistics(-x, trailer)[0]
+    mean, m2, count = numpy_backend._moments(sum_, 3)
+    assert count == 700
+    assert (mean == 0).all()
+    assert relative_error(m2 / count, np.square(x.astype("f8")).mean(axis=(0, 2))) <= 1e-7
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16-float32"])

@@ -162,7 +162,8 @@ def _moments(exchanged: Array, channels: int) -> tuple[Array, Array, float]:
     pivot_sum, pivot_square, sum_, square = exchanged[: 4 * channels].reshape(4, channels)
     count = float(exchanged[4 * channels])
     n = max(count, 1.0)
-    if not pivot_sum.any():
+    # Pivots of several ranks may add up to zero. Their squares cannot, but those of the smallest underflow.
+    if not (pivot_square.any() or pivot_sum.any()):
         mean = sum_ / n
         m2 = square - sum_ * mean
     else:
