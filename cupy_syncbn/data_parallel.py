@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import json
 import zlib
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cupy_syncbn.backends import Array, module_of
+from cupy_syncbn.backends import Array, Backend, backend_of, module_of
+from cupy_syncbn.errors import RankMismatchError
 from cupy_syncbn.exchange import Call
 from cupy_syncbn.layers import Module, Parameter, SyncBatchNorm, _BatchNorm
 from cupy_syncbn.process_group import ProcessGroup, as_group
@@ -32,11 +34,13 @@ class DistributedDataParallel(Module):
     Raises
     ------
     TypeError
-        If `module` is not a Module.
+        If `module` is not a Module, or a parameter not an array.
     ValueError
-        If `bucket_cap_mb` is not positive.
+        If `bucket_cap_mb` is not positive, or an array is read-only.
+    RemoteRankError
+        If an array of another rank's module is wrong so.
     RankMismatchError
-        If parameters or buffers differ between ranks in name, shape or type.
+        If parameters or buffers differ between ranks in name, shape, type or device, or `bucket_cap_mb` does.
     CollectiveTimeoutError
         If a rank does not come within the group's timeout.
 
@@ -73,9 +77,13 @@ class DistributedDataParallel(Module):
         self.training = module.training
         self._reductions = 0
         state = module.state_dict()
-        call = self._call("construction", state)
+        call = Call("DistributedDataParallel", 0, "construction", 0)
+        with call.faults_join(group, 3):
+            for name, array in state.items():
+                _check_array(name, array)
         call.exchange(group, np.array(call.trailer(group)))
-        for array in state.values():
+        _check_alike(group, self._description(state))
+        for array in {id(array): array for array in state.values()}.values():  # each once, whatever its names
             values = module_of(array).ascontiguousarray(array)
             group.broadcast(values)
             array[...] = values.reshape(array.shape)
@@ -105,8 +113,8 @@ class DistributedDataParallel(Module):
 
         Raises
         ------
-        ValueError
-            If a gradient has not the shape of its parameter.
+        TypeError, ValueError
+            If a gradient is not an array of floating-point numbers, where its parameter is, of its shape.
         RemoteRankError
             If that is so on another rank.
         RankMismatchError
@@ -122,38 +130,47 @@ class DistributedDataParallel(Module):
         group = self.process_group
         reduced = self._already_reduced()
         named = [(name, p) for name, p in self.module.named_parameters() if id(p) not in reduced]
-        call = self._call("gradients", {name: parameter.data for name, parameter in named})
-        self._reductions += 1
+        code = zlib.crc32(repr(self._description({name: p.data for name, p in named})).encode())
+        name = f"DistributedDataParallel with parameters of code {code:08x}"
+        call = Call(name, 0, "gradients", self._reductions)
         with call.faults_join(group, len(named) + 3):
             for name, parameter in named:
-                if parameter.grad is not None and parameter.grad.shape != parameter.data.shape:
-                    raise ValueError(
-                        f"expected the gradient of {name} to have its shape {parameter.data.shape} "
-                        f"(got {parameter.grad.shape})"
-                    )
+                _check_gradient(name, parameter)
             present = np.array([parameter.grad is not None for _, parameter in named] + [0] * 3, np.float64)
             present[-3:] = call.trailer(group)
         call.exchange(group, present)
+        self._reductions += 1
         if group.size > 1:
             parameters = [p for (_, p), ranks in zip(named, present[:-3], strict=True) if ranks]
             for bucket in self._buckets(parameters):
                 self._average(bucket)
 
-    def _call(self, direction: str, arrays: dict[str, Array]) -> Call:
-        description = [(name, array.shape, array.dtype.name) for name, array in arrays.items()]
-        code = zlib.crc32(repr(description).encode())
-        name = f"DistributedDataParallel with arrays of code {code:08x}"
-        return Call(name, len(arrays), direction, self._reductions)
+    def _description(self, arrays: dict[str, Array]) -> list[str]:
+        """Describe all that the messages between ranks depend on."""
+        return [
+            *(
+                f"{name}: shape {array.shape}, type {array.dtype.str} {array.dtype.name}, "
+                f"of {module_of(array).__name__}"
+                if hasattr(array, "dtype")
+                else f"{name}: {type(array).__name__}"
+                for name, array in arrays.items()
+            ),
+            f"bucket_cap_mb: {self.bucket_cap_mb}",
+        ]
 
     def _already_reduced(self) -> set[int]:
-        layers = [
-            layer
-            for _, layer in self.module.named_modules()
-            if isinstance(layer, _BatchNorm)
-            and layer.grad_reduction != "none"
-            and as_group(layer.process_group).has_same_ranks(self.process_group)
-        ]
-        return {id(parameter) for layer in layers for parameter in (layer.weight, layer.bias)}
+        """Return the parameters whose gradients come from layers alone that reduce them over these ranks."""
+        reduced: set[int] = set()
+        others: set[int] = set()
+        for _, module in self.module.named_modules():
+            is_reducing = (
+                isinstance(module, _BatchNorm)
+                and module.grad_reduction != "none"
+                and as_group(module.process_group).has_same_ranks(self.process_group)
+            )
+            own = {id(leaf) for _, leaf in module._leaves() if isinstance(leaf, Parameter)}
+            (reduced if is_reducing else others).update(own)
+        return reduced - others
 
     def _buckets(self, parameters: list[Parameter]) -> list[list[Parameter]]:
         """Divide parameters into runs of one type that fit into a message."""
@@ -181,9 +198,74 @@ class DistributedDataParallel(Module):
         group.allreduce(total)
         total /= group.size
         for parameter, part in zip(bucket, parts, strict=True):
-            if parameter.grad is None:
+            if parameter.grad is None or not _is_writeable(parameter.grad):
                 parameter.grad = xp.empty_like(parameter.data)
             parameter.grad[...] = part.reshape(parameter.data.shape)
+
+
+def _backend(name: str, array: Any) -> Backend:
+    try:
+        return backend_of(array)
+    except TypeError as error:
+        raise TypeError(f"{name}: {error}") from None
+
+
+def _check_array(name: str, array: Any) -> None:
+    _backend(name, array)
+    if not _is_writeable(array):
+        raise ValueError(f"expected {name} to be writeable (got a read-only array): use array.copy()")
+
+
+def _check_gradient(name: str, parameter: Parameter) -> None:
+    data, gradient = parameter.data, parameter.grad
+    if gradient is None:
+        return
+    if _backend(f"gradient of {name}", gradient) is not _backend(name, data):
+        raise TypeError(
+            f"expected the gradient of {name} on its device, an array of {module_of(data).__name__} "
+            f"(got {module_of(gradient).__name__})"
+        )
+    for array, what in (data, name), (gradient, f"the gradient of {name}"):
+        if array.dtype.kind in "biuOSU":
+            raise TypeError(f"expected {what} in floating point (got {array.dtype}): use .astype(...)")
+    if gradient.shape != data.shape:
+        raise ValueError(
+            f"expected the gradient of {name} to have its shape {data.shape} (got {gradient.shape})"
+        )
+
+
+def _is_writeable(array: Array) -> bool:
+    return not isinstance(array, np.ndarray) or array.flags.writeable
+
+
+def _check_alike(group: ProcessGroup, description: list[str]) -> None:
+    """Compare a description with that of rank 0, exactly: broadcasts of other lengths would crash."""
+    if group.size == 1:
+        return
+    own = json.dumps(description).encode()
+    length = np.array([len(own)])
+    group.broadcast(length)
+    first = np.zeros(length[0], np.uint8)
+    if group.rank == 0:
+        first[:] = np.frombuffer(own, np.uint8)
+    group.broadcast(first)
+    differs = np.zeros(group.size)
+    differs[group.rank] = first.tobytes() != own
+    group.allreduce(differs)
+    if not differs.any():
+        return
+    others = np.flatnonzero(differs)
+    if not differs[group.rank]:
+        raise RankMismatchError(
+            f"rank {others[0]} has another module than rank 0, unlike rank {group.rank}: see the error there"
+        )
+    theirs = json.loads(first.tobytes())
+    pairs = itertools.zip_longest(description, theirs, fillvalue="nothing more")
+    here, there = next(pair for pair in pairs if pair[0] != pair[1])
+    raise RankMismatchError(
+        f"rank {group.rank} has another module than rank 0: {here} here, {there} there. "
+        "All ranks must construct the same model with the same arguments"
+    )
 
 
 def _fit_together(a: Parameter, b: Parameter) -> bool:
@@ -192,6 +274,6 @@ def _fit_together(a: Parameter, b: Parameter) -> bool:
 
 
 def _sum_type(parameter: Parameter) -> np.dtype[Any]:
-    """MPI adds up float32 and float64, not 16-bit floats."""
-    dtype: np.dtype[Any] = parameter.data.dtype
+    """MPI adds up float32 and float64 of this machine's byte order, not 16-bit floats."""
+    dtype: np.dtype[Any] = parameter.data.dtype.newbyteorder("=")
     return np.dtype(np.float32) if dtype.itemsize == 2 else dtype

@@ -23,13 +23,15 @@ class Call(NamedTuple):
 
     name: str
     channels: int
+    """0 if it is none of a layer's."""
     direction: str
     """"forward" or "backward"."""
     number: int
     """How many exchanges the layer had made before; a backward has the number of its forward."""
 
     def __str__(self) -> str:
-        return f"{self.direction} {self.number} of {self.name} ({self.channels} channels)"
+        count = f" ({self.channels} channels)" if self.channels else ""
+        return f"{self.direction} {self.number} of {self.name}{count}"
 
     def trailer(self, group: ProcessGroup) -> tuple[float, float, float]:
         """End of the vector of a rank without fault, ``(fault, tag, tag²)``.
@@ -114,13 +116,13 @@ class _FaultsJoin:
             vector[-3:] = self.call.trailer(self.group)
             vector[-3] = _fault_code(self.group)
             try:
-                sum_ = self.call._sum(self.group, self.library.asarray(vector))
+                sum_ = self.call._sum(self.group, self.group.alike(vector, self.library))
                 _known_to(self.group, error)
                 if not isinstance(sum_, np.ndarray):  # an exchange of NCCL: the others may end it by an error
                     with contextlib.suppress(RemoteRankError, RankMismatchError):
                         self.call._defer(self.group, sum_[-3:])
-            except CollectiveTimeoutError as late:
-                error.add_note(f"The other ranks did not hear of it: {late}")
+            except Exception as late:  # a timeout, or no memory on the GPU for the vector
+                error.add_note(f"The other ranks did not hear of it: {str(late) or type(late).__name__}")
 
 
 def _known_to(group: ProcessGroup, error: Exception) -> None:

@@ -138,3 +138,9 @@ class Exchange:
         for request, partner in self._outgoing:
             if not request.Test():  # mostly it has gone
                 wait(request, partner)
+
+    def free(self) -> None:
+        """Free the requests, when no sum is under way."""
+        for message in self._messages:
+            for request in filter(None, [message.incoming, *message.outgoing]):
+                request.Free()

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import math
+import operator
 import os
 import pickle
 import sys
+import threading
 import time
 import uuid
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any, cast
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import numpy as np
 
 from cupy_syncbn import host_exchange, transports
-from cupy_syncbn.errors import CollectiveTimeoutError
+from cupy_syncbn.errors import CollectiveTimeoutError, RankMismatchError, RemoteRankError
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -29,8 +33,16 @@ DEFAULT_TIMEOUT = 600.0
 """Seconds that a collective waits for the other ranks, unless CUPY_SYNCBN_TIMEOUT says otherwise."""
 
 # Set for each rank by the launchers of Open MPI, MPICH and Intel MPI (also by srun --mpi=pmi2),
-# PMIx (srun --mpi=pmix, prterun), MVAPICH2, and HPE Cray's PALS.
-_LAUNCHER_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "MV2_COMM_WORLD_RANK", "PALS_RANKID")
+# PMIx (srun --mpi=pmix, prterun), MVAPICH2 and 3, and HPE Cray's PALS and ALPS.
+_LAUNCHER_VARIABLES = (
+    "OMPI_COMM_WORLD_RANK",
+    "PMI_RANK",
+    "PMIX_RANK",
+    "MV2_COMM_WORLD_RANK",
+    "MVP_COMM_WORLD_RANK",
+    "PALS_RANKID",
+    "ALPS_APP_PE",
+)
 
 _SPINS_BEFORE_YIELD = range(50)
 """Tests of a request before the core is offered to others, such as ranks that share it."""
@@ -96,6 +108,24 @@ class ProcessGroup(ABC):
             If a rank does not come within the timeout.
         """
         return self.allreduce(vector)
+
+    def alike(self, vector: Array, library: ModuleType) -> Array:
+        """Turn a vector into one that meets those of the other ranks, which are arrays of `library`.
+
+        Parameters
+        ----------
+        vector : array
+            Of NumPy.
+        library : module
+            numpy or cupy.
+
+        Returns
+        -------
+        array
+            Of `library`, unless the others' come by memory of the host: that takes none of the GPU's.
+        """
+        result: Array = library.asarray(vector)
+        return result
 
     def defer(self, trailer: Array, check: Callable[[list[float]], None], call: object) -> None:
         """Look at the trailer of an exchange that is not in memory of the host: now, or later.
@@ -221,6 +251,7 @@ class MPIProcessGroup(ProcessGroup):
         if comm == MPI.COMM_NULL:
             raise ValueError("expected a communicator (got MPI.COMM_NULL): this process is not in it")
         self.rank, self.size = comm.rank, comm.size
+        self._is_world = MPI.Comm.Compare(comm, MPI.COMM_WORLD) != MPI.UNEQUAL
         self.host: str = MPI.Get_processor_name()
         self.timeout = _timeout(timeout)
         self.transport = _transport(transport)
@@ -251,7 +282,10 @@ class MPIProcessGroup(ProcessGroup):
         if not _is_numpy(buffer):
             total: Array = self._carrier.allreduce(buffer)
             return total
-        self._allreduce_in_place(buffer)
+        from mpi4py import MPI
+
+        with self._opened() as channel:
+            self._complete(channel.comm.Iallreduce(MPI.IN_PLACE, buffer, op=MPI.SUM), buffer)
         return buffer
 
     def exchange(self, vector: Array) -> Array:
@@ -276,21 +310,41 @@ class MPIProcessGroup(ProcessGroup):
             ending: Array = self._carrier.exchange(vector)
             return ending
         channel = self._channel
-        if channel is None or channel.given_up:
+        if channel is None or channel.unusable:
             channel = self._opened()
-        self._deadline = None
-        try:
-            exchange = channel.exchanges.get(vector.size)
-            if exchange is None:
-                exchange = host_exchange.Exchange(
-                    channel.comm, self.rank, self.size, vector.size, channel.place
-                )
-                channel.exchanges[vector.size] = exchange
-            exchange.sum(vector, self._wait)
-        except BaseException as error:
-            channel.give_up(error)
-            raise
+        with channel:
+            self._deadline = None
+            try:
+                exchange = channel.exchanges.get(vector.size)
+                if exchange is None:
+                    exchange = host_exchange.Exchange(
+                        channel.comm, self.rank, self.size, vector.size, channel.place
+                    )
+                    channel.exchanges[vector.size] = exchange
+                exchange.sum(vector, self._wait)
+            except BaseException as error:
+                channel.give_up(error)
+                raise
         return vector
+
+    def alike(self, vector: Array, library: ModuleType) -> Array:
+        """Turn a vector into one that meets those of the other ranks; see `ProcessGroup.alike`.
+
+        Parameters
+        ----------
+        vector : array
+            Of NumPy.
+        library : module
+            numpy or cupy.
+
+        Returns
+        -------
+        array
+            `vector` itself if the others' come by memory of the host.
+        """
+        if library is np or isinstance(self._carrier, transports.HostStaged):
+            return vector
+        return super().alike(vector, library)
 
     def defer(self, trailer: Array, check: Callable[[list[float]], None], call: object) -> None:
         """Look at the trailer of an exchange: by NCCL, when the GPU has it."""
@@ -323,21 +377,18 @@ class MPIProcessGroup(ProcessGroup):
         ------
         CollectiveTimeoutError
             If a rank does not come within the timeout.
+        ValueError
+            If `buffer` is not contiguous.
         """
-        if not _is_numpy(buffer):
+        is_numpy = _is_numpy(buffer)
+        if not buffer.flags.c_contiguous:  # its bytes could only be had by a copy
+            raise ValueError(f"expected a contiguous buffer (got one of strides {buffer.strides})")
+        if not is_numpy:
             self._carrier.broadcast(buffer, root)
-        else:
-            self._broadcast_in_place(_bytes(buffer), root)
-
-    def _allreduce_in_place(self, buffer: Array) -> None:
-        """Sum up a buffer that MPI takes as it is."""
-        from mpi4py import MPI
-
-        self._complete(self._opened().comm.Iallreduce(MPI.IN_PLACE, buffer, op=MPI.SUM), buffer)
-
-    def _broadcast_in_place(self, buffer: Array, root: int) -> None:
-        """Broadcast a buffer that MPI takes as it is."""
-        self._complete(self._opened().comm.Ibcast(buffer, root), buffer)
+            return
+        data = buffer.reshape(-1).view("u1")  # bytes, as MPI has no type for 16-bit floats
+        with self._opened() as channel:
+            self._complete(channel.comm.Ibcast(data, root), data)
 
     def gather_objects(self, value: Any) -> list[Any]:
         """Return the small objects of all ranks (**collective**).
@@ -359,7 +410,8 @@ class MPIProcessGroup(ProcessGroup):
         """
         own = transports.pack(value)
         everyones = np.empty((self.size, own.size), np.uint8)
-        self._complete(self._opened().comm.Iallgather(own, everyones), own, everyones)
+        with self._opened() as channel:
+            self._complete(channel.comm.Iallgather(own, everyones), own, everyones)
         return [pickle.loads(row) for row in everyones]
 
     def broadcast_object(self, value: Any) -> Any:
@@ -381,7 +433,7 @@ class MPIProcessGroup(ProcessGroup):
             If a rank does not come within the timeout.
         """
         data = transports.pack(value)
-        self._broadcast_in_place(data, 0)
+        self.broadcast(data)
         return pickle.loads(data)
 
     @contextlib.contextmanager
@@ -407,13 +459,13 @@ class MPIProcessGroup(ProcessGroup):
         CollectiveTimeoutError
             If an earlier exchange was given up; `wait` also if the partner does not come in time.
         """
-        channel = self._opened()
-        self._deadline = None
-        try:
-            yield channel.comm, self._wait
-        except BaseException as error:
-            channel.give_up(error, *needed)
-            raise
+        with self._opened() as channel:
+            self._deadline = None
+            try:
+                yield channel.comm, self._wait
+            except BaseException as error:
+                channel.give_up(error, *needed)
+                raise
 
     def has_same_ranks(self, other: ProcessGroup) -> bool:
         """Tell whether two groups, both with this process in them, are of the same ranks."""
@@ -425,9 +477,7 @@ class MPIProcessGroup(ProcessGroup):
 
     def __reduce__(self) -> tuple[Callable[..., ProcessGroup | None], tuple[str, ...]]:
         """Pickle all ranks of the world as `default_group()` where they are loaded; others by a token."""
-        from mpi4py import MPI
-
-        if MPI.Comm.Compare(self._comm, MPI.COMM_WORLD) != MPI.UNEQUAL:
+        if self._is_world:
             return _unpickled_world, ()
         _pickled[self._token] = self
         return _unpickled, (self._token,)
@@ -446,6 +496,10 @@ class MPIProcessGroup(ProcessGroup):
         if self._channel is None:
             from mpi4py import MPI
 
+            if self._comm == MPI.COMM_NULL:
+                raise RuntimeError(_FREED)
+            if os.getpid() in _forked:
+                raise RuntimeError(_FORKED)
             keyval = _keyval("channel")
             self._channel = cast("_Channel | None", self._comm.Get_attr(keyval))
             if self._channel is None:
@@ -453,14 +507,13 @@ class MPIProcessGroup(ProcessGroup):
                 comm, request = self._comm.Idup()
                 self._channel = _Channel(comm)
                 self._comm.Set_attr(keyval, self._channel)
-                self._complete(request)
+                with self._channel:
+                    self._complete(request)
                 # Messages of other lengths are errors to catch, whatever the caller's communicator does.
                 comm.Set_errhandler(MPI.ERRORS_RETURN)
-        if self._channel.given_up:
-            raise CollectiveTimeoutError(
-                "an earlier exchange on this communicator was given up, and its ranks are out of step: "
-                + self._channel.given_up
-            )
+        if self._channel.unusable:
+            kind, reason = self._channel.unusable
+            raise kind(reason)
         return self._channel
 
     def _complete(self, request: MPI.Request, *needed: Array) -> None:
@@ -528,7 +581,7 @@ class NCCLProcessGroup(MPIProcessGroup):
 
 
 class _Channel:
-    """The one duplicate of a communicator, and what MPI uses for its messages."""
+    """The one duplicate of a communicator, and what MPI uses for its messages; the context of an exchange."""
 
     def __init__(self, comm: MPI.Comm) -> None:
         from mpi4py import MPI
@@ -538,17 +591,64 @@ class _Channel:
         self.place = np.empty(host_exchange.LONGEST)
         self.exchanges: dict[int, host_exchange.Exchange] = {}
         """By the length of the vector."""
-        self.given_up = ""
-        """Why no more messages can travel here, if so."""
+        self.unusable: tuple[type[RuntimeError], str] | None = None
+        """The error that tells why no more messages can travel here, if so."""
+        self._lock = threading.Lock()
+        _channels.add(self)
+
+    def __enter__(self) -> Self:
+        if not self._lock.acquire(blocking=False):
+            raise RuntimeError(
+                "two threads of this process exchange on one communicator at a time: the other ranks cannot "
+                "tell whose turn it is. Give each thread a group of its own, new_group()"
+            )
+        return self
+
+    def __exit__(self, kind: object, error: object, traceback: object) -> None:
+        self._lock.release()
 
     def give_up(self, error: BaseException, *needed: Array) -> None:
         """Use the channel no more, after an error in the middle of an exchange that needed some arrays."""
-        self.given_up = str(error) or type(error).__name__
+        self.unusable = (
+            CollectiveTimeoutError,
+            "an earlier exchange on this communicator was given up, and its ranks are out of step: "
+            + (str(error) or type(error).__name__),
+        )
         _left_to_mpi.append((self, needed))
 
+    def free(self) -> None:
+        """Free the duplicate with the communicator that it is of, unless MPI may still use it."""
+        from mpi4py import MPI
 
+        if not self.unusable and not MPI.Is_finalized():
+            self.unusable = RuntimeError, _FREED
+            for exchange in self.exchanges.values():
+                exchange.free()
+            self.comm.Free()
+
+
+_channels: weakref.WeakSet[_Channel] = weakref.WeakSet()
 _left_to_mpi: list[tuple[_Channel, tuple[Array, ...]]] = []
 """What exchanges needed that were given up: kept for ever, as MPI may still read and write it."""
+
+_FREED = "the communicator of this group was freed: make another group, and assign it to its layers"
+_FORKED = (
+    "this process was forked from a rank, and MPI does not go on in it: leave the exchanges to the rank, or "
+    "use process_group=SingleProcessGroup() here"
+)
+_forked: set[int] = set()
+"""The number of this process, if it was forked from one that had imported this module."""
+
+
+def _after_fork() -> None:
+    """Keep a child from using what belongs to its parent."""
+    _forked.add(os.getpid())
+    for channel in _channels:
+        channel.unusable = RuntimeError, _FORKED
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 class _Unusable(ProcessGroup):
@@ -600,20 +700,24 @@ def _keyval(purpose: str) -> int:
     """Key of an attribute in which a communicator keeps what belongs to it: its channel, its group."""
     from mpi4py import MPI
 
-    return MPI.Comm.Create_keyval()
+    def freed(comm: MPI.Comm, keyval: int, value: object) -> None:
+        if isinstance(value, _Channel):
+            value.free()
 
-
-def _bytes(buffer: Array) -> Array:
-    """View any dtype as bytes, as MPI has no type for 16-bit floats."""
-    return buffer.reshape(-1).view("u1")
+    return MPI.Comm.Create_keyval(delete_fn=freed)
 
 
 def _is_numpy(buffer: object) -> bool:
-    return isinstance(buffer, np.ndarray)
+    """Tell an array of NumPy from one of CuPy."""
+    if isinstance(buffer, np.ndarray):
+        return True
+    if not isinstance(buffer, getattr(sys.modules.get("cupy"), "ndarray", ())):
+        raise TypeError(f"expected a NumPy or CuPy array (got {type(buffer).__name__})")
+    return False
 
 
 def _transport(name: str | None) -> str:
-    name = os.environ.get("CUPY_SYNCBN_TRANSPORT", "auto") if name is None else name
+    name = (os.environ.get("CUPY_SYNCBN_TRANSPORT") or "auto") if name is None else name
     if name not in transports.TRANSPORTS:
         raise ValueError(
             f"expected a transport of {', '.join(map(repr, transports.TRANSPORTS))} (got {name!r})"
@@ -623,12 +727,12 @@ def _transport(name: str | None) -> str:
 
 def _timeout(seconds: float | None) -> float:
     if seconds is None:
-        text = os.environ.get("CUPY_SYNCBN_TIMEOUT", str(DEFAULT_TIMEOUT))
+        text = os.environ.get("CUPY_SYNCBN_TIMEOUT") or str(DEFAULT_TIMEOUT)
         try:
             seconds = float(text)
         except ValueError:
             raise ValueError(f"expected CUPY_SYNCBN_TIMEOUT to be seconds (got {text!r})") from None
-    if not seconds > 0:
+    if isinstance(seconds, str) or not seconds > 0:
         raise ValueError(f"expected a timeout of more than 0 seconds (got {seconds!r})")
     return seconds
 
@@ -636,7 +740,18 @@ def _timeout(seconds: float | None) -> float:
 @functools.cache
 def _launched() -> bool:
     """Tell whether an MPI launcher started this process."""
-    return any(name in os.environ for name in _LAUNCHER_VARIABLES)
+    return any(name in os.environ for name in _LAUNCHER_VARIABLES) and not _is_worker()
+
+
+def _is_worker() -> bool:
+    """Tell whether multiprocessing started this: it has a rank's variables, but must not start MPI."""
+    if "multiprocessing" not in sys.modules:
+        return False
+    from multiprocessing import parent_process
+
+    # While the program is imported there, only the name of its module tells.
+    program = getattr(sys.modules.get("__mp_main__"), "__name__", "")
+    return program == "__mp_main__" or parent_process() is not None
 
 
 def default_group() -> ProcessGroup:
@@ -704,10 +819,31 @@ def as_group(process_group: ProcessGroup | MPI.Intracomm | None) -> ProcessGroup
     )
 
 
-def _meet(comm: MPI.Intracomm, timeout: float | None) -> None:
-    """Wait for all ranks of a communicator before MPI does, which would wait for ever (**collective**)."""
-    if comm.size > 1:
-        MPIProcessGroup(comm, timeout=timeout).allreduce(np.zeros(1))
+def _meet(group: MPIProcessGroup, request: str, error: Exception | None) -> None:
+    """Compare what all ranks ask for, and wait for them before MPI does, for ever (**collective**).
+
+    Raises
+    ------
+    Exception
+        `error`, which this rank has found in its own arguments.
+    RemoteRankError
+        If another rank has found one.
+    RankMismatchError
+        If the ranks ask for different groups.
+    """
+    digest = hashlib.sha256(request.encode()).hexdigest()
+    everyones = group.gather_objects((error is not None, digest, request[:200])) if group.size > 1 else []
+    if error is not None:
+        raise error
+    failed = [rank for rank, (has_failed, _, _) in enumerate(everyones) if has_failed]
+    if failed:
+        raise RemoteRankError(f"rank {failed[0]} failed before {request}: see the error there")
+    for rank, (_, other_digest, other) in enumerate(everyones):
+        if other_digest != digest:
+            raise RankMismatchError(
+                f"rank {group.rank} asks for {request}, but rank {rank} for {other}: "
+                "all ranks must ask for the same"
+            )
 
 
 def new_group(
@@ -737,8 +873,12 @@ def new_group(
 
     Raises
     ------
-    ValueError
+    TypeError, ValueError
         If the ranks are not distinct ranks of `comm`, or the transport is unknown.
+    RemoteRankError
+        If that is so of the ranks that another process gives.
+    RankMismatchError
+        If other processes give other ranks.
     CollectiveTimeoutError
         If a rank of `comm` does not come within the timeout.
 
@@ -747,15 +887,23 @@ def new_group(
     **Collective** over `comm`: each of its processes calls it, with the same ranks. Make groups once, not in
     each step: they are never freed, and MPI has only so many communicators (MPICH 2048).
     """
-    transport = _transport(transport)
     from mpi4py import MPI
 
     comm = MPI.COMM_WORLD if comm is None else comm
-    members = list(range(comm.size)) if ranks is None else [int(rank) for rank in ranks]
-    if not members or len(set(members)) < len(members) or not set(members) <= set(range(comm.size)):
-        raise ValueError(f"expected distinct ranks between 0 and {comm.size - 1} (got {members})")
+    parent = MPIProcessGroup(comm, transport="mpi", timeout=timeout)
+    members = list(range(comm.size))
+    error: Exception | None = None
+    try:
+        transport = _transport(transport)
+        members = members if ranks is None else [operator.index(rank) for rank in ranks]
+        if not members or len(set(members)) < len(members) or not set(members) <= set(range(comm.size)):
+            raise ValueError(f"expected distinct ranks between 0 and {comm.size - 1} (got {members})")
+    except TypeError:
+        error = TypeError(f"expected ranks to be integers, or None for all (got {ranks!r})")
+    except ValueError as wrong:
+        error = wrong
+    _meet(parent, f"new_group({members}, transport={transport!r})", error)
     is_member = comm.rank in members
-    _meet(comm, timeout)
     part = comm.Split(0 if is_member else MPI.UNDEFINED, members.index(comm.rank) if is_member else 0)
     if not is_member:
         return _Unusable(f"this process is not a member of the group of ranks {members}")
@@ -791,6 +939,10 @@ def split_group(
     ------
     ValueError
         If `group_size` does not divide the number of ranks.
+    RemoteRankError
+        If that is so of another process's.
+    RankMismatchError
+        If other processes give another `group_size`.
     CollectiveTimeoutError
         If a rank of `comm` does not come within the timeout.
 
@@ -801,8 +953,14 @@ def split_group(
     from mpi4py import MPI
 
     comm = MPI.COMM_WORLD if comm is None else comm
-    if group_size < 1 or comm.size % group_size:
-        raise ValueError(f"expected a group_size that divides {comm.size} ranks (got {group_size})")
-    _meet(comm, timeout)
+    parent = MPIProcessGroup(comm, transport="mpi", timeout=timeout)
+    error = None
+    try:
+        transport = _transport(transport)
+        if group_size < 1 or comm.size % group_size:
+            raise ValueError(f"expected a group_size that divides {comm.size} ranks (got {group_size})")
+    except ValueError as wrong:
+        error = wrong
+    _meet(parent, f"split_group({group_size}, transport={transport!r})", error)
     part = comm.Split(comm.rank // group_size, comm.rank)
     return MPIProcessGroup(part, transport=transport, timeout=timeout)

@@ -36,6 +36,9 @@ _PACKED = 1024
 _PERIOD = 0.1
 """Seconds between two looks at what NCCL does."""
 
+_NOT_READY = 600
+"""CUDA's cudaErrorNotReady: what an event is asked about has not ended."""
+
 _TAG = 2
 """Of messages that carry arrays on the GPU; those of `host_exchange` have another."""
 
@@ -86,8 +89,8 @@ class HostStaged:
         buffer.set(host)
 
 
-_pinned: dict[tuple[int, int, int], Array] = {}
-"""Memory that is used again, by thread, device and stream.
+_pinned: dict[tuple[int, int, int], tuple[Array, Any]] = {}
+"""Memory that is used again, by thread, device and stream, and the stream: another must not get its address.
 
 What a stream copies out is there when the host has waited for it, and by then its copy in before that has
 ended too: so one piece is enough for a stream, and one for all would be too few. It is freed only for a
@@ -98,14 +101,15 @@ larger one, as a copy in may be under way when the group is gone.
 def _on_host(buffer: Array) -> Array:
     """Return a copy of a CuPy array in pinned memory, when it is complete."""
     cupy = _cupy()
-    key = threading.get_ident(), buffer.device.id, cupy.cuda.get_current_stream().ptr
-    pinned = _pinned.get(key)
+    stream = cupy.cuda.get_current_stream()
+    key = threading.get_ident(), buffer.device.id, stream.ptr
+    pinned, _ = _pinned.get(key, (None, None))
     if pinned is None or pinned.nbytes < buffer.nbytes:
         memory = cupy.cuda.alloc_pinned_memory(max(buffer.nbytes, 1))
         pinned = np.frombuffer(memory, np.uint8)
     host: Array = pinned[: buffer.nbytes].view(buffer.dtype).reshape(buffer.shape)
     buffer.get(out=host)
-    _pinned[key] = pinned  # only now has the copy in ended that may have read a smaller one
+    _pinned[key] = pinned, stream  # only now has the copy in ended that may have read a smaller one
     return host
 
 
@@ -203,7 +207,7 @@ class NCCL:
     Raises
     ------
     RuntimeError
-        If NCCL is missing on a rank, or two ranks share a GPU.
+        If NCCL is missing on a rank, two ranks share a GPU, or NCCL finds no way between the ranks in time.
 
     Notes
     -----
@@ -219,7 +223,7 @@ class NCCL:
         self._nccl = _nccl()
         unique_id = _unique_id(self._nccl, group)
         self._device = _cupy().cuda.runtime.getDevice()
-        communicator = self._nccl.NcclCommunicator(group.size, unique_id, group.rank)
+        communicator = _communicator(self._nccl, unique_id, group, self._device)
         self._operations = _Operations(communicator, self._device, group)
         self._captured: list[_Operation] = []
         threading.Thread(target=self._operations.watch, name="cupy_syncbn NCCL", daemon=True).start()
@@ -298,7 +302,13 @@ class _Operation:
 
     @property
     def ended(self) -> bool:
-        return self.event is not None and self.event.done
+        if self.event is None:
+            return False
+        runtime = _cupy().cuda.runtime
+        status = runtime.eventQuery(self.event.ptr)
+        if status not in (0, _NOT_READY):  # such as an illegal address, after which nothing ends any more
+            raise runtime.CUDARuntimeError(status)
+        return bool(status == 0)
 
     def look(self) -> None:
         """Raise the error that the trailer tells of."""
@@ -323,6 +333,8 @@ class _Operations:
         """Let a function give NCCL an operation, and watch that from now on."""
         operation = _Operation()
         with self._lock:
+            if self._error:
+                raise self._error.with_traceback(None)
             self._pending.append(operation)
         try:
             enqueue(self._communicator, pointer, stream.ptr)
@@ -373,9 +385,19 @@ class _Operations:
                 self._check_progress()
         # Both calls may wait for the other ranks. What the GPU may still write to stays in `_pending`.
         if self._error:
+            while self._host_is_inside():
+                time.sleep(1e-3)
             self._communicator.abort()
         else:
             self._communicator.destroy()
+
+    def _host_is_inside(self) -> bool:
+        """Tell whether the host is in a call of NCCL that abort would pull the memory from, and not stuck."""
+        with self._lock:
+            return any(
+                operation.event is None and time.monotonic() < operation.since + self._timeout
+                for operation in self._pending
+            )
 
     def close(self) -> None:
         """Let the thread end when all operations have. The garbage collector calls this, anywhere."""
@@ -433,6 +455,43 @@ def _unique_id(nccl: Any, group: MPIProcessGroup) -> Any:
     if isinstance(unique_id, str):
         raise RuntimeError(f"transport 'nccl': {unique_id}")
     return unique_id
+
+
+def _communicator(nccl: Any, unique_id: Any, group: MPIProcessGroup, device: int) -> Any:
+    """Return NCCL's communicator, or raise what it could not be made for, on all ranks (**collective**).
+
+    NCCL waits for all ranks there, without an end if one has failed: so a thread does, which is left behind.
+    """
+    made: list[Any] = []
+
+    def make() -> None:
+        try:
+            _cupy().cuda.runtime.setDevice(device)
+            made.append(nccl.NcclCommunicator(group.size, unique_id, group.rank))
+        except Exception as error:
+            made.append(error)
+
+    thread = threading.Thread(target=make, name="cupy_syncbn NCCL's start", daemon=True)
+    thread.start()
+    # Half of it, as a rank that has failed waits below for those that wait here.
+    patience = min(group.timeout / 2, threading.TIMEOUT_MAX)
+    thread.join(patience)
+    own: Any = made[0] if made else None
+    if own is None:
+        outcome = (1, f"it waited {patience:g} s for the other ranks")
+    elif isinstance(own, Exception):
+        outcome = (2, str(own)[: _PACKED // 4])
+    else:
+        outcome = (0, "")
+    everyones: list[tuple[int, str]] = group.gather_objects(outcome)
+    worst = max(everyones)  # an error rather than a wait for the rank that has it
+    if worst[0]:
+        if outcome[0] == 0:
+            own.abort()
+        raise RuntimeError(
+            f"transport 'nccl': NCCL made no communicator on rank {everyones.index(worst)}: {worst[1]}"
+        )
+    return own
 
 
 def _cupy() -> Any:
@@ -503,5 +562,6 @@ def transport_for(group: MPIProcessGroup, name: str) -> Transport:
 def pack(value: Any) -> Array:
     """Return a small object as _PACKED bytes, as the ranks that wait for it cannot know its size."""
     data = pickle.dumps(value)
-    assert len(data) <= _PACKED, f"{len(data)} bytes"
+    if len(data) > _PACKED:
+        raise ValueError(f"expected an object of at most {_PACKED} bytes as a pickle (got {len(data)})")
     return np.frombuffer(data.ljust(_PACKED, b"\0"), np.uint8).copy()

@@ -13,6 +13,7 @@ from cupy_syncbn import (
     RankMismatchError,
     RemoteRankError,
     Sequential,
+    SingleProcessGroup,
     SyncBatchNorm,
     split_group,
 )
@@ -87,14 +88,19 @@ def test_gradient_of_one_rank_counts_as_zero_on_the_others(world):
     assert_close(model.double.grad, np.full(7, 3 / world.size))
 
 
-def test_bad_gradient_of_one_rank(world):
+@pytest.mark.parametrize(
+    ("gradient", "error"),
+    [(np.zeros((100, 300), "f4"), ValueError), (np.zeros((300, 100), int), TypeError), ([0.0], TypeError)],
+    ids=["shape", "dtype", "list"],
+)
+def test_bad_gradient_of_one_rank(world, gradient, error):
     model = Weights()
     ddp = DistributedDataParallel(model)
     model.double.grad = np.full(7, float(world.rank))
     last = world.size - 1
     if world.rank == last:
-        model.large.grad = np.zeros((100, 300), "f4")
-        expected = pytest.raises(ValueError, match="large")
+        model.large.grad = gradient
+        expected = pytest.raises(error, match="large")
     else:
         expected = pytest.raises(RemoteRankError, match=rf"rank {last}\b")
     with expected:
@@ -105,23 +111,109 @@ def test_bad_gradient_of_one_rank(world):
     assert_close(model.double.grad, np.full(7, (world.size - 1) / 2))
 
 
-@pytest.mark.parametrize("difference", ["shape", "dtype", "number"])
+def test_read_only_gradients(world):
+    """As NumPy's view of a JAX array is."""
+    model = Weights()
+    ddp = DistributedDataParallel(model)
+    model.large.grad = np.broadcast_to(np.float32(world.rank), model.large.data.shape)
+    ddp.reduce_gradients()
+    assert_close(model.large.grad, np.full((300, 100), (world.size - 1) / 2))
+
+
+def test_parameters_in_other_byte_order(world):
+    model = Holder(np.ones(3, ">f4"))
+    ddp = DistributedDataParallel(model)
+    model.weight.grad = np.full(3, world.rank, ">f4")
+    ddp.reduce_gradients()
+    assert_close(model.weight.grad.astype("f4"), np.full(3, (world.size - 1) / 2))
+
+
+def test_goes_on_after_ranks_were_in_different_calls(world, rng):
+    layer = SyncBatchNorm(4, name="stem")
+    model = DistributedDataParallel(layer)
+    x = random_batch(rng, (12, 4))
+    model(x)
+    if world.size > 1:
+        with pytest.raises(RankMismatchError):
+            model.reduce_gradients() if world.rank == 0 else model.backward(x)
+    model.backward(x)
+    model.reduce_gradients()
+    world.assert_same(layer.weight.grad)
+
+
+@pytest.mark.parametrize("reductions", [("mean", "none"), ("none", "mean"), ("mean", "mean")])
+def test_weights_shared_by_layers_that_reduce_and_do_not(world, rng, reductions):
+    a, b = (SyncBatchNorm(4, grad_reduction=reduction, dtype="float64") for reduction in reductions)
+    b.weight, b.bias = a.weight, a.bias
+    model = DistributedDataParallel(Sequential(a, b))
+    x, dy = (random_batch(rng, (4 * world.size, 4), "f8") for _ in "12")
+    part = world.part(len(x))
+    model(x[part])
+    model.backward(dy[part])
+    model.reduce_gradients()
+    world.assert_same(a.weight.grad, a.bias.grad)
+    alone = Sequential(*(SyncBatchNorm(4, dtype="float64", process_group=SingleProcessGroup()) for _ in "ab"))
+    alone(x)
+    alone.backward(dy / world.size)
+    assert_close(a.weight.grad, alone[0].weight.grad + alone[1].weight.grad, tolerance=1e-11)
+
+
+@pytest.mark.parametrize("difference", ["shape", "dtype", "byte order", "number", "bucket_cap_mb"])
 def test_ranks_with_different_modules(world, difference):
-    """Broadcasts of different lengths would hang or overwrite memory."""
-    odd = world.rank == world.size - 1
+    """Messages of different lengths would hang or overwrite memory."""
+    last = world.size - 1
+    odd = world.rank == last
+    swapped = np.dtype("f4").newbyteorder() if odd else np.dtype("f4")
     layers = {
         "shape": lambda: [BatchNorm1d(4 if odd else 3)],
         "dtype": lambda: [BatchNorm1d(3, dtype="float64" if odd else "float32")],
+        "byte order": lambda: [Holder(np.ones(3, swapped))],
         "number": lambda: [BatchNorm1d(3) for _ in range(1 + odd)],
+        "bucket_cap_mb": lambda: [BatchNorm1d(3)],
     }
     model = Sequential(*layers[difference]())
     before = snapshot(model)
+    bucket_cap_mb = 0.1 if odd and difference == "bucket_cap_mb" else 25
     if world.size == 1:
-        DistributedDataParallel(model)
+        DistributedDataParallel(model, bucket_cap_mb=bucket_cap_mb)
     else:
-        with pytest.raises(RankMismatchError):
-            DistributedDataParallel(model)
+        expected = {
+            "shape": r"0\.weight: shape \(4,\), .* here, 0\.weight: shape \(3,\), .* there",
+            "number": r"1\.weight: .* here",
+            "bucket_cap_mb": "bucket_cap_mb: 0.1 here, bucket_cap_mb: 25 there",
+        }.get(difference, "type")
+        match = f"rank {last} has another module than rank 0" + (f": .*{expected}" if odd else "")
+        with pytest.raises(RankMismatchError, match=match):
+            DistributedDataParallel(model, bucket_cap_mb=bucket_cap_mb)
     assert_unchanged(model, before)
+
+
+class Holder(Module):
+    """One parameter."""
+
+    def __init__(self, data):
+        self.weight = Parameter(data)
+
+
+def test_different_modules_do_not_pass_for_each_other(world):
+    """Whatever a short hash of their shapes may be."""
+    for size in range(1, 200):
+        if world.size > 1:
+            with pytest.raises(RankMismatchError):
+                DistributedDataParallel(Holder(np.ones(size + 1000 * (world.rank == 0), "f4")))
+
+
+@pytest.mark.parametrize("fault", ["read-only", "list"])
+def test_array_that_cannot_be_broadcast_to(world, fault):
+    good, bad = Holder(np.full(3, world.rank, "f4")), Holder(np.ones(3, "f4"))
+    last = world.size - 1
+    expected = pytest.raises(RemoteRankError, match=f"rank {last} failed before construction")
+    if world.rank == last:
+        bad.weight.data = [1.0] * 3 if fault == "list" else np.broadcast_to(np.float32(1), 3)
+        expected = pytest.raises(TypeError if fault == "list" else ValueError, match=r"1\.weight")
+    with expected:
+        DistributedDataParallel(Sequential(good, bad))
+    assert (good.weight.data == world.rank).all()
 
 
 def test_layers_get_names(world, rng):

@@ -2,8 +2,10 @@
 
 import contextlib
 import copy
+import os
 import subprocess
 import sys
+import threading
 
 import ml_dtypes
 import numpy as np
@@ -15,6 +17,8 @@ from reference import BatchNorm
 from cupy_syncbn import (
     MPIProcessGroup,
     ProcessGroup,
+    RankMismatchError,
+    RemoteRankError,
     SingleProcessGroup,
     SyncBatchNorm,
     default_group,
@@ -96,6 +100,95 @@ def test_new_group_wants_distinct_ranks_of_the_world(world):
     for timeout in 0, -1:
         with pytest.raises(ValueError, match="timeout"):
             new_group(timeout=timeout)
+
+
+def test_ranks_that_ask_for_different_groups(world):
+    """Without a comparison each would get a group, of ranks that others do not mean."""
+    odd, last = world.rank == world.size - 1, world.size - 1
+    if world.size == 1:
+        return
+    for ask in (
+        lambda: new_group([0] if odd else [0, last]),
+        lambda: split_group(1 if odd else world.size),
+        lambda: new_group(transport="mpi" if odd else "auto"),
+    ):
+        with pytest.raises(RankMismatchError, match=f"rank {world.rank} asks for .*, but rank"):
+            ask()
+    with pytest.raises(TypeError if odd else RemoteRankError, match="integers" if odd else f"rank {last} "):
+        new_group(3 if odd else None)
+    assert new_group().size == world.size
+
+
+def test_freed_communicator(world, rng):
+    """Its duplicate is freed with it, as MPI has only so many; layers on it say so."""
+    x = random_array(rng, (4, 3))
+    for _ in range(3):
+        comm = world.comm.Dup()
+        group = MPIProcessGroup(comm)
+        unused = MPIProcessGroup(comm.Dup())
+        layer = SyncBatchNorm(3, process_group=group)
+        layer(x)
+        group.allreduce(np.ones(3))
+        comm.Free()
+        unused._comm.Free()
+        assert group._channel.comm == MPI.COMM_NULL
+        for each in group, unused:
+            with pytest.raises(RuntimeError, match="was freed"):
+                each.allreduce(np.ones(3))
+        if world.size > 1:
+            with pytest.raises(RuntimeError, match="was freed"):
+                layer(x)
+
+
+def test_buffers_that_cannot_be_sent(world):
+    group = MPIProcessGroup(world.comm)
+    with pytest.raises(ValueError, match="contiguous"):
+        group.broadcast(np.ones((3, 4)).T)
+    for call in group.allreduce, group.broadcast:
+        with pytest.raises(TypeError, match="list"):
+            call([1.0])
+    with pytest.raises(ValueError, match="1024"):
+        group.gather_objects("x" * 2000)
+
+
+def test_two_threads(world):
+    """A thread that comes while another exchanges is told so; what that does is not disturbed."""
+    group = MPIProcessGroup(world.comm.Dup())
+    vector, seen = np.full(5, 1.0), []
+
+    def call():
+        with pytest.raises(RuntimeError) as caught:
+            group.allreduce(vector)
+        seen.append(str(caught.value))
+
+    with group._opened():
+        thread = threading.Thread(target=call)
+        thread.start()
+        thread.join()
+    assert "two threads" in seen[0]
+    group.allreduce(vector)
+    assert vector[0] == world.size
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="it takes fork")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_forked_process(world):
+    """It is refused, at once, and the rank goes on."""
+    group, unused = MPIProcessGroup(world.comm.Dup()), MPIProcessGroup(world.comm.Dup())
+    group.allreduce(np.ones(3))
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            for each in group, unused:
+                with pytest.raises(RuntimeError, match="forked"):
+                    each.allreduce(np.ones(3))
+            assert group.size == world.size
+            status = 0
+        finally:
+            os._exit(status)
+    assert os.waitpid(child, 0)[1] == 0
+    group.allreduce(np.ones(3))
 
 
 def test_split_group(world):

@@ -15,7 +15,7 @@ import numpy as np
 from . import work
 from .runtime import EmulatorError
 
-_INVALID_DEVICE, _STREAM_CAPTURE_UNSUPPORTED, _CAPTURED_EVENT = 101, 900, 907
+_INVALID_DEVICE, _NOT_READY, _STREAM_CAPTURE_UNSUPPORTED, _CAPTURED_EVENT = 101, 600, 900, 907
 
 # What tests may change: how many devices there are, and what every device has.
 devices = SimpleNamespace(
@@ -41,9 +41,9 @@ _thread = threading.local()  # .device, .streams: CUDA keeps them for each threa
 
 
 class CUDARuntimeError(RuntimeError):
-    def __init__(self, status, name):
+    def __init__(self, status, name=None):
         self.status = status
-        super().__init__(name)
+        super().__init__(name or f"CUDA's status {status}")
 
 
 def _check_device(number):
@@ -231,11 +231,15 @@ def get_current_stream(device_id=-1):
     return _streams()[-1]
 
 
+_events = weakref.WeakValueDictionary()  # by pointer
+
+
 class Event:
     def __init__(self, block=False, disable_timing=False, interprocess=False):
         self.ptr = next(_next_pointer)
         self._device = Device().id
         self._works, self._time, self._captured = (), None, False
+        _events[self.ptr] = self
 
     def record(self, stream=None):
         stream = get_current_stream() if stream is None else stream
@@ -333,6 +337,7 @@ runtime = SimpleNamespace(
     deviceSynchronize=lambda: Device().synchronize(),
     streamSynchronize=lambda ptr: Stream.from_external(ptr).synchronize(),
     streamIsCapturing=lambda ptr: int(Stream.from_external(ptr).is_capturing()),
+    eventQuery=lambda ptr: 0 if _events[ptr].done else _NOT_READY,
     runtimeGetVersion=lambda: 13000,
     driverGetVersion=lambda: 13000,
 )
