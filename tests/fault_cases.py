@@ -453,6 +453,36 @@ def gradients_reduced_during_a_backward(t):
 
 
 @case()
+def different_groups(t):
+    t.attempt(lambda: new_group([t.size - 1] if t.faulty else [0, t.size - 1], comm=t.comm, timeout=PATIENCE))
+
+
+@case()
+def different_modules(t):
+    layer = SyncBatchNorm(C + t.faulty, process_group=t.group)
+    t.watch(layer)
+    t.attempt(lambda: DistributedDataParallel(layer, t.group))
+    t.subjects.clear()
+
+
+@case()
+def different_buckets(t):
+    layer, _ = t.trained()
+    t.attempt(lambda: DistributedDataParallel(layer, t.group, bucket_cap_mb=1e-6 if t.faulty else 25))
+
+
+@case()
+def gradient_of_integers(t):
+    layer, _ = t.trained()
+    model = DistributedDataParallel(layer, t.group)
+    good = layer.bias.grad
+    if t.faulty:
+        layer.bias.grad = np.zeros(C, int)
+    t.attempt(model.reduce_gradients)
+    layer.bias.grad = good
+
+
+@case()
 def no_member(t):
     """A rank that is not in the group is told so, and disturbs nobody."""
     group = new_group(range(t.size - 1), comm=t.comm, timeout=PATIENCE)

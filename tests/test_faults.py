@@ -138,6 +138,25 @@ WORLD = {
     "gradients_reduced_during_a_backward": [
         Attempt(mismatch("gradients 0 of DistributedDataParallel .*"), mismatch(f"backward 0 of {STEM}"))
     ],
+    "different_groups": [Attempt(*2 * [Error("RankMismatchError", r"asks for new_group\(.*, but rank")])],
+    "different_modules": [
+        Attempt(
+            Error("RankMismatchError", r"weight: shape \(5,\), .* here, weight: shape \(4,\), .* there"),
+            Error("RankMismatchError", "^rank {last} has another module than rank 0"),
+        )
+    ],
+    "different_buckets": [
+        Attempt(
+            Error("RankMismatchError", "bucket_cap_mb: 1e-06 here, bucket_cap_mb: 25 there"),
+            Error("RankMismatchError", "^rank {last} has another module than rank 0"),
+        )
+    ],
+    "gradient_of_integers": [
+        Attempt(
+            Error("TypeError", "gradient of bias in floating point"),
+            remote("gradients 0 of DistributedDataParallel .*"),
+        )
+    ],
     "no_member": [Attempt(Error("RuntimeError", "not a member of the group"), None)],
     "absent_in_forward": [Attempt(None, timeout(FORWARD)), Attempt(None, GIVEN_UP)],
     "absent_in_backward": [Attempt(None, timeout(BACKWARD))],

@@ -16,7 +16,7 @@ from helpers import (
 )
 from reference import BatchNorm
 
-from cupy_syncbn import ProcessGroup, sync_batch_norm, sync_batch_norm_backward
+from cupy_syncbn import ProcessGroup, RankMismatchError, sync_batch_norm, sync_batch_norm_backward
 
 ACTIVATIONS = [None, "relu", "leaky_relu", ("leaky_relu", 0.25)]
 
@@ -379,6 +379,14 @@ def test_variance_of_ranks_far_apart(world, rng, dtype, spread):
     part = slice(64 * world.rank // world.size, 64 * (world.rank + 1) // world.size)
     expected = np.var(x.astype(np.longdouble), axis=(0, 2))
     assert relative_error(global_variance(world, x, part), expected) <= TOLERANCE[np.dtype(dtype)]
+
+
+def test_float64_on_one_rank(world, rng):
+    """It would exchange once more than the others."""
+    x = random_array(rng, (6, 3), "float64" if world.rank == world.size - 1 else "float32")
+    if world.size > 1:
+        with pytest.raises(RankMismatchError):
+            sync_batch_norm(x)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])

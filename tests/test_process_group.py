@@ -11,6 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from helpers import REPOSITORY, assert_close, clean_environment, random_array, random_batch
+from launcher import launch, other_python
 from mpi4py import MPI
 from reference import BatchNorm
 
@@ -335,6 +336,37 @@ def test_layer_names_itself_when_a_rank_does_not_come(world, rng):
             layer(x)
         except CollectiveTimeoutError:
             assert world.size > 1
+
+
+WORKERS = """
+import multiprocessing, sys
+import numpy as np
+from cupy_syncbn import SyncBatchNorm, default_group
+rank = default_group().rank  # on import, as in the README's example: the workers do it too
+
+def load(number):
+    assert default_group().size == 1
+    return np.full((4, 3), number, "f4")
+
+if __name__ == "__main__":
+    layer = SyncBatchNorm(3, momentum=None)
+    with multiprocessing.get_context(sys.argv[1]).Pool(1) as pool:
+        for number in range(3):
+            layer(pool.apply_async(load, (10 * rank + number,)).get(timeout=30))
+    assert default_group().size == 2
+    np.testing.assert_allclose(layer.running_mean, 6, rtol=1e-6)
+"""
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize("library", ["this", "other"])
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_workers_of_multiprocessing(tmp_path, method, library):
+    """They have the variables of their rank, and MPI's end if they start it crashes the job."""
+    (tmp_path / "program.py").write_text(WORKERS)
+    python = sys.executable if library == "this" else other_python()
+    told, status, output = launch(python, 2, ["-m", "mpi4py", str(tmp_path / "program.py"), method], 60)
+    assert status == 0, f"{told}\n{output}"
 
 
 @pytest.mark.serial

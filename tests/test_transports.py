@@ -333,6 +333,26 @@ def test_stream_has_ended_when_mpi_reads(world, cupy, streams, call):
         assert (buffer.get() == (1 if call == "broadcast" else world.size)).all()
 
 
+def test_no_memory_for_the_vector_that_tells_of_it(world, rng, cupy, streams, monkeypatch):
+    needs_ranks(world)
+    layer = SyncBatchNorm(4, device="cuda", process_group=new_group(transport="mpi", timeout=9), name="stem")
+    x = cupy.asarray(random_batch(rng, SHAPE))
+    layer(x)
+
+    def none_left(*arguments, **options):
+        raise MemoryError("none left")
+
+    own, others = (MemoryError, "none left"), (RemoteRankError, "rank 1 failed before forward")
+    error, match = own if world.rank == 1 else others
+    with monkeypatch.context() as patch:
+        if world.rank == 1:
+            for name in "empty", "zeros", "asarray", "array":
+                patch.setattr(cupy, name, none_left)
+        with pytest.raises(error, match=match):
+            layer(x)
+    layer(x)
+
+
 class BetweenTwoRanks:
     """A communicator whose other functions may not take addresses on the GPU, as in Open MPI."""
 
@@ -557,6 +577,31 @@ def test_unique_id_that_cannot_be_made(world, cupy, nccl, monkeypatch):
     expect_on_all_ranks("rank 0: NCCL_ERROR_SYSTEM_ERROR", cupy)
 
 
+@pytest.mark.parametrize("fault", ["error", "wait"])
+def test_communicator_that_cannot_be_made(world, cupy, nccl, monkeypatch, fault):
+    """Where a rank fails NCCL keeps the others waiting, longer than the timeout."""
+    needs_ranks(world)
+    monkeypatch.setattr(nccl_stand_in, "PATIENCE", 2.0)
+    proceed = threading.Event()
+
+    def broken(*arguments):
+        if fault == "error":
+            raise nccl.NcclError(1)
+        proceed.wait(3)
+
+    if world.rank == 1:
+        monkeypatch.setattr(nccl, "NcclCommunicator", broken)
+    group = new_group(transport="nccl", timeout=1)
+    start = time.monotonic()
+    where = "rank 1: .*CUDA" if fault == "error" else r"rank \d: it waited 0.5 s"
+    with pytest.raises(RuntimeError, match=f"made no communicator on {where}"):
+        group.allreduce(cupy.ones(3))
+    assert time.monotonic() - start < 1.5
+    proceed.set()
+    eventually(lambda: not any("NCCL's start" in thread.name for thread in threading.enumerate()), "stuck", 9)
+    world.comm.Barrier()
+
+
 def test_unique_id_of_older_cupy(world, cupy, nccl, monkeypatch):
     """Before CuPy 14 it is a tuple of signed numbers."""
     seen = []
@@ -725,6 +770,41 @@ def test_call_that_blocks_in_nccl(world, cupy, nccl, monkeypatch):
     monkeypatch.setattr(communicator, "allReduce", all_reduce)
     with pytest.raises(CollectiveTimeoutError):
         group.allreduce(cupy.ones(3))
+
+
+def test_abort_waits_for_the_host_to_leave_nccl(world, cupy, nccl, monkeypatch):
+    """It frees what the call works on. Only a call that is stuck is not waited for."""
+    group = new_group(transport="nccl", timeout=20)
+    group.allreduce(cupy.ones(3))
+    communicator, inside, found = communicator_of(group), [], []
+    abort = communicator.abort
+
+    def all_reduce(*arguments):
+        inside.append(True)
+        communicator.asynchronous_error = 6
+        eventually(lambda: group._carrier._operations._error, "the error was not noticed")
+        time.sleep(0.05)
+        inside.clear()
+
+    monkeypatch.setattr(communicator, "allReduce", all_reduce)
+    monkeypatch.setattr(communicator, "abort", lambda: (found.append(bool(inside)), abort()))
+    group.allreduce(cupy.ones(3))
+    eventually(lambda: found, "it was not aborted")
+    assert found == [False]
+    with pytest.raises(nccl.NcclError, match="REMOTE"):
+        group.allreduce(cupy.ones(3))
+    world.comm.Barrier()
+
+
+def test_error_of_the_gpu(world, cupy, nccl, monkeypatch):
+    """After an illegal address nothing ends any more: it is not for the other ranks to wait for."""
+    group = new_group(transport="nccl", timeout=20)
+    group.allreduce(cupy.ones(3))
+    group.check_errors()
+    monkeypatch.setattr(cupy.cuda.runtime, "eventQuery", lambda pointer: 700)
+    with pytest.raises(cupy.cuda.runtime.CUDARuntimeError, match="700"):
+        group.allreduce(cupy.ones(3)), group.check_errors()
+    world.comm.Barrier()
 
 
 def test_error_of_a_call(world, cupy, nccl, monkeypatch):
