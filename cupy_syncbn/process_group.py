@@ -123,6 +123,11 @@ class ProcessGroup(ABC):
         -------
         array
             Of `library`, unless the others' come by memory of the host: that takes none of the GPU's.
+
+        Raises
+        ------
+        MemoryError
+            If the GPU has none left.
         """
         result: Array = library.asarray(vector)
         return result
@@ -341,6 +346,11 @@ class MPIProcessGroup(ProcessGroup):
         -------
         array
             `vector` itself if the others' come by memory of the host.
+
+        Raises
+        ------
+        MemoryError
+            If the GPU has none left.
         """
         if library is np or isinstance(self._carrier, transports.HostStaged):
             return vector
