@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import functools
+import os
 import sys
 
 from cupy_syncbn import config
-from cupy_syncbn.device import bind_device
 
 
 def main() -> int:
@@ -21,11 +19,15 @@ def main() -> int:
     )
     parser.add_argument("--json", action="store_true", help="write one JSON object: see show_config()")
     arguments = parser.parse_args()
-    comm, _ = config.world()
-    with contextlib.suppress(Exception):  # the report tells what the GPU lacks
-        bind_device(comm)
-    facts = config.survey(functools.partial(print, flush=True), as_json=arguments.json)
+    facts = config.survey(_print, as_json=arguments.json, bind=True)
     return 0 if facts["ok"] else 1
+
+
+def _print(text: str) -> None:
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # by a reader that has seen enough, such as head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where Python flushes at the end
 
 
 if __name__ == "__main__":

@@ -104,13 +104,20 @@ def show_config(mode: str = "stdout", *, file: TextIO | None = None) -> dict[str
     return facts if mode == "dicts" else None
 
 
-def survey(write: Callable[[str], None] | None = None, *, as_json: bool = False) -> dict[str, Any]:
-    """Return what `show_config` does, and let rank 0 write it as text or JSON (**collective**)."""
+def survey(
+    write: Callable[[str], None] | None = None, *, as_json: bool = False, bind: bool = False
+) -> dict[str, Any]:
+    """Return what `show_config` does, and let rank 0 write it as text or JSON (**collective**).
+
+    With `bind` each rank takes a GPU as by `bind_device`, which would raise before the ranks have met.
+    """
     comm, mpi_error = world()
     several = comm is not None and comm.size > 1
-    seconds, problems = _timeout()
+    timeout = _timeout()
+    seconds = groups.DEFAULT_TIMEOUT if isinstance(timeout, str) else timeout
     group = MPIProcessGroup(comm, transport="mpi", timeout=seconds) if comm and several else _SINGLE
-    rows = [_Row(*values) for values in _gather(group, tuple(_own_row(group)))]
+    rows = [_Row(*values) for values in _gather(group, tuple(_own_row(group, timeout, bind)))]
+    problems = _wrong_timeouts(rows)
     facts = _facts(group, rows, mpi_error, problems)
     own_write = write if write and _is_first(group) else None
     if own_write and not as_json:
@@ -150,6 +157,8 @@ class _Row(NamedTuple):
     pci: str | None
     why_no_gpu: str
     requested: str
+    timeout: float | str
+    """In seconds, or what CUPY_SYNCBN_TIMEOUT says instead."""
     why_no_nccl: str
 
 
@@ -157,13 +166,15 @@ _SINGLE = SingleProcessGroup()
 
 
 # ---- What is here ----
-def _own_row(group: ProcessGroup) -> _Row:
+def _own_row(group: ProcessGroup, timeout: float | str, bind: bool) -> _Row:
     # Collective, so before anything that may fail.
     number = number_on_node(group) if isinstance(group, MPIProcessGroup) else 0
     gpu = pci = device = None
     device_error = why_no_gpu = ""
     try:
         cupy = array_module("cuda")
+        if bind:
+            cupy.cuda.Device(number % cupy.cuda.runtime.getDeviceCount()).use()
         current = cupy.cuda.runtime.getDevice()
         gpu = _short(cupy.cuda.runtime.getDeviceProperties(current)["name"].decode(), _NAME)
         pci = _short(cupy.cuda.runtime.deviceGetPCIBusId(current), _NAME)
@@ -181,9 +192,23 @@ def _own_row(group: ProcessGroup) -> _Row:
         why_no_nccl = why_no_gpu or _short(transports._missing_for_nccl()[0])
     except Exception as error:
         why_no_nccl = _short(error)
-    requested = _short(os.environ.get("CUPY_SYNCBN_TRANSPORT", "auto"), _NAME)
+    requested = _short(os.environ.get("CUPY_SYNCBN_TRANSPORT", ""), _NAME)
     host = _short(platform.node(), _NAME)
-    return _Row(host, number, device, device_error, gpu, pci, why_no_gpu, requested, why_no_nccl)
+    return _Row(host, number, device, device_error, gpu, pci, why_no_gpu, requested, timeout, why_no_nccl)
+
+
+def _wrong_timeouts(rows: list[_Row]) -> list[str]:
+    everyones = [row.timeout for row in rows]
+    for rank, seconds in enumerate(everyones):
+        if isinstance(seconds, str):
+            return [f"expected CUPY_SYNCBN_TIMEOUT to be seconds above 0 (got {seconds!r} on rank {rank})"]
+    other = next((rank for rank, seconds in enumerate(everyones) if seconds != everyones[0]), None)
+    if other is None:
+        return []
+    return [
+        f"CUPY_SYNCBN_TIMEOUT must be the same on all ranks (got {everyones[0]} s on rank 0 and "
+        f"{everyones[other]} s on rank {other}): does the launcher pass it on?"
+    ]
 
 
 def _facts(group: ProcessGroup, rows: list[_Row], mpi_error: str, problems: list[str]) -> dict[str, Any]:
@@ -213,7 +238,7 @@ def _facts(group: ProcessGroup, rows: list[_Row], mpi_error: str, problems: list
             f"layers are on the CPU on rank {devices.index('cpu')} and on the GPU on rank "
             f"{devices.index('cuda')}: mend the GPU there, or set CUPY_SYNCBN_DEVICE=cpu on all ranks"
         )
-    transport = _transport(group, rows, problems)
+    transport = _transport(group, rows, mpi["error"] or "", problems)
     cuda, versions = _cuda(), _versions()
     return {
         "versions": versions,
@@ -239,14 +264,15 @@ def _facts(group: ProcessGroup, rows: list[_Row], mpi_error: str, problems: list
     }
 
 
-def _transport(group: ProcessGroup, rows: list[_Row], problems: list[str]) -> dict[str, Any]:
+def _transport(group: ProcessGroup, rows: list[_Row], no_mpi: str, problems: list[str]) -> dict[str, Any]:
     """Tell which transport CuPy arrays take, and why, or why not, of each (**collective**)."""
-    requested = rows[0].requested
-    other = next((rank for rank, row in enumerate(rows) if row.requested != requested), None)
+    everyones = [row.requested or "auto" for row in rows]
+    requested = everyones[0]
+    other = next((rank for rank, name in enumerate(everyones) if name != requested), None)
     if other is not None:
         problems.append(
             f"CUPY_SYNCBN_TRANSPORT must be the same on all ranks (got {requested!r} on rank 0 and "
-            f"{rows[other].requested!r} on rank {other}): does the launcher pass it on?"
+            f"{everyones[other]!r} on rank {other}): does the launcher pass it on?"
         )
     without = next((rank for rank, row in enumerate(rows) if row.why_no_gpu), None)
     no_gpu = "" if without is None else f"rank {without}: {rows[without].why_no_gpu}"
@@ -255,7 +281,7 @@ def _transport(group: ProcessGroup, rows: list[_Row], problems: list[str]) -> di
     )
     if not no_nccl and isinstance(group, MPIProcessGroup):
         no_nccl = transports.why_no_nccl(group)
-    lacks = {"mpi": "", "cuda-aware-mpi": no_gpu, "nccl": no_nccl}
+    lacks = {"mpi": no_mpi, "cuda-aware-mpi": no_mpi or no_gpu, "nccl": no_mpi or no_nccl}
     chosen = None
     if requested not in transports.TRANSPORTS:
         problems.append(
@@ -267,7 +293,7 @@ def _transport(group: ProcessGroup, rows: list[_Row], problems: list[str]) -> di
         chosen = requested if requested != "auto" else "mpi" if no_nccl else "nccl"
     return {
         "requested": requested,
-        "by": "CUPY_SYNCBN_TRANSPORT" if "CUPY_SYNCBN_TRANSPORT" in os.environ else "default",
+        "by": "CUPY_SYNCBN_TRANSPORT" if rows[0].requested else "default",
         "chosen": chosen,
         "lacks": {name: lack or None for name, lack in lacks.items()},
         "notes": _NOTES,
@@ -346,21 +372,23 @@ def _next_steps(
     if not versions["cupy"]:
         major = int((cuda["driver"] or "0").split(".")[0])
         if major >= 12:
-            extra = "cuda12" if major == 12 else "cuda13"
-            steps.append(
-                f"for the GPU, as the driver has CUDA {cuda['driver']}: pip install 'cupy-syncbn[{extra}]'"
-            )
+            steps.append(f"for the GPU, as the driver has CUDA {cuda['driver']}: {_cupy_for(min(major, 13))}")
         else:
             found = (
                 f"the one here has CUDA {cuda['driver']}" if major else "none was found here: no libcuda.so.1"
             )
             steps.append(
-                f"for GPUs, a driver with CUDA 12 or 13 ({found}), then pip install 'cupy-syncbn[cuda13]', "
-                "or [cuda12], by the CUDA version that nvidia-smi shows"
+                f"for GPUs, a driver with CUDA 12 or 13 ({found}), then {_cupy_for(13)}; with 12 for 13, if "
+                "nvidia-smi shows that CUDA version"
             )
     if not versions["ml_dtypes"]:
         steps.append("for bfloat16: pip install ml_dtypes")
     return steps
+
+
+def _cupy_for(major: int) -> str:
+    """Return what installs CuPy, CUDA's libraries and NCCL, as the extras of pyproject.toml do."""
+    return f"pip install 'cupy-cuda{major}x[ctk]' nvidia-nccl-cu{major}"
 
 
 # ---- Whether it works ----
@@ -501,12 +529,12 @@ def _gather(group: ProcessGroup, value: Any) -> list[Any]:
     return group.gather_objects(value) if isinstance(group, MPIProcessGroup) else [value]
 
 
-def _timeout() -> tuple[float, list[str]]:
-    """Return the timeout of groups, and what is wrong with it."""
+def _timeout() -> float | str:
+    """Return the timeout of groups, or the text that is none."""
     try:
-        return groups._timeout(None), []
-    except ValueError as error:
-        return groups.DEFAULT_TIMEOUT, [str(error)]
+        return groups._timeout(None)
+    except ValueError:
+        return _short(os.environ["CUPY_SYNCBN_TIMEOUT"], _NAME)
 
 
 def _try(find: Callable[[], str]) -> str | None:

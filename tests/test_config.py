@@ -3,8 +3,11 @@
 import io
 import json
 import os
+import shlex
 import shutil
+import subprocess
 import sys
+import tomllib
 
 import nccl_stand_in
 import numpy as np
@@ -14,7 +17,7 @@ from launcher import launch, other_python, run, vendor_of
 from mpi4py import MPI
 
 import cupy_syncbn
-from cupy_syncbn import config, show_config
+from cupy_syncbn import config, show_config, transports
 
 KEYS = {
     "versions",
@@ -33,6 +36,7 @@ KEYS = {
 @pytest.fixture(autouse=True)
 def _environment(monkeypatch):
     monkeypatch.delenv("CUPY_SYNCBN_TRANSPORT", raising=False)
+    monkeypatch.delenv("CUPY_SYNCBN_TIMEOUT", raising=False)
 
 
 @pytest.fixture
@@ -148,11 +152,64 @@ def test_variable_that_means_nothing(monkeypatch, variable):
     assert "'bogus'" in facts["problems"][0]
 
 
-def test_variable_that_differs(world, monkeypatch):
+@pytest.mark.parametrize(
+    ("variable", "value"), [("CUPY_SYNCBN_TRANSPORT", "mpi"), ("CUPY_SYNCBN_TIMEOUT", "77")]
+)
+def test_variable_that_differs(world, monkeypatch, variable, value):
     if world.rank == world.size - 1:
-        monkeypatch.setenv("CUPY_SYNCBN_TRANSPORT", "mpi")
+        monkeypatch.setenv(variable, value)
     facts = show_config("dicts")
     assert facts["ok"] == (world.size == 1)
+    if world.size > 1:
+        (problem,) = facts["problems"]
+        assert f"{variable} must be the same on all ranks" in problem
+        assert f"on rank {world.size - 1}" in problem
+    assert world.comm.allgather(facts["problems"]) == [facts["problems"]] * world.size
+
+
+@pytest.mark.parametrize("which", ["first", "last"])
+def test_timeout_that_means_nothing_on_one_rank(world, monkeypatch, which):
+    """All ranks tell of it."""
+    bad = 0 if which == "first" else world.size - 1
+    if world.rank == bad:
+        monkeypatch.setenv("CUPY_SYNCBN_TIMEOUT", "10 minutes")
+    facts = show_config("dicts")
+    assert facts["self_test"]["passed"]
+    assert facts["problems"] == [
+        f"expected CUPY_SYNCBN_TIMEOUT to be seconds above 0 (got '10 minutes' on rank {bad})"
+    ]
+
+
+def test_empty_transport_counts_as_unset(monkeypatch):
+    monkeypatch.setenv("CUPY_SYNCBN_TRANSPORT", "")
+    facts = show_config("dicts")
+    assert facts["ok"]
+    assert (facts["transport"]["requested"], facts["transport"]["by"]) == ("auto", "default")
+
+
+def test_longest_row_fits_into_a_message():
+    reason, name = config._REASON * "x", config._NAME * "x"
+    row = (
+        name,
+        10**6,
+        "cuda",
+        reason + "a",
+        name + "a",
+        name + "b",
+        reason + "b",
+        name + "c",
+        name + "d",
+        reason,
+    )
+    assert len(row) == len(config._Row._fields)
+    transports.pack(row)
+
+
+def test_gpus_are_bound_by_local_rank(world, gpus):
+    gpus.cuda.Device(0).use()
+    facts = config.survey(bind=True)
+    assert gpus.cuda.runtime.getDevice() == world.rank
+    assert len({row["pci"] for row in facts["ranks"]}) == world.size
 
 
 def test_wrong_sum_is_found(world, monkeypatch):
@@ -185,10 +242,18 @@ def test_error_on_one_rank(world, monkeypatch):
 def test_driver_decides_what_to_install():
     versions = {"cupy": None, "ml_dtypes": "1"}
     launch_ = {"size": 2, "launcher": "PMI_RANK"}
-    for driver, expected in (("12.4", "[cuda12]"), ("13.0", "[cuda13]"), ("14.1", "[cuda13]")):
+    for driver, major in (("12.4", 12), ("13.0", 13), ("14.1", 13)):
         (step,) = config._next_steps(versions, {"error": None}, {"driver": driver}, launch_)
-        assert expected in step
+        assert step.endswith(f": pip install 'cupy-cuda{major}x[ctk]' nvidia-nccl-cu{major}")
         assert driver in step
+
+
+def test_what_installs_cupy_is_what_the_extras_name():
+    """A clone is not where everyone is: the report names packages that indexes have."""
+    extras = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for major in (12, 13):
+        words = shlex.split(config._cupy_for(major))
+        assert words[2:] == [name.partition(">")[0] for name in extras[f"cuda{major}"]]
 
 
 # ---- python -m cupy_syncbn ----
@@ -216,7 +281,7 @@ def test_with_numpy_only():
     status, output = start("-c", BLOCKED.format(""))
     assert status == 0, output
     for text in ("mpi4py not installed", "CuPy not installed", "pip install mpi4py mpich", "mpirun -n 4",
-                 "single process", "cupy-syncbn[cuda1", "passed"):  # fmt: skip
+                 "single process", "cupy-cuda13x[ctk]", "passed"):  # fmt: skip
         assert text in output
     assert "Traceback" not in output
 
@@ -229,6 +294,7 @@ def test_json_with_numpy_only():
     assert set(facts) == KEYS
     assert facts["versions"]["mpi4py"] is None
     assert facts["mpi"]["error"]
+    assert all(lack == facts["mpi"]["error"] for lack in facts["transport"]["lacks"].values())
 
 
 @pytest.mark.serial
@@ -266,6 +332,20 @@ def test_mpi_is_not_initialised():
     status, output = start("-c", code)
     assert status == 0, output
     assert MPI.get_vendor()[0] in output
+
+
+@pytest.mark.serial
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_closed_pipe(options):
+    """As of `python -m cupy_syncbn | head -1`, once head has seen its line."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    process = subprocess.run(
+        [sys.executable, "-m", "cupy_syncbn", *options], stdout=writer, stderr=subprocess.PIPE, timeout=100,
+        env=clean_environment(PYTHONPATH=str(REPOSITORY)),
+    )  # fmt: skip
+    os.close(writer)
+    assert (process.returncode, process.stderr) == (0, b"")
 
 
 @pytest.mark.serial
@@ -307,5 +387,25 @@ def test_forced_transport_on_three_ranks(python, transport):
         python, 3, ["-m", "mpi4py", "-m", "cupy_syncbn"], 100, CUPY_SYNCBN_TRANSPORT=transport
     )
     assert status not in (0, None), output
+    assert output.count("problem: ") == 1
+    assert "Traceback" not in output
+
+
+ON_ONE_RANK = """
+import os, runpy
+from mpi4py import MPI
+if MPI.COMM_WORLD.rank == {}:
+    os.environ["CUPY_SYNCBN_TIMEOUT"] = "10 minutes"
+runpy.run_module("cupy_syncbn", run_name="__main__")
+"""
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize("rank", [0, 2])
+def test_one_rank_with_a_bad_timeout_stays_in_step(rank):
+    _, status, output = launch(sys.executable, 3, ["-m", "mpi4py", "-c", ON_ONE_RANK.format(rank)], 100)
+    assert status not in (0, None), output
+    assert "self-test on 3 ranks, device cpu: passed" in output
+    assert f"(got '10 minutes' on rank {rank})" in output
     assert output.count("problem: ") == 1
     assert "Traceback" not in output
