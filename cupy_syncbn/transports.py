@@ -499,7 +499,7 @@ def _cupy() -> Any:
         import cupy
     except ModuleNotFoundError as error:
         raise RuntimeError(
-            "CuPy is not installed: install cupy-syncbn[cuda12] or cupy-syncbn[cuda13]"
+            "CuPy is not installed: pip install 'cupy-cuda13x[ctk]' nvidia-nccl-cu13, or with 12 for 13"
         ) from error
     return cupy
 

@@ -29,4 +29,4 @@ except ModuleNotFoundError as error:
 """
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60,
                              env=clean_environment())  # fmt: skip
-    assert "cupy-syncbn[cuda12]" in process.stdout, process.stderr
+    assert "pip install 'cupy-cuda13x[ctk]' nvidia-nccl-cu13" in process.stdout, process.stderr

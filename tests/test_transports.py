@@ -549,7 +549,7 @@ def test_cupy_missing_on_a_rank(world, nccl, monkeypatch):
     if world.rank == world.size - 1:
         monkeypatch.setitem(sys.modules, "cupy", None)
     with pytest.raises(
-        RuntimeError, match=f"rank {world.size - 1} .*CuPy is not installed: install cupy-sync"
+        RuntimeError, match=f"rank {world.size - 1} .*CuPy is not installed: pip install 'cupy-cuda13x"
     ):
         NCCLProcessGroup()
 

@@ -160,8 +160,8 @@ def import_cupy() -> ModuleType:
         import cupy
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            "CuPy is not installed: install cupy-syncbn[cuda12] or cupy-syncbn[cuda13], by the CUDA version "
-            "that nvidia-smi shows"
+            "CuPy is not installed: pip install 'cupy-cuda13x[ctk]' nvidia-nccl-cu13, or with 12 for 13, by "
+            "the CUDA version that nvidia-smi shows"
         ) from error
     module: ModuleType = cupy
     return module
