@@ -98,11 +98,33 @@ class DistributedDataParallel(Module):
         return as_group(self._group)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the module."""
+        """Call the module.
+
+        Parameters
+        ----------
+        *args, **kwargs : object
+            The module's.
+
+        Returns
+        -------
+        object
+            The module's.
+        """
         return self.module(*args, **kwargs)
 
     def backward(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the module's backward. Gradients are this rank's until `reduce_gradients`."""
+        """Call the module's backward. Gradients are this rank's until `reduce_gradients`.
+
+        Parameters
+        ----------
+        *args, **kwargs : object
+            The module's.
+
+        Returns
+        -------
+        object
+            The module's: the gradient of its input.
+        """
         return self.module.backward(*args, **kwargs)
 
     def reduce_gradients(self) -> None:

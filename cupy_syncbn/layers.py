@@ -409,13 +409,35 @@ class Sequential(Module):
         return ((str(index), layer) for index, layer in enumerate(self.layers))
 
     def forward(self, x: Any) -> Any:
-        """Call each layer on the result of the one before."""
+        """Call each layer on the result of the one before.
+
+        Parameters
+        ----------
+        x : object
+            The first layer's input, such as an array of shape (N, C, *spatial).
+
+        Returns
+        -------
+        object
+            The last layer's result.
+        """
         for layer in self.layers:
             x = layer(x)
         return x
 
     def backward(self, dy: Any) -> Any:
-        """Take the gradient of the output back to the input, through the last layer first."""
+        """Take the gradient of the output back to the input, through the last layer first.
+
+        Parameters
+        ----------
+        dy : object
+            The gradient of the last forward's result, of its shape and type.
+
+        Returns
+        -------
+        object
+            The gradient of the input.
+        """
         for layer in reversed(self.layers):
             dy = layer.backward(dy)
         return dy

@@ -213,11 +213,30 @@ class SingleProcessGroup(ProcessGroup):
     rank, size, timeout = 0, 1, math.inf
 
     def allreduce(self, buffer: Array) -> Array:
-        """Leave `buffer` as it is, and return it."""
+        """Leave `buffer` as it is, and return it.
+
+        Parameters
+        ----------
+        buffer : array
+            Of any shape and type.
+
+        Returns
+        -------
+        array
+            `buffer`.
+        """
         return buffer
 
     def broadcast(self, buffer: Array, root: int = 0) -> None:
-        """Leave `buffer` as it is."""
+        """Leave `buffer` as it is.
+
+        Parameters
+        ----------
+        buffer : array
+            Of any shape and type.
+        root : int
+            0, the only rank.
+        """
 
     def __repr__(self) -> str:
         return "SingleProcessGroup()"
@@ -357,7 +376,18 @@ class MPIProcessGroup(ProcessGroup):
         return super().alike(vector, library)
 
     def defer(self, trailer: Array, check: Callable[[list[float]], None], call: object) -> None:
-        """Look at the trailer of an exchange: by NCCL, when the GPU has it."""
+        """Look at the trailer of an exchange: by NCCL, when the GPU has it.
+
+        Parameters
+        ----------
+        trailer, check, call : see `ProcessGroup.defer`
+            The numbers on the GPU, what looks at them, and what the exchange was.
+
+        Raises
+        ------
+        RemoteRankError, RankMismatchError
+            What `check` raises; by NCCL later, see `check_errors`.
+        """
         if isinstance(self._carrier, transports.NCCL):
             self._carrier.defer(trailer, check, call)
         else:
@@ -382,6 +412,13 @@ class MPIProcessGroup(ProcessGroup):
 
     def broadcast(self, buffer: Array, root: int = 0) -> None:
         """Replace `buffer`, contiguous, by that of rank `root` (**collective**).
+
+        Parameters
+        ----------
+        buffer : array
+            Of NumPy or CuPy, of one size and type on all ranks.
+        root : int
+            The rank.
 
         Raises
         ------
@@ -478,7 +515,18 @@ class MPIProcessGroup(ProcessGroup):
                 raise
 
     def has_same_ranks(self, other: ProcessGroup) -> bool:
-        """Tell whether two groups, both with this process in them, are of the same ranks."""
+        """Tell whether two groups, both with this process in them, are of the same ranks.
+
+        Parameters
+        ----------
+        other : ProcessGroup
+            The other group.
+
+        Returns
+        -------
+        bool
+            Whatever the order of the ranks.
+        """
         if not isinstance(other, MPIProcessGroup):
             return super().has_same_ranks(other)
         from mpi4py import MPI
