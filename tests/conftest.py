@@ -1,7 +1,7 @@
 """What the tests run in: one process or the ranks that `mpirun` started, with a GPU or a stand-in for it.
 
 Every test is valid for any number of ranks, all of which run the same tests in the same order and draw the
-same random numbers. Tests marked `serial` gain nothing from more ranks: test_launch.py leaves them out.
+same random numbers. Tests marked `serial` gain nothing from more ranks: test_under_mpirun.py leaves them out.
 
 Tests of the CUDA engine take the fixture `cupy`: CuPy itself where it sees a GPU, else the stand-in of
 `cuda_emulator`. With CUPY_SYNCBN_REQUIRE_GPU=1 it is CuPy or a failure.
