@@ -32,7 +32,9 @@ CI = (REPOSITORY / ".ci" / "run").read_text()
 ELSEWHERE = {
     "bash scripts/train_digits.sh": CI,
     "bash scripts/test.sh": CI,
-    "pip install": CI,
+    ". .venv/bin/activate": CI,
+    "pip install . mpich": CI,
+    "pip install '.[cuda13]' mpich": "test_extras_exist",  # takes gigabytes, and a GPU
     "sbatch scripts/slurm/cpu.sh": "test_slurm.py",
     "sbatch --nodes=4 scripts/slurm/gpu.sh": "test_slurm.py",
     "qsub scripts/pbs/job.sh": "test_slurm.py",
@@ -51,13 +53,13 @@ SPOKEN = [c for c in re.findall(r"`((?:mpirun|python) [^`]+)`", TEXT) if "NAME" 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands_of_blocks_run(command):
     if command.startswith("mpirun"):
-        assert command in LAUNCHED
+        assert f" {command}\n" in CI  # beside `pip install`, whose environment it shows
         return
     (known,) = [known for known in ELSEWHERE if command.startswith(known)]
     runs = ELSEWHERE[known]
     if runs is CI:
-        assert known in CI
-    else:
+        assert re.search(rf"(?m)^ *{re.escape(command)}$", CI.replace("PIP_QUIET=1 ", ""))
+    elif runs.endswith(".py"):
         assert all(
             Path(file).name in (TESTS / runs).read_text() for file in re.findall(r"scripts/\S+", command)
         )
@@ -80,6 +82,10 @@ def test_python_blocks_run_on_ranks(code, tmp_path):
     arguments = ["-W", "error", "-m", "mpi4py", str(tmp_path / "program.py")]
     told, status, output = launch(sys.executable, 3, arguments, 120)
     assert status == 0, f"{told}\n{output}"
+    if "print(" in code:
+        found = re.findall(r"rank (\d) of 3: ([^,]*), the same on all ranks", output)
+        assert sorted(rank for rank, _ in found) == ["0", "1", "2"]
+        assert len({weights for _, weights in found}) == 1
 
 
 @pytest.mark.launch
@@ -110,7 +116,16 @@ def test_programs_named_in_sentences(command):
     assert words[1] == "train.py" or any(file.name in text or file.stem in text for text in others)
 
 
+def test_environment_variables_are_listed_in_one_place():
+    sources = [path.read_text() for path in (REPOSITORY / "cupy_syncbn").rglob("*.py")]
+    read = re.findall(r"""environ(?:\.get\(|\[|\.pop\()["'](CUPY_SYNCBN_\w+)""", "\n".join(sources))
+    (listed,) = [part for part in TEXT.split("\n\n") if "environment variables" in part]
+    assert set(re.findall(r"CUPY_SYNCBN_\w+", listed)) == set(read)
+
+
 def test_links_name_files_that_exist():
     links = re.findall(r"\]\((?!https?:|#)([^)]+)\)", TEXT)
     assert links
+    headings = [re.sub(r"\W+", "-", line.lower()) for line in re.findall(r"(?m)^## (.*)$", TEXT)]
+    assert set(re.findall(r"\]\(#([^)]+)\)", TEXT)) <= set(headings)
     assert [link for link in links if not (REPOSITORY / link).exists()] == []
