@@ -343,10 +343,13 @@ def test_error_ends_the_job(cluster, program):
 
 
 @slurm
-def test_separate_worlds_are_an_error(cluster, program):
+@pytest.mark.parametrize("words", [["cpu.sh"], ["--gpus-per-node=2", "gpu.sh"]], ids=["cpu", "gpu"])
+def test_separate_worlds_are_an_error(cluster, program, words):
     """What one gets by the wrong way of starting MPI must not look like training."""
-    words = ("--ntasks-per-node=2", script("cpu.sh"), program(RANKS))
-    state, code, output = cluster.submit(*words, SLURM_MPI_TYPE="none")
+    *options, name = words
+    state, code, output = cluster.submit(
+        "--ntasks-per-node=2", *options, script(name), program(RANKS), SLURM_MPI_TYPE="none"
+    )
     assert state == "FAILED", output
     assert code != "0:0"
     assert "expected 2 ranks of one MPI world (got 1): SLURM_MPI_TYPE=none does not suit" in output

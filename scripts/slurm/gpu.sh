@@ -56,6 +56,7 @@ export CUPY_SYNCBN_TRANSPORT="${CUPY_SYNCBN_TRANSPORT:-nccl}"
 export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"
 # A rank that waits this long for another says in which layer, while --time would kill the job without a word.
 export CUPY_SYNCBN_TIMEOUT="${CUPY_SYNCBN_TIMEOUT:-300}"
+# CuPy keeps compiled kernels in ~/.cupy: where that is slow or read-only, export CUPY_CACHE_DIR, another folder.
 # The log shows lines when they are printed, and no progress bars.
 export PYTHONUNBUFFERED=1 TQDM_DISABLE="${TQDM_DISABLE:-1}"
 
