@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Install the project with an MPI library, as wheels, and run the main job on 4 ranks.
+# Install the project with an MPI library, as wheels, into .venv, and run the main job on 4 ranks.
 #
 # RANKS is their number; arguments go to scripts/train_digits.py (try --help).
 # Needs Python 3.11 or newer (PYTHON names another than python3) and a network for the wheels.
