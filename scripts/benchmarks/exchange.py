@@ -2,6 +2,7 @@
 
     ours         `Call.exchange` of the forward's vector, 4C + 4 numbers of float64: with the fault flag and
                  the tag, made and checked, a look at the length of every message, and a timeout
+    unchecked    the same messages and sums with none of these: the difference is what they cost
     iallreduce   MPI's Iallreduce of the same vector, waited for by Test, so that a timeout is possible
     allreduce    MPI's Allreduce of it, which waits for ever
     allgather    what torch and apex do: each rank's mean, invstd and count, 2C + 1 numbers of float32, go to
@@ -46,12 +47,13 @@ from measure import RESULTS, caption, circumstances, new_figure, pin_threads, sa
 
 from cupy_syncbn import default_group
 from cupy_syncbn.exchange import Call
+from cupy_syncbn.host_exchange import steps
 
 CHANNELS = (64, 256, 1024, 4096)
 RANKS = (2, 4, 8, 16, 32)
 MODELLED = (2, 32, 1024, 16384)
 LARGEST_MERGE = 1024
-CONTENDERS = ("ours", "iallreduce", "allreduce", "allgather", "gather")
+CONTENDERS = ("ours", "unchecked", "iallreduce", "allreduce", "allgather", "gather")
 
 
 def sent_bytes(contender: str, channels: int) -> int:
@@ -85,6 +87,31 @@ def merge_seconds(ranks: int, channels: int, repeats: int) -> float:
         merge(gathered, channels)
         times.append(time.perf_counter() - start)
     return float(np.median(times))
+
+
+def unchecked_sum(comm: Any, vector: np.ndarray) -> Callable[[], None]:
+    """Return what adds up a vector by the messages of `host_exchange`, and nothing else."""
+    messages = []
+    for partner, sends, receives, replaces in steps(comm.rank, comm.size):
+        place, sent = np.empty_like(vector), np.empty_like(vector)
+        incoming = comm.Recv_init(place, partner) if receives else None
+        messages.append((incoming, comm.Send_init(sent, partner) if sends else None, place, sent, replaces))
+
+    def add_up() -> None:
+        for incoming, outgoing, place, sent, replaces in messages:
+            if incoming is not None:
+                incoming.Start()
+            if outgoing is not None:
+                np.copyto(sent, vector)
+                outgoing.Start()
+            if incoming is not None:
+                incoming.Wait()
+                np.copyto(vector, place) if replaces else np.add(vector, place, vector)
+        for _, outgoing, *_ in messages:
+            if outgoing is not None:
+                outgoing.Wait()
+
+    return add_up
 
 
 def worker(repeats: int) -> None:
@@ -123,7 +150,7 @@ def worker(repeats: int) -> None:
         def gather(statistics: np.ndarray = statistics, gathered: np.ndarray = gathered) -> None:
             comm.Allgather(statistics, gathered)
 
-        runs = (ours, iallreduce, allreduce, allgather, gather)
+        runs = (ours, unchecked_sum(comm, vector), iallreduce, allreduce, allgather, gather)
         times = np.zeros((repeats, len(runs)))
         orders = np.random.default_rng(0)  # alike on all ranks
         for repeat in range(-2, repeats):
@@ -192,7 +219,7 @@ def plot(record: dict[str, Any]) -> Any | None:
     if made is None:
         return None
     figure, axes = made
-    for contender in CONTENDERS[:4]:
+    for contender in CONTENDERS[:5]:
         ranks = [int(ranks) for ranks in record["measured"]]
         times = [1e6 * record["measured"][str(r)]["1024"][contender] for r in ranks]
         (line,) = axes.loglog(ranks, times, marker="o", label=f"{contender}, measured")
@@ -233,7 +260,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         measured[str(ranks)], library = result["seconds"], result["library"]
     cores = len(os.sched_getaffinity(0))
     print(f"\nMicroseconds an exchange, {library}, {cores} cores\n")
-    rivals = ("iallreduce", "allreduce", "allgather")
+    rivals = ("unchecked", "iallreduce", "allreduce", "allgather")
     headings = ["ranks, C", *CONTENDERS, *(f"ours/{name}" for name in rivals), "bytes in: ours", "allgather"]
     rows = []
     for ranks, by_channels in measured.items():
