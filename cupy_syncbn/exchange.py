@@ -41,7 +41,8 @@ class Call(NamedTuple):
         """
         if group.size == 1:
             return 0.0, 0.0, 0.0
-        tag = zlib.crc32(b"%d" % self.number, _hash(self.name, self.channels, self.direction)) & 0xFFF
+        name, channels, direction, number = self
+        tag = zlib.crc32(b"%d" % number, _hash(name, channels, direction)) & 0xFFF
         return 0.0, tag, tag * tag
 
     def faults_join(self, group: ProcessGroup, length: int, library: ModuleType = np) -> _FaultsJoin:

@@ -330,25 +330,27 @@ class MPIProcessGroup(ProcessGroup):
         CollectiveTimeoutError
             If a rank does not come within the timeout.
         """
-        if not _is_numpy(vector):
+        if not isinstance(vector, np.ndarray):
             ending: Array = self._carrier.exchange(vector)
             return ending
         channel = self._channel
         if channel is None or channel.unusable:
             channel = self._opened()
-        with channel:
-            self._deadline = None
-            try:
-                exchange = channel.exchanges.get(vector.size)
-                if exchange is None:
-                    exchange = host_exchange.Exchange(
-                        channel.comm, self.rank, self.size, vector.size, channel.place
-                    )
-                    channel.exchanges[vector.size] = exchange
-                exchange.sum(vector, self._wait)
-            except BaseException as error:
-                channel.give_up(error)
-                raise
+        channel.take()  # by hand, as a `with` takes as long as half a small message
+        self._deadline = None
+        try:
+            exchange = channel.exchanges.get(vector.size)
+            if exchange is None:
+                exchange = host_exchange.Exchange(
+                    channel.comm, self.rank, self.size, vector.size, channel.place
+                )
+                channel.exchanges[vector.size] = exchange
+            exchange.sum(vector, self._wait)
+        except BaseException as error:
+            channel.give_up(error)
+            raise
+        finally:
+            channel.lock.release()
         return vector
 
     def alike(self, vector: Array, library: ModuleType) -> Array:
@@ -651,19 +653,23 @@ class _Channel:
         """By the length of the vector."""
         self.unusable: tuple[type[RuntimeError], str] | None = None
         """The error that tells why no more messages can travel here, if so."""
-        self._lock = threading.Lock()
+        self.lock = threading.Lock()
         _channels.add(self)
 
-    def __enter__(self) -> Self:
-        if not self._lock.acquire(blocking=False):
+    def take(self) -> None:
+        """Keep other threads out, until the lock is released."""
+        if not self.lock.acquire(False):
             raise RuntimeError(
                 "two threads of this process exchange on one communicator at a time: the other ranks cannot "
                 "tell whose turn it is. Give each thread a group of its own, new_group()"
             )
+
+    def __enter__(self) -> Self:
+        self.take()
         return self
 
     def __exit__(self, kind: object, error: object, traceback: object) -> None:
-        self._lock.release()
+        self.lock.release()
 
     def give_up(self, error: BaseException, *needed: Array) -> None:
         """Use the channel no more, after an error in the middle of an exchange that needed some arrays."""
