@@ -244,6 +244,21 @@ def test_variance_of_disturbed_data(rng, shape, offset, disturb):
     assert relative_error(variance(x), [np.var(x.astype(np.float64))]) <= 1e-6
 
 
+# 127 and 509 are prime.
+SMALL = [(512, 1, 3), (512, 3), (509, 31), (500, 10), (400, 31), (128, 63), (127, 128), (64, 10), (600, 5)]
+
+
+@pytest.mark.parametrize("shape", SMALL, ids=str)
+def test_variance_of_small_batches(rng, shape):
+    """Beside an outlier all squares are rounded in one direction: long chains of float32 add that up."""
+    for _ in range(50):
+        x = np.full(shape, rng.uniform(0.1, 10), "f4")
+        x[::2] *= -1
+        x[0] = 10 ** rng.uniform(0, 3)
+        expected = np.var(x.astype(np.float64), axis=(0, *range(2, x.ndim)))
+        assert relative_error(variance(x), expected) <= 1e-6
+
+
 @pytest.mark.parametrize("shape", [(400, 3, 50), (9000, 3), (2, 3, 70000)], ids=str)
 @pytest.mark.parametrize("offset", [0, 1e5, -1e8])
 def test_variance_at_offset_float64(rng, shape, offset):

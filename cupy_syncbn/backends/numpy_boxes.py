@@ -44,6 +44,10 @@ COLUMNS = 512
 """Least width of the matrices whose columns are added up: their height, the length of a chain, is small."""
 SHORT = 64
 """Rows of fewer elements are added up by columns: a call of BLAS for each would cost more than its sum."""
+FEW = 2 * ROW
+"""Elements that are too few to repay preparations, and that float64 adds up at little cost."""
+CHAIN = 16
+"""The longest column of so few elements that is added up in float32: it is 16 * 2^-24 = 1e-6 off at most."""
 PARTIAL = 1024
 """The longest row that is added up in the precision of the data."""
 
@@ -90,8 +94,9 @@ def _blocks(shape: tuple[int, int, int], itemsize: int, box_bytes: int) -> tuple
     N, C, S = shape
     size = box_bytes // itemsize
     everything = slice(0, C), slice(0, S)
-    if N * C * S <= 2 * ROW and N <= COLUMNS:  # too little to repay any preparation
-        box = Box((slice(0, N), *everything), shape, shape, (N, C * S))
+    if N * C * S <= FEW and N <= COLUMNS:
+        few = next((k for k in range(_ceil(N, CHAIN), N // 4 + 1) if N % k == 0), 1)
+        box = Box((slice(0, N), *everything), shape, shape, (N // few, few * C * S))
         return (Block(everything[0], None, (box,)),)
     if C * S < ROW:
         few = _ceil(COLUMNS, C * S)  # samples in a row of a column sum
@@ -216,6 +221,9 @@ class Sums:
     def add(self, box: Box, a: Array, b: Array) -> None:
         """Add a box; every box of the block must be added once. The scratch "difference" is overwritten."""
         if self._partial is None:
+            if box.columns[0] > CHAIN and a.size <= FEW:
+                wide = a.astype(np.float64, copy=False)
+                a, b = wide, wide if b is a else b.astype(np.float64, copy=False)
             sums = _column_sums(a, box)
             product = scratch("difference", a.shape, a.dtype)  # which may be a or b
             products = _column_sums(np.multiply(a, b, out=product), box)
