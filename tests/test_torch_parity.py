@@ -136,18 +136,21 @@ def test_live_activation_and_residual(world, torch, rng, dtype, activation, resi
 
 @pytest.mark.serial
 @pytest.mark.parametrize("values", [(np.nan, 1), (np.inf, 1), (-np.inf, 1), (np.inf, np.inf)], ids=str)
-@pytest.mark.parametrize("activation", [None, "relu"], ids=str)
-def test_live_nan_and_inf(torch, rng, values, activation):
+@pytest.mark.parametrize("activation", [None, "relu", "leaky_relu"], ids=str)
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+def test_live_nan_and_inf(torch, rng, values, activation, training):
     x, dy = random_array(rng, (6, 3, 4)), random_array(rng, (6, 3, 4))
     x[1, 1, 2], x[2, 1, 0] = values
     running = np.zeros(3, "f4"), np.ones(3, "f4")
-    group = SingleProcessGroup()
-    y, saved = sync_batch_norm(x, None, None, *running, activation=activation, process_group=group)
+    arguments = {"training": training, "activation": activation, "process_group": SingleProcessGroup()}
+    y, saved = sync_batch_norm(x, None, None, *running, **arguments)
     dx = sync_batch_norm_backward(dy, saved).x
 
-    theirs = torch.nn.BatchNorm1d(3, affine=False)
+    theirs = torch.nn.BatchNorm1d(3, affine=False).train(training)
     leaf = torch.from_numpy(x).requires_grad_()
-    result = theirs(leaf) if activation is None else torch.relu(theirs(leaf))
+    result = theirs(leaf)
+    if activation is not None:
+        result = getattr(torch.nn.functional, activation)(result)
     result.backward(torch.from_numpy(dy))
     for actual, expected in (
         (y, result.detach()),

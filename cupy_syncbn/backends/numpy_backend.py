@@ -196,8 +196,8 @@ class _Normalization:
     """Slope of the activation below zero; None for no activation."""
     count: float
     """Values a channel over all ranks."""
-    blocked: list[Array] = field(default_factory=list)
-    """For each box, last first, a bit for each element: whether the activation's input was at most 0."""
+    passed: list[Array] = field(default_factory=list)
+    """For each box, last first, a bit for each element: whether the activation lets its gradient pass."""
 
 
 def _normalization(
@@ -301,13 +301,14 @@ def _apply(x: Array, y: Array, residual: Array | None, normalization: _Normaliza
             if added is not None:
                 np.add(out, added.read(box), out=out)
             if slope is not None:
-                blocked = np.less_equal(out, 0, out=scratch("blocked", out.shape, np.dtype(bool)))
-                normalization.blocked.append(np.packbits(blocked))
                 # A row of zeros, since np.maximum takes half as long again with a scalar.
                 below = _zeros(out.shape[-1], dtype)
                 if slope:
                     below = np.multiply(out, slope, out=scratch("difference", out.shape, dtype))
                 np.maximum(out, below, out=out)
+                above = np.greater if slope else np.not_equal  # as torch: NaN passes ReLU, and no leaky one
+                passed = above(out, 0, out=scratch("passed", out.shape, np.dtype(bool)))
+                normalization.passed.append(np.packbits(passed))
             target.placed(box, out)
 
 
@@ -316,16 +317,16 @@ def _zeros(length: int, dtype: np.dtype[Any]) -> Array:
     return np.zeros(length, dtype)
 
 
-def _through_activation(dy: Array, blocked: Array, slope: float, out: Array) -> Array:
-    """Compute ``dy * (slope where blocked, else 1)``."""
-    bits = np.unpackbits(blocked, count=dy.size).view(np.int8).reshape(dy.shape)
+def _through_activation(dy: Array, passed: Array, slope: float, out: Array) -> Array:
+    """Compute ``dy * (1 where passed, else slope)``."""
+    bits = np.unpackbits(passed, count=dy.size).view(np.int8).reshape(dy.shape)
     factor = scratch("gradient", dy.shape, dy.dtype)  # out may be in no cache: it is written once
     if slope == 0:  # by masks of bits: 0 * dy would be NaN where dy is infinite
         integer = np.dtype(f"i{dy.dtype.itemsize}")
-        np.copyto(factor.view(integer), np.subtract(bits, 1, out=bits))
+        np.copyto(factor.view(integer), np.negative(bits, out=bits))
         np.bitwise_and(dy.view(integer), factor.view(integer), out=out.view(integer))
     else:
-        np.copyto(factor, np.subtract(1, bits, out=bits))
+        np.copyto(factor, bits)
         np.multiply(dy, np.maximum(factor, slope, out=factor), out=out)
     return out
 
@@ -358,7 +359,7 @@ def reduce_gradients(
         return result, result.copy(), handle
     source, gradient = Tensor("x", x, dtype), Tensor("dy", dy, dtype)
     target = None if dresidual is None else Tensor("dresidual", dresidual, dtype)
-    blocked = reversed(normalization.blocked)
+    passed = reversed(normalization.passed)
     for block in source.blocks():
         shift = operand_of("shift", normalization.shift, block)
         sums = Sums(x.shape, block, dtype)
@@ -366,7 +367,7 @@ def reduce_gradients(
             values, g = source.read(box), gradient.read(box)
             if slope is not None:
                 out = scratch("gradient", g.shape, dtype) if target is None else target.place(box)
-                g = _through_activation(g, next(blocked), slope, out)
+                g = _through_activation(g, next(passed), slope, out)
                 if target is not None:
                     target.placed(box, g)
             elif target is not None:
@@ -420,7 +421,7 @@ def _write_input_gradient(
         factor = exact.astype(dtype)
     source, target = Tensor("x", x, dtype), Tensor("x", dx, dtype)  # in place, if by copies
     behind = Tensor("dy", gradient.array, dtype)
-    blocked = iter(normalization.blocked)
+    passed = iter(normalization.passed)
     for block in reversed(source.blocks()):
         shift = operand_of("shift", normalization.shift, block)
         scale = row_of("scale", normalization.scale[block.channels], block)
@@ -431,7 +432,7 @@ def _write_input_gradient(
             if gradient.pending:
                 assert normalization.slope is not None
                 g = _through_activation(
-                    g, next(blocked), normalization.slope, scratch("gradient", g.shape, dtype)
+                    g, next(passed), normalization.slope, scratch("gradient", g.shape, dtype)
                 )
             if factors is not None and constants is not None:
                 values = source.read(box)
