@@ -542,7 +542,8 @@ class _BatchNorm(Module):
             self._introduced = True
         call = self._call("forward")
         with call.faults_join(self._peers(), 4 * self.num_features + 4, self._library(x)):
-            x = as_array(x)
+            if not isinstance(x, np.ndarray):  # with one of a subclass, `out` may still be the same object
+                x = as_array(x)
             self._check(x)
         tracks = not (self.training and self._frozen)
         y, self._saved = sync_batch_norm(

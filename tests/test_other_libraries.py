@@ -161,11 +161,45 @@ def test_torch_gradients_go_both_ways(rng):
     assert_close(layer.weight.grad, theirs.weight.grad.numpy(), tolerance=1e-11)
 
 
+class Unit(np.ndarray):
+    """Has an arithmetic of its own, which must not be met."""
+
+    def __array_ufunc__(self, *arguments, **keywords):
+        raise NotImplementedError
+
+    def __array_function__(self, *arguments, **keywords):
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize("kind", [np.matrix, np.memmap, np.recarray, Unit])
+def test_subclasses_of_numpys_array(world, rng, kind):
+    x, dy = (random_batch(rng, (12, 4)) for _ in "12")
+    part = world.part(12, "uneven")
+    layer, reference = SyncBatchNorm(4), BatchNorm(4)
+    y = layer(x[part].view(kind), residual=x[part].view(kind), out=(out := x[part].copy().view(kind)))
+    assert type(y) is np.ndarray
+    assert_close(y, reference(x, x), part)
+    assert np.shares_memory(y, out.view(np.ndarray)) or not y.size
+    for actual, expected in zip(layer.backward(dy[part].view(kind)), reference.backward(dy), strict=True):
+        assert type(actual) is np.ndarray
+        assert_close(actual, expected, part)
+    assert_close(layer.running_var, reference.running_var)
+
+
 @pytest.mark.serial
-@pytest.mark.parametrize("kind", [np.matrix, np.ma.MaskedArray, np.recarray])
-def test_numpys_own_classes_are_as_they_are(kind):
-    array = np.ones((4, 4), "f4").view(kind)
-    assert backends.as_array(array) is array
+def test_mask(rng):
+    x = random_batch(rng, SHAPE)
+    masked, match = np.ma.masked_greater(x, 0), r"without a mask \(got numpy\.ma\.\w*\.?MaskedArray\).*filled"
+    layer = BatchNorm2d(4)
+    wrong(layer, TypeError, match, masked)
+    wrong(layer, TypeError, match, x, residual=masked)
+    wrong(layer, TypeError, match, x, out=masked)
+    layer(x)
+    with pytest.raises(TypeError, match=match):
+        layer.backward(masked)
+    with pytest.raises(TypeError, match=match):
+        layer.load_state_dict(layer.state_dict() | {"weight": np.ma.ones(4)})
+    layer.backward(x)
 
 
 def wrong(layer, error, match, *arguments, **keywords):

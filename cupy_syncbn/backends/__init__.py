@@ -39,6 +39,7 @@ __all__ = [
     "array_module",
     "as_array",
     "backend_of",
+    "check_writeable",
     "module_of",
     "move",
 ]
@@ -61,20 +62,24 @@ def as_array(array: Any, *, host: bool = True) -> Any:
     Parameters
     ----------
     array : object
-        A torch tensor, which may require gradients, or an array with DLPack, ``__array__`` or
-        ``__cuda_array_interface__``. What has none of these comes back as it is.
+        A torch tensor, which may require gradients, an array with DLPack, ``__array__`` or
+        ``__cuda_array_interface__``, or one of a subclass of NumPy's. What is none of these comes back as it is.
     host : bool
         Whether to take arrays in memory of the host too: it might be by a copy, of no use to write to.
 
     Raises
     ------
     TypeError
-        If there is no way to the array's memory.
+        If there is no way to the array's memory, or it has a mask.
     ModuleNotFoundError
         If it is on a GPU and CuPy is not installed, or of bfloat16 and ml_dtypes is not.
     """
-    if array is None or isinstance(array, np.ndarray | np.generic) or _is_cupy(array):
+    if type(array) is np.ndarray or array is None or isinstance(array, np.generic) or _is_cupy(array):
         return array
+    if isinstance(array, np.ma.MaskedArray):
+        raise TypeError(f"expected an array without a mask (got {_type_name(array)}): use x.filled(value)")
+    if isinstance(array, np.ndarray):  # a matrix has its own arithmetic, as others may
+        return array.view(np.ndarray)
     if _is_torch(array):
         array = array.detach()  # torch exports none that require gradients
     try:
@@ -221,6 +226,18 @@ def _best_device() -> str:
 def module_of(array: object) -> ModuleType:
     """Return the library of an array: cupy, or numpy for all else."""
     return sys.modules["cupy"] if _is_cupy(array) else np
+
+
+def check_writeable(name: str, array: object) -> None:
+    """Check that an array can be written to.
+
+    Raises
+    ------
+    ValueError
+        If NumPy has it read-only.
+    """
+    if isinstance(array, np.ndarray) and not array.flags.writeable:
+        raise ValueError(f"expected a writeable array as {name} (got a read-only one)")
 
 
 def move(array: Any, module: ModuleType) -> Array:
