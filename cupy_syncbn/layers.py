@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 
-from cupy_syncbn.backends import Array, array_module, as_array, backend_of, module_of, move
+from cupy_syncbn.backends import (
+    Array,
+    array_module,
+    as_array,
+    backend_of,
+    check_writeable,
+    module_of,
+    move,
+)
 from cupy_syncbn.exchange import Call
 from cupy_syncbn.functional import (
     DATA_TYPES,
@@ -177,8 +185,7 @@ class Module:
                 yield name, value
             elif isinstance(value, list | tuple | dict) and id(value) not in seen:
                 seen.add(id(value))
-                items = value.items() if isinstance(value, dict) else enumerate(value)
-                pending += [(f"{name}.{key}", item) for key, item in items][::-1]
+                pending += [(f"{name}.{key}", item) for key, item in _items(value)][::-1]
 
     def named_modules(self) -> Iterator[tuple[str, Module]]:
         """Go through this module, named "", and all within it, each once.
@@ -294,11 +301,12 @@ class Module:
         Returns
         -------
         dict of str to array
-            Names, shapes and types as torch gives them to the same layers.
+            Names, their order, shapes and types as torch gives them to the same layers: what is found in
+            several places has as many names.
         """
-        state = {name: parameter.data for name, parameter in self.named_parameters()}
-        return state | dict(self.named_buffers())
+        return dict(_state("", self, ()))
 
+    @np.errstate(all="ignore")  # values that exceed a type become infinite, as in a forward
     def load_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> IncompatibleKeys:
         """Copy values into the parameters and buffers.
 
@@ -307,7 +315,8 @@ class Module:
         state : mapping of str to array
             From `state_dict`, ``np.load`` of an npz file, ``safetensors.numpy``, or a torch state_dict with
             its tensors: anything that `numpy.asarray` takes. An older one without ``num_batches_tracked``
-            counts as 0. Values are rounded to the types of the parameters and buffers.
+            counts as 0. Values are rounded to the types of the parameters and buffers. Of an array with
+            several names the last value stays, as in torch.
         strict : bool
             Whether the names must be the same.
 
@@ -321,7 +330,7 @@ class Module:
         KeyError
             If names are missing or unexpected, and `strict`.
         ValueError
-            If a shape differs.
+            If a shape differs, or an array here is read-only.
         TypeError
             If a type cannot be cast. Nothing has been changed in any of these cases.
         """
@@ -336,12 +345,16 @@ class Module:
         if strict and (missing or unexpected):
             raise KeyError(f"state_dict has missing keys {missing} and unexpected keys {unexpected}")
         for name, value in values.items():
-            if value.shape != own[name].shape:
-                raise ValueError(f"expected {name} of shape {own[name].shape} (got {value.shape})")
-            if value.dtype == "V2" and own[name].dtype.name == "bfloat16":
-                values[name] = value.view(own[name].dtype)  # npz files keep its bits, not its name
-            elif not _can_cast(value.dtype, own[name].dtype):
-                raise TypeError(f"expected {name} to be {own[name].dtype} (got {value.dtype})")
+            target = own[name]
+            check_writeable(name, target)
+            if target.shape == () and value.size == 1:  # torch had counters of shape (1,) before 0.4
+                values[name] = value = value.reshape(())
+            if value.shape != target.shape:
+                raise ValueError(f"expected {name} of shape {target.shape} (got {value.shape})")
+            if value.dtype == "V2" and target.dtype.name == "bfloat16":
+                values[name] = value.view(target.dtype)  # npz files keep its bits, not its name
+            elif not _can_cast(value, target.dtype):
+                raise TypeError(f"expected {name} to be {target.dtype} (got {value.dtype})")
         for name, value in values.items():
             own[name][...] = module_of(own[name]).asarray(value.astype(own[name].dtype))
         return IncompatibleKeys(missing, unexpected)
@@ -378,9 +391,35 @@ class Module:
         return self
 
 
-def _can_cast(dtype: np.dtype[Any], target: np.dtype[Any]) -> bool:
-    """Tell whether values may be converted; NumPy counts bfloat16 to float16 as no cast of one kind."""
-    return np.can_cast(dtype, target, "same_kind") or (is_data_type(dtype) and is_data_type(target))
+def _items(holder: list[Any] | tuple[Any, ...] | dict[Any, Any]) -> Iterable[tuple[Any, Any]]:
+    return holder.items() if isinstance(holder, dict) else enumerate(holder)
+
+
+def _state(prefix: str, holder: Any, within: tuple[int, ...]) -> Iterator[tuple[str, Array]]:
+    """Yield (name, array) of a module, list, tuple or dict, which is within others of these ids.
+
+    In torch's order: its own parameters, its buffers, then what is within it, by each of its names.
+    """
+    members = holder._members() if isinstance(holder, Module) else _items(holder)
+    named = [(_join(prefix, str(name)), value) for name, value in members]
+    yield from ((name, value.data) for name, value in named if isinstance(value, Parameter))
+    for name in holder._buffer_names if isinstance(holder, Module) else ():
+        if getattr(holder, name) is not None:
+            yield _join(prefix, name), getattr(holder, name)
+    within = (*within, id(holder))
+    for name, value in named:
+        if isinstance(value, Module | list | tuple | dict) and id(value) not in within:
+            yield from _state(name, value, within)
+
+
+def _can_cast(values: Array, target: np.dtype[Any]) -> bool:
+    """Tell whether values may be converted to a type."""
+    if np.can_cast(values.dtype, target, "same_kind"):
+        return True
+    # NumPy counts bfloat16 to float16 as no cast of one kind, nor counters in floating-point numbers.
+    return is_data_type(values.dtype) and (
+        is_data_type(target) or (target.kind == "i" and bool((values.astype(target) == values).all()))
+    )
 
 
 def _join(prefix: str, name: str) -> str:
@@ -399,7 +438,7 @@ class Sequential(Module):
     --------
     >>> net = Sequential(BatchNorm1d(4), BatchNorm1d(4))
     >>> list(net.state_dict())[:3]
-    ['0.weight', '0.bias', '1.weight']
+    ['0.weight', '0.bias', '0.running_mean']
     """
 
     def __init__(self, *layers: Module) -> None:

@@ -30,6 +30,7 @@ from cupy_syncbn import (
     DistributedDataParallel,
     Module,
     MPIProcessGroup,
+    Parameter,
     Sequential,
     SingleProcessGroup,
     SyncBatchNorm,
@@ -147,6 +148,66 @@ def test_torch_in_both_directions(rng, kind, dtype):
         other = make_model(kind, dtype)
         assert other.load_state_dict(state) == ([], [])
         assert_same_state(other, model)
+
+
+class Shared(Module):
+    """Layers, a list and a parameter with several names, and its own arrays after layers."""
+
+    def __init__(self):
+        layer = BatchNorm2d(C)
+        self.first = layer
+        self.blocks = [layer, Sequential(BatchNorm2d(C, affine=False), layer)]
+        self.again = self.blocks
+        self.heads = {"a": BatchNorm2d(C), "b": layer}
+        self.heads["a"].weight = layer.weight
+        self.scales = [Parameter(np.ones(C, "f4")), layer.bias]
+        self.register_buffer("step", np.array(0))
+        self.register_buffer("nothing", None)
+        self.scale = self.scales[0]
+
+
+def torch_shared(torch):
+    nn, module = torch.nn, torch.nn.Module()
+    module.first = layer = nn.BatchNorm2d(C)
+    module.blocks = nn.ModuleList([layer, nn.Sequential(nn.BatchNorm2d(C, affine=False), layer)])
+    module.again = module.blocks
+    module.heads = nn.ModuleDict({"a": nn.BatchNorm2d(C), "b": layer})
+    module.heads["a"].weight = layer.weight
+    module.scales = nn.ParameterList([nn.Parameter(torch.ones(C)), layer.bias])
+    module.register_buffer("step", torch.tensor(0))
+    module.register_buffer("nothing", None)
+    module.scale = module.scales[0]
+    return module
+
+
+@pytest.mark.serial
+def test_torch_names_of_what_is_shared(rng):
+    torch = pytest.importorskip("torch", reason="exchanges state with torch, which is not installed")
+    model, theirs = randomized(Shared(), rng), torch_shared(torch)
+    state = model.state_dict()
+    assert list(state) == list(theirs.state_dict())
+    assert state["again.1.1.weight"] is state["heads.a.weight"] is model.first.weight.data
+    assert len(list(model.parameters())) == 4
+
+    theirs.load_state_dict({name: torch.from_numpy(array) for name, array in state.items()})
+    other = Shared()
+    assert other.load_state_dict(theirs.state_dict()) == ([], [])
+    assert_same_state(other, model)
+
+    # Where the names of one array have several values, the last one stays.
+    state = {name: torch.full(array.shape, i) for i, (name, array) in enumerate(state.items())}
+    theirs.load_state_dict(state)
+    model.load_state_dict(state)
+    for name, tensor in theirs.state_dict().items():
+        np.testing.assert_array_equal(model.state_dict()[name], tensor.numpy())
+
+
+def test_state_of_modules_within_themselves():
+    model = Sequential(BatchNorm2d(C))
+    model[0].model, model[0].siblings = model, [model[0]]
+    model[0].siblings.append(model[0].siblings)
+    assert list(model.state_dict()) == [f"0.{name}" for name in BatchNorm2d(C).state_dict()]
+    assert model.load_state_dict(model.state_dict()) == ([], [])
 
 
 @pytest.mark.serial

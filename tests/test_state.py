@@ -26,10 +26,8 @@ def test_names_shapes_and_types_are_torchs():
     assert (state["num_batches_tracked"].shape, state["num_batches_tracked"].dtype) == ((), np.int64)
     assert list(SyncBatchNorm(5, affine=False).state_dict()) == NAMES[2:]
     assert list(SyncBatchNorm(5, track_running_stats=False).state_dict()) == NAMES[:2]
-    assert list(Sequential(SyncBatchNorm(1), BatchNorm1d(2)).state_dict()) == sorted(
-        (f"{i}.{name}" for i in (0, 1) for name in NAMES),
-        key=lambda name: (NAMES.index(name[2:]) > 1, name[0], NAMES.index(name[2:])),
-    )
+    model = Sequential(SyncBatchNorm(1), BatchNorm1d(2))
+    assert list(model.state_dict()) == [f"{i}.{name}" for i in (0, 1) for name in NAMES]
 
 
 def test_arrays_are_live(rng):
@@ -114,12 +112,18 @@ def test_without_num_batches_tracked(rng, strict):
         ({"running_var": np.ones(4)}, ValueError, "running_var"),
         ({"running_var": np.ones((5, 1))}, ValueError, "running_var"),
         ({"running_var": 1.0}, ValueError, "running_var"),
-        ({"num_batches_tracked": np.zeros(1, "i8")}, ValueError, "num_batches_tracked"),
+        ({"num_batches_tracked": np.zeros(2, "i8")}, ValueError, "num_batches_tracked"),
+        ({"num_batches_tracked": 2.5}, TypeError, "num_batches_tracked to be int64"),
+        ({"num_batches_tracked": np.nan}, TypeError, "num_batches_tracked to be int64"),
+        ({"num_batches_tracked": 1e300}, TypeError, "num_batches_tracked to be int64"),
         ({"running_var": ["one"] * 5}, (TypeError, ValueError), "."),
         ({"running_var": [None] * 5}, (TypeError, ValueError), "."),
         ({"running_var": np.ones(5, "c8")}, (TypeError, ValueError), "."),
     ],
-    ids=["missing", "unexpected", "length", "axes", "scalar", "counter", "strings", "objects", "complex"],
+    ids=[
+        *("missing", "unexpected", "length", "axes", "scalar"),
+        *("counters", "fraction", "nan", "huge", "strings", "objects", "complex"),
+    ],
 )
 def test_nothing_changes_when_it_raises(rng, changes, error, message):
     layer = trained_layer(rng)
@@ -129,6 +133,33 @@ def test_nothing_changes_when_it_raises(rng, changes, error, message):
     with pytest.raises(error, match=message):
         layer.load_state_dict(state)
     assert_unchanged(layer, before)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_nothing_changes_when_an_array_is_read_only(rng, name):
+    layer = trained_layer(rng)
+    state = {key: np.full_like(array, 9) for key, array in layer.state_dict().items()}
+    before = snapshot(layer)
+    layer.state_dict()[name].flags.writeable = False
+    with pytest.raises(ValueError, match=f"writeable array as {name}"):
+        layer.load_state_dict(state)
+    assert_unchanged(layer, before)
+
+
+@pytest.mark.parametrize("counter", [np.full(1, 7), [7], 7.0, np.float32(7), np.full(1, 7.0, "f2")])
+def test_counters_that_torch_takes(rng, counter):
+    layer = trained_layer(rng)
+    layer.load_state_dict(layer.state_dict() | {"num_batches_tracked": counter})
+    assert_identical(layer.num_batches_tracked, np.array(7))
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_values_beyond_the_type_are_infinite(rng, dtype):
+    layer = SyncBatchNorm(5, dtype=dtype)
+    with np.errstate(all="raise"):
+        layer.load_state_dict({"weight": np.array([1e300, -1e300, 1e-300, 1, np.nan])}, strict=False)
+    np.testing.assert_array_equal(layer.weight.data.astype("f8"), [np.inf, -np.inf, 0, 1, np.nan])
 
 
 def test_not_strict(rng):

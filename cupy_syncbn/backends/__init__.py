@@ -63,7 +63,7 @@ def as_array(array: Any, *, host: bool = True) -> Any:
     ----------
     array : object
         A torch tensor, which may require gradients, an array with DLPack, ``__array__`` or
-        ``__cuda_array_interface__``, or one of a subclass of NumPy's. What is none of these comes back as it is.
+        ``__cuda_array_interface__``, or of a subclass of NumPy's. What is none of these comes back as it is.
     host : bool
         Whether to take arrays in memory of the host too: it might be by a copy, of no use to write to.
 
