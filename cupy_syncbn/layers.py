@@ -584,7 +584,7 @@ class _BatchNorm(Module):
             if not isinstance(x, np.ndarray):  # with one of a subclass, `out` may still be the same object
                 x = as_array(x)
             self._check(x)
-        tracks = not (self.training and self._frozen)
+        tracks = not self.training or (self.track_running_stats and not self._frozen)
         y, self._saved = sync_batch_norm(
             x,
             None if self.weight is None else self.weight.data,
@@ -695,13 +695,9 @@ class _BatchNorm(Module):
         return (state, whole[1]) if isinstance(whole, tuple) else state
 
     def reset_running_stats(self) -> None:
-        """Set the running statistics to their start: mean 0, variance 1, no batches."""
-        for buffer, start in (
-            (self.running_mean, 0),
-            (self.running_var, 1),
-            (self.num_batches_tracked, 0),
-        ):
-            if buffer is not None:
+        """Set the running statistics, if they are tracked, to their start: mean 0, variance 1, no batches."""
+        for buffer, start in ((self.running_mean, 0), (self.running_var, 1), (self.num_batches_tracked, 0)):
+            if buffer is not None and self.track_running_stats:
                 buffer[...] = start
 
     def reset_parameters(self, weight: str = "ones", rng: np.random.Generator | None = None) -> None:
@@ -776,7 +772,8 @@ class SyncBatchNorm(_BatchNorm):
     affine : bool
         Whether there are weight and bias, which start at 1 and 0.
     track_running_stats : bool
-        Whether there are running statistics, which evaluation uses.
+        Whether there are running statistics, which evaluation uses. Set to False later, it keeps training
+        from changing them.
     process_group : ProcessGroup, mpi4py.MPI.Intracomm or None
         The ranks whose batches are one; None is all.
     dtype : {"float16", "bfloat16", "float32", "float64"}

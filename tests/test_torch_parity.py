@@ -134,6 +134,27 @@ def test_live_activation_and_residual(world, torch, rng, dtype, activation, resi
         assert_close(total(getattr(layer, name).grad), expected, tolerance=tolerance)
 
 
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_live_tracking_switched_off_and_on(world, torch, rng, momentum):
+    layer = SyncBatchNorm(4, momentum=momentum, dtype="float64")
+    theirs = torch.nn.BatchNorm1d(4, momentum=momentum, dtype=torch.float64)
+    part = world.part(18, "uneven")
+    for training, tracking in [(1, 1), (1, 0), (0, 0), (0, 1), (1, 0), (1, 1)]:
+        for each in layer, theirs:
+            each.train(bool(training)).track_running_stats = bool(tracking)
+        x = random_batch(rng, (18, 4), "float64")
+        expected = theirs(torch.from_numpy(x)).detach().numpy()
+        assert_close(layer(x[part]), expected, part, tolerance=1e-11)
+        for name, buffer in theirs.named_buffers():
+            assert_close(getattr(layer, name), buffer.numpy(), tolerance=1e-11)
+    for tracking in False, True:
+        for each in layer, theirs:
+            each.track_running_stats = tracking
+            each.reset_running_stats()
+        for name, buffer in theirs.named_buffers():
+            assert_close(getattr(layer, name), buffer.numpy(), tolerance=1e-11)
+
+
 @pytest.mark.serial
 @pytest.mark.parametrize("values", [(np.nan, 1), (np.inf, 1), (-np.inf, 1), (np.inf, np.inf)], ids=str)
 @pytest.mark.parametrize("activation", [None, "relu", "leaky_relu"], ids=str)
