@@ -91,8 +91,8 @@ class _Conversion:
         if id(old) not in self.layers:
             new = SyncBatchNorm.__new__(SyncBatchNorm)
             state = _BatchNorm.__getstate__(old)  # a pair where a subclass has slots, which `new` has not
-            vars(new).update(state[0] if isinstance(state, tuple) else state, process_group=self.group)
-            new._begin()
+            vars(new).update(state[0] if isinstance(state, tuple) else state)
+            new.process_group = self.group
             self.layers[id(old)] = old, new
             self.layers[id(new)] = old, new
         return self.layers[id(old)][1]

@@ -67,7 +67,7 @@ class Parameter:
         self.grad: Array | None = None
 
     def accumulate(self, gradient: Array) -> None:
-        """Add to the gradient.
+        """Add to the gradient, in place unless it is read-only.
 
         Parameters
         ----------
@@ -76,7 +76,10 @@ class Parameter:
         """
         if self.grad is None:
             self.grad = gradient
-        else:
+            return
+        if isinstance(self.grad, np.ndarray) and not self.grad.flags.writeable:
+            self.grad = self.grad.copy()
+        with np.errstate(all="ignore"):  # infinities and NaN are the data's, and pass through
             self.grad += gradient
 
     def __repr__(self) -> str:
@@ -501,7 +504,7 @@ class _BatchNorm(Module):
     running_mean: Array | None
     running_var: Array | None
     num_batches_tracked: Array | None
-    process_group: ProcessGroup | None = None
+    process_group: ProcessGroup | None
     _exchanges: int
     _introduced: bool
     _frozen: int = 0
@@ -574,13 +577,14 @@ class _BatchNorm(Module):
         **Collective** over the ranks of a SyncBatchNorm in training mode. The first such call sends one more
         message, of 24 bytes.
         """
+        peers = _peers(self.process_group, self.training)
         if self.training and not self._introduced:
             # Vectors of other lengths must never meet: a fixed-size one tells first.
             introduction = self._call(f"introduction with {self.dtype} parameters")
-            introduction.exchange(self._peers(), np.array(introduction.trailer(self._peers())))
+            introduction.exchange(peers, np.array(introduction.trailer(peers)))
             self._introduced = True
         call = self._call("forward")
-        with call.faults_join(self._peers(), 4 * self.num_features + 4, self._library(x)):
+        with call.faults_join(peers, 4 * self.num_features + 4, self._library(x)):
             if not isinstance(x, np.ndarray):  # with one of a subclass, `out` may still be the same object
                 x = as_array(x)
             self._check(x)
@@ -618,11 +622,6 @@ class _BatchNorm(Module):
 
     def _call(self, direction: str) -> Call:
         return Call(self.name or type(self).__name__, self.num_features, direction, self._exchanges)
-
-    def _peers(self, backward: bool = False) -> ProcessGroup:
-        """Return the ranks that a forward exchanges with now, or a backward."""
-        exchanges = self.training or (backward and self.grad_reduction != "none")
-        return as_group(self.process_group) if exchanges else SingleProcessGroup()
 
     def _library(self, x: Array) -> ModuleType:
         """Return the library of the layer's arrays, or of `x` if it has none."""
@@ -664,7 +663,8 @@ class _BatchNorm(Module):
         RuntimeError
             If there was no forward since the last backward.
         TypeError, ValueError
-            If `dy` does not match the result. The backward can be called again then.
+            If `dy` does not match the result, or a ``grad`` that is there already does not match its
+            parameter. The backward can be called again then.
         RemoteRankError, RankMismatchError, CollectiveTimeoutError
             See `sync_batch_norm`.
 
@@ -673,13 +673,20 @@ class _BatchNorm(Module):
         **Collective** over the ranks of a SyncBatchNorm, if its forward was, or if `grad_reduction` is not
         "none".
         """
-        if self._saved is None:
-            call, length = self._call("backward"), 2 * self.num_features + 3
-            with call.faults_join(self._peers(backward=True), length, self._library(dy)):
+        saved = self._saved
+        call = self._call("backward") if saved is None else saved.call._replace(direction="backward")
+        exchanges = (self.training if saved is None else saved.synchronized) or self.grad_reduction != "none"
+        peers = _peers(self.process_group if saved is None else saved.group, exchanges)
+        library = self._library(dy if saved is None else saved.x)
+        with call.faults_join(peers, 2 * self.num_features + 3, library):
+            if saved is None:
                 raise RuntimeError("backward needs a forward before it: each forward serves one backward")
-        gradients = sync_batch_norm_backward(dy, self._saved, grad_reduction=self.grad_reduction)
+            for name, parameter in (("weight", self.weight), ("bias", self.bias)):
+                if parameter is not None and parameter.grad is not None:
+                    _check_gradient(name, parameter)
+        gradients = sync_batch_norm_backward(dy, saved, grad_reduction=self.grad_reduction)
         # A rank that fails after the exchange has another number than the others, and they find out.
-        self._exchanges += self._saved.synchronized or self.grad_reduction != "none"
+        self._exchanges += exchanges
         self._saved = None
         for parameter, gradient in ((self.weight, gradients.weight), (self.bias, gradients.bias)):
             if parameter is not None and gradient is not None:
@@ -689,8 +696,7 @@ class _BatchNorm(Module):
     def __getstate__(self) -> Any:
         """Return what copies and pickles have: not the forward that waits for its backward."""
         state = {name: value for name, value in vars(self).items() if name not in ("_frozen", "_observe")}
-        group = None if self.process_group is None else as_group(self.process_group)
-        state |= {"_saved": None, "process_group": group}
+        state["_saved"] = None
         whole = super().__getstate__()  # a pair where a subclass has slots
         return (state, whole[1]) if isinstance(whole, tuple) else state
 
@@ -733,6 +739,26 @@ class _BatchNorm(Module):
             f"{type(self).__name__}({self.num_features}, eps={self.eps}, momentum={self.momentum}, "
             f"affine={self.affine}, track_running_stats={self.track_running_stats})"
         )
+
+
+def _peers(group: ProcessGroup | MPI.Intracomm | None, exchanges: bool) -> ProcessGroup:
+    """Return the ranks that a call exchanges with."""
+    return as_group(group) if exchanges else SingleProcessGroup()
+
+
+def _check_gradient(name: str, parameter: Parameter) -> None:
+    """Check that a gradient, which anybody may have assigned, can be added to."""
+    grad, data = parameter.grad, parameter.data
+    kind = module_of(data).ndarray
+    if not isinstance(grad, kind):
+        raise TypeError(
+            f"expected {name}.grad to be None or a {kind.__module__}.{kind.__name__} "
+            f"(got {type(grad).__module__}.{type(grad).__name__}): convert it"
+        )
+    if grad.shape != data.shape:
+        raise ValueError(f"expected {name}.grad of the shape of its data, {data.shape} (got {grad.shape})")
+    if not is_data_type(grad.dtype):
+        raise TypeError(f"expected {name}.grad of the type of its data, {data.dtype} (got {grad.dtype})")
 
 
 def data_type(dtype: Any) -> np.dtype[Any]:
@@ -802,6 +828,8 @@ class SyncBatchNorm(_BatchNorm):
         Of shape (), int64.
     training : bool
         Whether it is in training mode; see `train` and `eval`.
+    process_group : ProcessGroup or None
+        The ranks. All may assign others, and count the layer's calls anew from there on.
 
     Raises
     ------
@@ -860,8 +888,19 @@ class SyncBatchNorm(_BatchNorm):
             grad_reduction=grad_reduction,
             name=name,
         )
+        self.process_group = process_group
+
+    @property
+    def process_group(self) -> ProcessGroup | None:
+        """The ranks whose batches are one; None is all."""
+        group: ProcessGroup | None = vars(self).get("process_group")  # where copies and pickles find it too
+        return group
+
+    @process_group.setter
+    def process_group(self, group: ProcessGroup | MPI.Intracomm | None) -> None:
         # None stays None: the world is known at the first exchange, not at import.
-        self.process_group = None if process_group is None else as_group(process_group)
+        vars(self)["process_group"] = None if group is None else as_group(group)
+        self._begin()
 
     @classmethod
     def convert_sync_batchnorm(

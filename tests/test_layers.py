@@ -1,6 +1,7 @@
 """The layers: training over several steps, modes, parameters, gradients."""
 
 import copy
+import pickle
 
 import numpy as np
 import pytest
@@ -25,11 +26,13 @@ from cupy_syncbn import (
     BatchNorm3d,
     Module,
     Parameter,
+    RemoteRankError,
     Sequential,
     SingleProcessGroup,
     SyncBatchNorm,
     split_group,
 )
+from cupy_syncbn.process_group import as_group
 
 STEPS = 5
 LEARNING_RATE = 0.1
@@ -205,6 +208,61 @@ def test_gradients_accumulate(world, rng):
     layer(x[part])
     layer.backward(dy[part])
     assert_close(world.sum(layer.weight.grad), reference.weight_grad, tolerance=1e-6)
+
+
+@pytest.mark.parametrize("name", ["weight", "bias"])
+@pytest.mark.parametrize(
+    ("grad", "error", "got"),
+    [
+        ([0.0] * 5, TypeError, "builtins.list"),
+        (np.float32(0), TypeError, "numpy.float32"),
+        (np.zeros(4, "f4"), ValueError, r"\(4,\)"),
+        (np.zeros((5, 1), "f4"), ValueError, r"\(5, 1\)"),
+        (np.zeros(5, "i4"), TypeError, "int32"),
+    ],
+    ids=str,
+)
+def test_gradient_that_cannot_be_added_to(world, rng, name, grad, error, got):
+    """The rank that has it changes nothing, and the others hear of it."""
+    part = world.part(18, "uneven")
+    x, dy = random_batch(rng, SHAPES["2d"])[part], random_array(rng, SHAPES["2d"])[part]
+    layer = SyncBatchNorm(5, activation="relu")
+    twin = copy.deepcopy(layer)
+    for each in layer, twin:
+        each.backward(each(x))
+        each(x)
+    last = world.size - 1
+    kept = getattr(layer, name).grad
+    if world.rank == last:
+        getattr(layer, name).grad = grad
+        expected = pytest.raises(error, match=rf"{name}\.grad .*\(got .*{got}\)")
+    else:
+        expected = pytest.raises(RemoteRankError, match=f"rank {last} failed")
+    with expected:
+        layer.backward(dy)
+    getattr(layer, name).grad = kept
+    assert_unchanged(layer, snapshot(twin))
+    assert_identical(layer.backward(dy), twin.backward(dy))
+    assert_unchanged(layer, snapshot(twin))
+
+
+def test_gradients_that_are_read_only_or_of_another_type(rng):
+    parameter = Parameter(np.ones(5, "f4"))
+    for grad in np.broadcast_to(np.float32(1), 5), np.ones(5, "f8"), np.ones(5, "f2"):
+        parameter.grad = grad
+        parameter.accumulate(np.full(5, 2, "f4"))
+        assert_identical(parameter.grad, np.full(5, 3, grad.dtype))
+        assert (parameter.grad is grad) == grad.flags.writeable
+
+
+@pytest.mark.filterwarnings("error")
+def test_gradients_that_overflow(rng):
+    parameter = Parameter(np.ones(2, "f2"))
+    with np.errstate(all="raise"):
+        for _ in range(2):
+            parameter.accumulate(np.array([6e4, np.inf], "f2"))
+            parameter.accumulate(np.array([6e4, -np.inf], "f2"))
+    np.testing.assert_array_equal(parameter.grad, [np.inf, np.nan])
 
 
 @pytest.mark.parametrize("grad_reduction", ["none", "sum", "mean"])
@@ -430,6 +488,26 @@ def test_thousand_layers_share_one_duplicate(world, rng):
         layer.backward(x)
     assert_close(y, SyncBatchNorm(2)(x))
     assert CountingComm.duplicates == (1 if world.size > 1 else 0)
+
+
+@pytest.mark.parametrize("group", ["none", "comm", "split"])
+def test_group_that_is_assigned_later(world, rng, group):
+    """Ranks may have called the layer by themselves before, each as often as it liked."""
+    x, part = random_batch(rng, SHAPES["2d"]), world.part(18, "uneven")
+    layer = SyncBatchNorm(5, process_group=SingleProcessGroup(), momentum=1.0)
+    for _ in range(1 + world.rank):
+        layer.backward(layer(x))
+    group = {"none": None, "comm": world.comm, "split": split_group(world.size)}[group]
+    layer.process_group = group
+    assert layer.process_group is (None if group is None else as_group(group))
+    for wrong in "world", 3, [0, 1]:
+        with pytest.raises(TypeError, match="process_group"):
+            layer.process_group = wrong
+    reference = BatchNorm(5)
+    for each in layer, copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)):
+        each.zero_grad()
+        assert_close(each(x[part]), reference(x), part)
+        assert_close(each.backward(x[part] ** 2), reference.backward(x**2), part, tolerance=2e-6)
 
 
 @pytest.mark.parametrize(
