@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from cupy_syncbn.backends import Array, module_of, move, numpy_backend
+from cupy_syncbn.backends import Array, check_writeable, module_of, move, numpy_backend
 from cupy_syncbn.exchange import Call, is_known_to
 from cupy_syncbn.functional import Saved
 from cupy_syncbn.layers import Module, _BatchNorm
@@ -30,7 +30,7 @@ def frozen_statistics(module: Module) -> contextlib.AbstractContextManager[None]
     Returns
     -------
     context manager
-        Ranks may be inside or outside of it, and are in step.
+        To enter any number of times. Ranks may be inside or outside of it, and are in step.
 
     Raises
     ------
@@ -48,17 +48,21 @@ def frozen_statistics(module: Module) -> contextlib.AbstractContextManager[None]
     >>> int(bn.num_batches_tracked)
     1
     """
-    return _frozen(_layers(module))
+    return _Frozen(_layers(module))
 
 
-@contextlib.contextmanager
-def _frozen(layers: list[_BatchNorm]) -> Iterator[None]:
-    for layer in layers:
-        layer._frozen += 1
-    try:
-        yield
-    finally:
-        for layer in layers:
+class _Frozen(contextlib.AbstractContextManager[None]):
+    """The context of `frozen_statistics`, which may be entered again, within itself too."""
+
+    def __init__(self, layers: list[_BatchNorm]) -> None:
+        self._layers = layers
+
+    def __enter__(self) -> None:
+        for layer in self._layers:
+            layer._frozen += 1
+
+    def __exit__(self, *error: object) -> None:
+        for layer in self._layers:
             layer._frozen -= 1
 
 
@@ -85,7 +89,8 @@ def recalibrate(module: Module, batches: Iterable[Any]) -> None:
     TypeError
         If `module` is not a Module.
     ValueError
-        If there is no batch on this rank. It, and what `batches` raises, is RemoteRankError on the others.
+        If there is no batch on this rank, or running statistics are read-only. It, and what `batches` raises,
+        is RemoteRankError on the others.
     RemoteRankError, RankMismatchError, CollectiveTimeoutError
         See `sync_batch_norm`. After any error, all is as it was before.
 
@@ -109,10 +114,10 @@ def recalibrate(module: Module, batches: Iterable[Any]) -> None:
     group = max(groups, key=lambda each: each.size, default=SingleProcessGroup())
     totals = [_Total() for _ in layers]
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_frozen(layers))
+        stack.enter_context(_Frozen(layers))
         for layer, total in zip(layers, totals, strict=True):
             stack.enter_context(_observed(layer, total))
-        for number, arguments in enumerate(_in_step(batches, group, len(layers))):
+        for number, arguments in enumerate(_in_step(batches, group, layers)):
             try:
                 module(*arguments)
             except Exception as error:
@@ -183,13 +188,18 @@ def _observed(layer: _BatchNorm, total: _Total) -> Iterator[None]:
         layer.training, layer._saved, layer._observe = training, saved, None
 
 
-def _in_step(batches: Iterable[Any], group: ProcessGroup, layers: int) -> Iterator[tuple[Any, ...]]:
+def _in_step(
+    batches: Iterable[Any], group: ProcessGroup, layers: list[_BatchNorm]
+) -> Iterator[tuple[Any, ...]]:
     """Yield the arguments of each batch, and empty ones while other ranks have more (**collective**)."""
     end = object()
     for number in itertools.count():
-        call = Call("recalibrate", layers, "batch", number)
+        call = Call("recalibrate", len(layers), "batch", number)
         with call.faults_join(group, 4):
             if number == 0:
+                for layer in layers:
+                    check_writeable("running_mean", layer.running_mean)
+                    check_writeable("running_var", layer.running_var)
                 iterator, arguments = iter(batches), ()
             batch = next(iterator, end)
             if batch is end and number == 0:

@@ -298,6 +298,24 @@ def test_rank_without_a_batch(world, rng):
     recalibrate(layer, [x[:0] if world.rank == 0 and world.size > 1 else x])
 
 
+@pytest.mark.parametrize("name", ["running_mean", "running_var"])
+def test_read_only_statistics_of_a_rank(world, rng, name):
+    """The first layer's are not set before the second's are found to be read-only."""
+    model = Sequential(SyncBatchNorm(C), SyncBatchNorm(C))
+    twin = copy.deepcopy(model)
+    last = world.size - 1
+    if world.rank == last:
+        getattr(model[1], name).flags.writeable = False
+    error, match = (
+        (ValueError, f"as {name}") if world.rank == last else (RemoteRankError, f"rank {last} failed")
+    )
+    with pytest.raises(error, match=match):
+        recalibrate(model, [random_batch(rng, (6, C))])
+    assert_unchanged(model, snapshot(twin))
+    getattr(model[1], name).flags.writeable = True
+    recalibrate(model, [random_batch(rng, (6, C))])
+
+
 def test_error_of_the_module(world, rng):
     """In a layer on one rank, in the module on all, in the arguments."""
     x = random_batch(rng, (6, C))
@@ -403,6 +421,20 @@ def test_contexts_nest_and_end_on_errors(world, rng):
     assert (layer.num_batches_tracked, after.num_batches_tracked) == (0, 1)
     model(x)
     assert (layer.num_batches_tracked, after.num_batches_tracked) == (1, 2)
+
+
+def test_one_context_is_entered_again(world, rng):
+    x = random_batch(rng, (6, C))
+    layer = SyncBatchNorm(C)
+    frozen = frozen_statistics(layer)
+    for _ in range(2):
+        with frozen:
+            with frozen:
+                layer(x)
+            layer(x)
+    assert layer.num_batches_tracked == 0
+    layer(x)
+    assert layer.num_batches_tracked == 1
 
 
 def test_copies_and_conversions_are_not_frozen(rng):
