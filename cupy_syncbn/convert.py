@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
+import operator
+from collections.abc import Callable, Iterator
+from types import BuiltinFunctionType, FunctionType, MemberDescriptorType, MethodType, ModuleType
 from typing import TYPE_CHECKING, Any
 
 from cupy_syncbn.layers import Parameter, SyncBatchNorm, _BatchNorm
@@ -11,6 +12,8 @@ from cupy_syncbn.process_group import ProcessGroup, as_group
 
 if TYPE_CHECKING:
     from mpi4py import MPI
+
+_Assign = Callable[[Any, Any, Any], None]
 
 # Objects that hold no layers, or not as their own.
 _OPAQUE = (type, ModuleType, FunctionType, BuiltinFunctionType, MethodType, Parameter, ProcessGroup)
@@ -22,15 +25,17 @@ def convert_sync_batchnorm(module: Any, process_group: ProcessGroup | MPI.Intrac
     Parameters
     ----------
     module : object
-        A layer, a Module, or any object whose attributes, lists, tuples and dicts hold layers, directly
-        or within further such objects.
+        A layer, a Module, or any object that holds layers, directly or within further objects. Looked into
+        are the items of lists, tuples, dicts and of their subclasses, and all attributes of objects, but no
+        other collections, closures, classes or Python modules.
     process_group : ProcessGroup, mpi4py.MPI.Intracomm or None
         The ranks whose batches are one; None is all. SyncBatchNorm layers keep their group if it is None.
 
     Returns
     -------
     object
-        The converted layer, if `module` is one; else `module`, changed in place, or a copy if it is a tuple.
+        The converted layer, if `module` is one; else `module`, changed in place, or a copy if it is a tuple
+        of layers.
         New layers share the parameter and buffer objects of the old, and take over their settings,
         training mode among them. A layer found in several places is one layer afterwards too.
 
@@ -56,65 +61,68 @@ class _Conversion:
     def __init__(self, group: ProcessGroup | None) -> None:
         self.group = group
         # Both hold on to what they name by id, which another object could have otherwise.
-        self.layers: dict[int, tuple[_BatchNorm, SyncBatchNorm]] = {}
+        self.replaced: dict[int, tuple[Any, Any]] = {}
         self.visited: dict[int, object] = {}
 
     def converted(self, root: Any) -> Any:
         result = self._replacement(root)
+        assignments: list[tuple[_Assign, Any, Any, Any]] = []
         pending = [result]
         while pending:
             holder = pending.pop()
             if id(holder) in self.visited:
                 continue
             self.visited[id(holder)] = holder
-            for key, value in list(_items(holder)):
+            for assign, key, value in _held(holder):
                 new = self._replacement(value)
                 if new is not value:
-                    _assign(holder, key, new)
+                    assignments.append((assign, holder, key, new))
                 pending.append(new)
+        for assign, holder, key, new in assignments:  # now that nothing has failed
+            assign(holder, key, new)
         return result
 
     def _replacement(self, value: Any) -> Any:
         """Return the new layer for an old one, a new tuple for one that has any, anything else as it is."""
-        if isinstance(value, _BatchNorm):
-            return self._layer(value)
-        if isinstance(value, tuple):
-            items = [self._replacement(item) for item in value]
-            if any(new is not old for new, old in zip(items, value, strict=True)):
-                make = getattr(value, "_make", type(value))  # a NamedTuple is not called with one sequence
-                return make(items)
-        return value
+        if not isinstance(value, _BatchNorm | tuple):
+            return value
+        if id(value) not in self.replaced:
+            new = self._tuple(value) if isinstance(value, tuple) else self._layer(value)
+            self.replaced[id(value)] = value, new
+            self.replaced[id(new)] = new, new
+        return self.replaced[id(value)][1]
+
+    def _tuple(self, old: tuple[Any, ...]) -> tuple[Any, ...]:
+        items = [self._replacement(item) for item in old]
+        if all(new is item for new, item in zip(items, old, strict=True)):
+            return old
+        new = tuple.__new__(type(old), items)  # what a subclass's own asks for is its own matter
+        getattr(new, "__dict__", {}).update(getattr(old, "__dict__", {}))
+        return new
 
     def _layer(self, old: _BatchNorm) -> SyncBatchNorm:
         if isinstance(old, SyncBatchNorm) and self.group is None:
             return old
-        if id(old) not in self.layers:
-            new = SyncBatchNorm.__new__(SyncBatchNorm)
-            state = _BatchNorm.__getstate__(old)  # a pair where a subclass has slots, which `new` has not
-            vars(new).update(state[0] if isinstance(state, tuple) else state)
-            new.process_group = self.group
-            self.layers[id(old)] = old, new
-            self.layers[id(new)] = old, new
-        return self.layers[id(old)][1]
+        new = SyncBatchNorm.__new__(SyncBatchNorm)
+        state = _BatchNorm.__getstate__(old)  # a pair where a subclass has slots, which `new` has not
+        vars(new).update(state[0] if isinstance(state, tuple) else state)
+        new.process_group = self.group
+        return new
 
 
-def _items(holder: Any) -> Iterator[tuple[Any, Any]]:
-    """Yield (key or attribute, value) of what an object holds."""
-    if isinstance(holder, dict):
-        yield from holder.items()
-    elif isinstance(holder, list | tuple):
-        yield from enumerate(holder)
-    elif not isinstance(holder, _OPAQUE):
-        yield from getattr(holder, "__dict__", {}).items()
-        for cls in type(holder).__mro__:
-            slots = vars(cls).get("__slots__", ())
-            for name in (slots,) if isinstance(slots, str) else slots:
-                if name not in ("__dict__", "__weakref__") and hasattr(holder, name):
-                    yield name, getattr(holder, name)
-
-
-def _assign(holder: Any, key: Any, value: Any) -> None:
-    if isinstance(holder, dict | list):
-        holder[key] = value
-    else:
-        object.__setattr__(holder, key, value)  # frozen dataclasses too
+def _held(holder: Any) -> Iterator[tuple[_Assign, Any, Any]]:
+    """Yield (what assigns, key or attribute, value) of what an object holds."""
+    if isinstance(holder, _OPAQUE):
+        return
+    if isinstance(holder, dict | list | tuple):
+        items = holder.items() if isinstance(holder, dict) else enumerate(holder)
+        yield from ((operator.setitem, key, value) for key, value in items)
+    slots = {
+        name: getattr(holder, name)
+        for cls in type(holder).__mro__
+        if "__slots__" in vars(cls)
+        for name, member in vars(cls).items()  # not the names in __slots__: Python mangles private ones
+        if isinstance(member, MemberDescriptorType) and hasattr(holder, name)
+    }
+    for name, value in (slots | getattr(holder, "__dict__", {})).items():
+        yield object.__setattr__, name, value  # of frozen dataclasses too

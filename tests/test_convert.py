@@ -1,5 +1,6 @@
 """convert_sync_batchnorm."""
 
+import dataclasses
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -136,6 +137,91 @@ def test_other_objects():
     convert_sync_batchnorm(holder)
     assert isinstance(holder.pair, Pair)
     assert type(holder.pair.first) is SyncBatchNorm
+
+
+class Registry(dict):
+    pass
+
+
+class Stack(list):
+    __slots__ = ("norm",)
+
+
+class Private:
+    __slots__ = "__norm"
+
+    def __init__(self, norm):
+        self.__norm = norm
+
+    @property
+    def norm(self):
+        return self.__norm
+
+
+class Named(Pair):
+    """A subclass without slots has attributes beside its items."""
+
+
+class Two(tuple):
+    def __new__(cls, first, second):
+        return super().__new__(cls, (first, second))
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Frozen:
+    norm: object
+
+
+def test_attributes_of_collections():
+    layer = BatchNorm1d(3)
+    for holder in Registry(item=layer), Stack([layer]):
+        holder.norm = layer
+        assert convert_sync_batchnorm(holder) is holder
+        assert type(holder.norm) is SyncBatchNorm
+        assert holder.norm is holder["item" if isinstance(holder, dict) else 0]
+    without = Named("a", "b")
+    without.norm = layer
+    assert convert_sync_batchnorm(without) is without
+    assert type(without.norm) is SyncBatchNorm
+
+
+@pytest.mark.parametrize("kind", [Private, Frozen])
+def test_slots(kind):
+    holder = kind(BatchNorm1d(3))
+    convert_sync_batchnorm([holder])
+    assert type(holder.norm) is SyncBatchNorm
+
+
+@pytest.mark.parametrize("kind", [tuple, Pair, Named, Two])
+def test_tuples(kind):
+    layer = BatchNorm1d(3)
+    old = (layer, [layer]) if kind is tuple else kind(layer, [layer])
+    if kind in (Named, Two):
+        old.norm, old.itself, old.size = layer, old, 7
+    new, same = convert_sync_batchnorm([old, old])
+    assert type(new) is kind
+    assert new is same
+    assert type(new[0]) is SyncBatchNorm
+    assert new[0] is new[1][0]
+    if kind in (Named, Two):
+        assert (new.norm, new.itself, new.size) == (new[0], new, 7)
+        assert new.itself is new
+    assert old[0] is layer
+
+
+class Unbuildable(tuple):
+    def __iter__(self):
+        raise ValueError("no items")
+
+
+def test_all_or_nothing():
+    model = Sequential(BatchNorm1d(3), BatchNorm1d(3))
+    model.heads = [BatchNorm1d(3), Unbuildable((BatchNorm1d(3),))]
+    model.last = BatchNorm1d(3)
+    with pytest.raises(ValueError, match="no items"):
+        convert_sync_batchnorm(model)
+    for layer in model[0], model[1], model.heads[0], model.last:
+        assert type(layer) is BatchNorm1d
 
 
 def test_wrong_process_group_changes_nothing():
