@@ -4,20 +4,11 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 
-from cupy_syncbn.backends import (
-    Array,
-    array_module,
-    as_array,
-    backend_of,
-    check_writeable,
-    module_of,
-    move,
-)
+from cupy_syncbn.backends import Array, array_module, as_array, backend_of, check_writeable, module_of, move
 from cupy_syncbn.exchange import Call
 from cupy_syncbn.functional import (
     DATA_TYPES,
@@ -584,7 +575,7 @@ class _BatchNorm(Module):
             introduction.exchange(peers, np.array(introduction.trailer(peers)))
             self._introduced = True
         call = self._call("forward")
-        with call.faults_join(peers, 4 * self.num_features + 4, self._library(x)):
+        with call.faults_join(peers, 4 * self.num_features + 4, module_of(self._array(x))):
             if not isinstance(x, np.ndarray):  # with one of a subclass, `out` may still be the same object
                 x = as_array(x)
             self._check(x)
@@ -623,16 +614,15 @@ class _BatchNorm(Module):
     def _call(self, direction: str) -> Call:
         return Call(self.name or type(self).__name__, self.num_features, direction, self._exchanges)
 
-    def _library(self, x: Array) -> ModuleType:
-        """Return the library of the layer's arrays, or of `x` if it has none."""
+    def _array(self, x: Array) -> Array:
+        """Return an array of the layer's, or `x` if it has none."""
         own = self.running_mean if self.weight is None else self.weight.data
-        return module_of(x if own is None else own)
+        return x if own is None else own
 
     def _check(self, x: Array) -> None:
         """Check what `sync_batch_norm` cannot know; it checks the rest."""
-        backend = backend_of(x)
-        own = self.running_mean if self.weight is None else self.weight.data
-        if own is not None and backend_of(own) is not backend:
+        own = self._array(x)
+        if backend_of(x) is not backend_of(own):
             here, there = (("cpu", "cuda"), ("cuda", "cpu"))[module_of(own) is not np]
             raise TypeError(
                 f"expected the input on the layer's device, {here} (got {module_of(x).__name__}.ndarray): "
@@ -677,7 +667,7 @@ class _BatchNorm(Module):
         call = self._call("backward") if saved is None else saved.call._replace(direction="backward")
         exchanges = (self.training if saved is None else saved.synchronized) or self.grad_reduction != "none"
         peers = _peers(self.process_group if saved is None else saved.group, exchanges)
-        library = self._library(dy if saved is None else saved.x)
+        library = module_of(self._array(dy) if saved is None else saved.x)
         with call.faults_join(peers, 2 * self.num_features + 3, library):
             if saved is None:
                 raise RuntimeError("backward needs a forward before it: each forward serves one backward")

@@ -15,13 +15,7 @@ import numpy as np
 
 from cupy_syncbn.backends.interface import Running
 from cupy_syncbn.backends.layout import Array, Layout
-from cupy_syncbn.backends.numpy_boxes import (
-    Block,
-    Sums,
-    Tensor,
-    operand_of,
-    row_of,
-)
+from cupy_syncbn.backends.numpy_boxes import Block, Sums, Tensor, operand_of, row_of
 from cupy_syncbn.backends.numpy_memory import output, scratch
 
 NEAR = 1.0
