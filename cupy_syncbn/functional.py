@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from cupy_syncbn.backends import Array, Backend, Layout, Running, as_array, backend_of, module_of
+from cupy_syncbn.backends import (
+    Array,
+    Backend,
+    Layout,
+    Running,
+    as_array,
+    backend_of,
+    check_writeable,
+    module_of,
+)
 from cupy_syncbn.exchange import Call
 from cupy_syncbn.process_group import ProcessGroup, SingleProcessGroup, as_group
 
@@ -165,7 +174,10 @@ def sync_batch_norm(
     library = _library(x, weight, running_mean)
     with call.faults_join(peers, 4 * call.channels + 4, library):
         check_settings(eps, momentum)
+        in_place = out is x
         x, residual, out = as_array(x), as_array(residual), as_array(out, host=False)
+        if in_place and isinstance(out, np.ndarray):  # of a subclass, it has become two views
+            out = x
         backend, layout = _check_input(x, channels_last, call.channels)
         dtype = x.dtype.newbyteorder("=")
         running = _check_running(
@@ -439,8 +451,8 @@ def _check_running(
     if tracked is not None and (tracked.shape != () or tracked.dtype != np.int64):
         raise ValueError(f"expected num_batches_tracked to be a 0-d int64 array (got {tracked!r})")
     for name, buffer in (("running_mean", mean), ("running_var", var), ("num_batches_tracked", tracked)):
-        if training and isinstance(buffer, np.ndarray) and not buffer.flags.writeable:
-            raise ValueError(f"expected a writeable array as {name} (got a read-only one)")
+        if training:
+            check_writeable(name, buffer)
     return Running(mean, var, tracked, momentum)
 
 
@@ -466,8 +478,7 @@ def _check_output(
     if out is None:
         return backend.empty(layout, x.dtype.newbyteorder("="))
     _check_like("out", out, x)
-    if isinstance(out, np.ndarray) and not out.flags.writeable:
-        raise ValueError("expected a writeable array as out (got a read-only one)")
+    check_writeable("out", out)
     if backend.overlaps(out, x) and (training or out is not x):
         raise ValueError(
             "expected out to share no memory with the input (without training it may be the input)"

@@ -187,6 +187,15 @@ def test_subclasses_of_numpys_array(world, rng, kind):
 
 
 @pytest.mark.serial
+@pytest.mark.parametrize("kind", [np.memmap, Unit])
+def test_evaluation_in_place_of_subclasses(rng, kind):
+    x = random_batch(rng, SHAPE)
+    layer, given = BatchNorm2d(4).eval(), x.copy().view(kind)
+    layer(given, out=given)
+    assert_identical(given.view(np.ndarray), layer(x))
+
+
+@pytest.mark.serial
 def test_mask(rng):
     x = random_batch(rng, SHAPE)
     masked, match = np.ma.masked_greater(x, 0), r"without a mask \(got numpy\.ma\.\w*\.?MaskedArray\).*filled"
