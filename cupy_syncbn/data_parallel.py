@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cupy_syncbn.backends import Array, Backend, backend_of, module_of
+from cupy_syncbn.backends import Array, backend_of, check_writeable, module_of
 from cupy_syncbn.errors import RankMismatchError
 from cupy_syncbn.exchange import Call
-from cupy_syncbn.layers import Module, Parameter, SyncBatchNorm, _BatchNorm
+from cupy_syncbn.layers import Module, Parameter, SyncBatchNorm, _BatchNorm, check_gradient
 from cupy_syncbn.process_group import ProcessGroup, as_group
 
 if TYPE_CHECKING:
@@ -157,7 +157,7 @@ class DistributedDataParallel(Module):
         call = Call(name, 0, "gradients", self._reductions)
         with call.faults_join(group, len(named) + 3):
             for name, parameter in named:
-                _check_gradient(name, parameter)
+                check_gradient(name, parameter)
             present = np.array([parameter.grad is not None for _, parameter in named] + [0] * 3, np.float64)
             present[-3:] = call.trailer(group)
         call.exchange(group, present)
@@ -220,44 +220,18 @@ class DistributedDataParallel(Module):
         group.allreduce(total)
         total /= group.size
         for parameter, part in zip(bucket, parts, strict=True):
-            if parameter.grad is None or not _is_writeable(parameter.grad):
-                parameter.grad = xp.empty_like(parameter.data)
-            parameter.grad[...] = part.reshape(parameter.data.shape)
-
-
-def _backend(name: str, array: Any) -> Backend:
-    try:
-        return backend_of(array)
-    except TypeError as error:
-        raise TypeError(f"{name}: {error}") from None
+            gradient = parameter.grad
+            if gradient is None or (xp is np and not gradient.flags.writeable):
+                parameter.grad = gradient = xp.empty_like(parameter.data)
+            gradient[...] = part.reshape(parameter.data.shape)
 
 
 def _check_array(name: str, array: Any) -> None:
-    _backend(name, array)
-    if not _is_writeable(array):
-        raise ValueError(f"expected {name} to be writeable (got a read-only array): use array.copy()")
-
-
-def _check_gradient(name: str, parameter: Parameter) -> None:
-    data, gradient = parameter.data, parameter.grad
-    if gradient is None:
-        return
-    if _backend(f"gradient of {name}", gradient) is not _backend(name, data):
-        raise TypeError(
-            f"expected the gradient of {name} on its device, an array of {module_of(data).__name__} "
-            f"(got {module_of(gradient).__name__})"
-        )
-    for array, what in (data, name), (gradient, f"the gradient of {name}"):
-        if array.dtype.kind in "biuOSU":
-            raise TypeError(f"expected {what} in floating point (got {array.dtype}): use .astype(...)")
-    if gradient.shape != data.shape:
-        raise ValueError(
-            f"expected the gradient of {name} to have its shape {data.shape} (got {gradient.shape})"
-        )
-
-
-def _is_writeable(array: Array) -> bool:
-    return not isinstance(array, np.ndarray) or array.flags.writeable
+    try:
+        backend_of(array)
+    except TypeError as error:
+        raise TypeError(f"{name}: {error}") from None
+    check_writeable(name, array)
 
 
 def _check_alike(group: ProcessGroup, description: list[str]) -> None:

@@ -672,8 +672,8 @@ class _BatchNorm(Module):
             if saved is None:
                 raise RuntimeError("backward needs a forward before it: each forward serves one backward")
             for name, parameter in (("weight", self.weight), ("bias", self.bias)):
-                if parameter is not None and parameter.grad is not None:
-                    _check_gradient(name, parameter)
+                if parameter is not None:
+                    check_gradient(name, parameter)
         gradients = sync_batch_norm_backward(dy, saved, grad_reduction=self.grad_reduction)
         # A rank that fails after the exchange has another number than the others, and they find out.
         self._exchanges += exchanges
@@ -736,19 +736,28 @@ def _peers(group: ProcessGroup | MPI.Intracomm | None, exchanges: bool) -> Proce
     return as_group(group) if exchanges else SingleProcessGroup()
 
 
-def _check_gradient(name: str, parameter: Parameter) -> None:
-    """Check that a gradient, which anybody may have assigned, can be added to."""
+def check_gradient(name: str, parameter: Parameter) -> None:
+    """Check that a parameter and its gradient, which anybody may have assigned, can be added to.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If the gradient is not None, nor an array of floating-point numbers as the data, of their shape.
+    """
     grad, data = parameter.grad, parameter.data
+    if grad is None:
+        return
     kind = module_of(data).ndarray
-    if not isinstance(grad, kind):
-        raise TypeError(
-            f"expected {name}.grad to be None or a {kind.__module__}.{kind.__name__} "
-            f"(got {type(grad).__module__}.{type(grad).__name__}): convert it"
-        )
+    for what, array in (f"{name}.data", data), (f"{name}.grad", grad):
+        if not isinstance(array, kind):
+            raise TypeError(
+                f"expected {what} to be a {kind.__module__}.{kind.__name__} "
+                f"(got {type(array).__module__}.{type(array).__name__}): convert it"
+            )
+        if not (is_data_type(array.dtype) or array.dtype.kind in "fc"):
+            raise TypeError(f"expected {what} in floating point (got {array.dtype}): use .astype(...)")
     if grad.shape != data.shape:
         raise ValueError(f"expected {name}.grad of the shape of its data, {data.shape} (got {grad.shape})")
-    if not is_data_type(grad.dtype):
-        raise TypeError(f"expected {name}.grad of the type of its data, {data.dtype} (got {grad.dtype})")
 
 
 def data_type(dtype: Any) -> np.dtype[Any]:

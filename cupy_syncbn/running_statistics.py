@@ -122,7 +122,7 @@ def recalibrate(module: Module, batches: Iterable[Any]) -> None:
                 module(*arguments)
             except Exception as error:
                 if not is_known_to(group, error):  # the others are in this batch, or wait for the next
-                    with Call("recalibrate", len(layers), "batch", number + 1).faults_join(group, 4):
+                    with _call(layers, number + 1).faults_join(group, 4):
                         raise
                 raise
         for each in groups:
@@ -188,13 +188,17 @@ def _observed(layer: _BatchNorm, total: _Total) -> Iterator[None]:
         layer.training, layer._saved, layer._observe = training, saved, None
 
 
+def _call(layers: list[_BatchNorm], number: int) -> Call:
+    return Call(f"recalibrate of {len(layers)} layers", 0, "batch", number)
+
+
 def _in_step(
     batches: Iterable[Any], group: ProcessGroup, layers: list[_BatchNorm]
 ) -> Iterator[tuple[Any, ...]]:
     """Yield the arguments of each batch, and empty ones while other ranks have more (**collective**)."""
     end = object()
     for number in itertools.count():
-        call = Call("recalibrate", len(layers), "batch", number)
+        call = _call(layers, number)
         with call.faults_join(group, 4):
             if number == 0:
                 for layer in layers:

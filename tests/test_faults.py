@@ -153,7 +153,7 @@ WORLD = {
     ],
     "gradient_of_integers": [
         Attempt(
-            Error("TypeError", "gradient of bias in floating point"),
+            Error("TypeError", r"bias\.grad in floating point"),
             remote("gradients 0 of DistributedDataParallel .*"),
         )
     ],
