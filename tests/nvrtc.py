@@ -35,6 +35,9 @@ ARCHITECTURES = (75, 80, 90, 100, 120)
 OPTIONS = (*kernels.OPTIONS, "-ftz=true")
 """What CuPy gives NVRTC: it adds the second one."""
 
+SPLITTER = "0d4280000000000800"
+"""As PTX has it: the constant 2^41 + 1 of round_to_12_bits in moments.cuh."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
@@ -46,6 +49,7 @@ class Kernel:
     spill_stores: int  # bytes
     spill_loads: int  # bytes
     accesses: dict[str, int]  # how many instructions of each kind the PTX has, such as ld.global.nc.v4.f32
+    splittings: list[str]  # what the PTX does with SPLITTER, such as mul.rn.f64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,9 +185,12 @@ def compile_source(
 
 def _kernels(log: str, ptx: str) -> dict[str, Kernel]:
     """Return kernels by mangled name, from what ``--ptxas-options=-v`` adds to the log, and from PTX."""
-    accesses = {}
+    accesses, splittings = {}, {}
     for name, body in re.findall(r"\.entry (\w+)\((.*?)^}", ptx, re.DOTALL | re.MULTILINE):
         accesses[name] = collections.Counter(re.findall(r"(?<![\w.%$])(?:ld|st|atom|red)\.[\w.:]+", body))
+        # By itself, or from the register that it is moved to.
+        operands = "|".join([SPLITTER, *re.findall(rf"mov\.[bf]64\s+(%\w+), {SPLITTER};", body)])
+        splittings[name] = re.findall(rf"\b(?!mov\.)([a-z]\w*\.[\w.]+)\s[^;\n]*(?:{operands})\b", body)
     found = {}
     _, *sections = re.split(r"Compiling entry function '(\w+)'", log)
     for name, section in zip(sections[::2], sections[1::2], strict=True):
@@ -197,8 +204,9 @@ def _kernels(log: str, ptx: str) -> dict[str, Kernel]:
         shared = re.search(r"(\d+) bytes smem", used[0])
         stack, stores, loads = (sum(map(int, column)) for column in zip(*local, strict=True))
         found[name] = Kernel(
-            int(used[1]), int(shared[1]) if shared else 0, stack, stores, loads, dict(accesses[name])
-        )
+            int(used[1]), int(shared[1]) if shared else 0, stack, stores, loads, dict(accesses[name]),
+            splittings[name],
+        )  # fmt: skip
     return found
 
 

@@ -578,6 +578,12 @@ def test_vector_of_the_forward(cupy, dtypes, name):
             assert_vector(cupy, make_step(shape, dtypes).x)
 
 
+@pytest.mark.parametrize("dtypes", ["float64", "float32", "float16", "bfloat16"])
+def test_vector_where_products_are_contracted(fast_cupy, dtypes):
+    """The pivots are rounded on a GPU too."""
+    assert_vector(fast_cupy, make_step((2, 3, 300), dtypes).x)
+
+
 @pytest.mark.parametrize("name", LAUNCHES)
 @pytest.mark.parametrize("dtypes", ["float64", "float32", "float16", "bfloat16"])
 def test_vector_of_the_backward(cupy, dtypes, name):

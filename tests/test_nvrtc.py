@@ -146,6 +146,13 @@ def test_no_atomic_is_floating_point(compiled):
         assert float_atomics(kernel) == [], name
 
 
+def test_the_splitting_of_pivots_keeps_its_roundings(compiled):
+    """A mul.f64 may become part of an fma, which has none."""
+    for name, kernel in compiled.kernels.items():
+        has_pivots = Instance.parse(name).kernel in ("statistics", "deviations", "normalize")
+        assert set(kernel.splittings) == ({"mul.rn.f64"} if has_pivots else set()), name
+
+
 # That these tests can fail.
 
 

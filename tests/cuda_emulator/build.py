@@ -9,6 +9,7 @@ import fcntl
 import functools
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -28,7 +29,6 @@ _COMMON = (
     "-fno-threadsafe-statics",
     "-fno-exceptions",
     "-fno-rtti",
-    # CUDA contracts a * b + c into one rounding; g++ on x86-64 would do so or not by the machine it runs on.
     "-ffp-contract=off",
     "-Wno-unknown-pragmas",
 )
@@ -39,9 +39,18 @@ _SANITIZERS = (
     "--param=tsan-instrument-func-entry-exit=0",
     "-fsanitize=alignment,null,bounds,shift,integer-divide-by-zero,signed-integer-overflow,return,bool",
 )
+
+
+def _contraction():
+    """Return the options to round a * b + c once, as NVRTC does: nothing changes without the instruction."""
+    processor = Path("/proc/cpuinfo")
+    has_fma = processor.is_file() and re.search(r"^flags\s*:.*\bfma\b", processor.read_text(), re.MULTILINE)
+    return ("-ffp-contract=fast", *(["-mfma"] if has_fma else []))
+
+
 MODES = {
     "checked": ("-O1", "-g1", *_SANITIZERS),
-    "fast": ("-O2", "-g0"),
+    "fast": ("-O2", "-g0", *_contraction()),
 }
 
 # What holds cuda_fp16.h, crt/host_defines.h and nv/target: the pip packages of CUDA 13, and of CUDA 12.

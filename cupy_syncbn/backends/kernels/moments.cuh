@@ -1,11 +1,12 @@
 // What the exchanged vector of the forward says of a channel.
 #pragma once
 
-// Round to 12 significant bits, by Veltkamp's splitting (Dekker 1971).
+// Round to 12 significant bits, by Veltkamp's splitting (Dekker 1971). Contracted to fused multiply-adds, which have no
+// rounding in between, it would give back the value as it is.
 __device__ __forceinline__ double round_to_12_bits(double value)
 {
-    const double scaled = value * 2199023255553.0;  // 2^41 + 1
-    return scaled - (scaled - value);
+    const double scaled = __dmul_rn(value, 2199023255553.0);  // 2^41 + 1
+    return __dsub_rn(scaled, __dsub_rn(scaled, value));
 }
 
 struct ChannelMoments {

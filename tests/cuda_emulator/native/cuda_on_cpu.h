@@ -235,6 +235,13 @@ inline To bit_cast(From from) {
     return to;
 }
 
+// What g++ cannot make a part of an fma.
+template <class T>
+inline T alone(T value) {
+    asm("" : "+m"(value));
+    return value;
+}
+
 }  // namespace emu
 
 inline float __int_as_float(int value) { return emu::bit_cast<float>(value); }
@@ -251,16 +258,16 @@ inline double rsqrt(double x) { return 1.0 / ::sqrt(x); }
 inline float __frsqrt_rn(float x) { return (float)(1.0 / ::sqrt((double)x)); }
 inline float __fsqrt_rn(float x) { return sqrtf(x); }
 inline float __frcp_rn(float x) { return 1.0f / x; }
-inline float __fadd_rn(float a, float b) { return a + b; }
-inline float __fsub_rn(float a, float b) { return a - b; }
-inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fadd_rn(float a, float b) { return emu::alone(a) + emu::alone(b); }
+inline float __fsub_rn(float a, float b) { return emu::alone(a) - emu::alone(b); }
+inline float __fmul_rn(float a, float b) { return emu::alone(a * b); }
 inline float __fdiv_rn(float a, float b) { return a / b; }
 inline float __fdividef(float a, float b) { return a / b; }
 inline float __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c); }
 inline float __expf(float x) { return expf(x); }
-inline double __dadd_rn(double a, double b) { return a + b; }
-inline double __dsub_rn(double a, double b) { return a - b; }
-inline double __dmul_rn(double a, double b) { return a * b; }
+inline double __dadd_rn(double a, double b) { return emu::alone(a) + emu::alone(b); }
+inline double __dsub_rn(double a, double b) { return emu::alone(a) - emu::alone(b); }
+inline double __dmul_rn(double a, double b) { return emu::alone(a * b); }
 inline double __ddiv_rn(double a, double b) { return a / b; }
 inline double __dsqrt_rn(double x) { return ::sqrt(x); }
 inline double __fma_rn(double a, double b, double c) { return ::fma(a, b, c); }
