@@ -57,10 +57,11 @@ def access_bytes(instruction):
 
 
 def count_accesses(kernel, kind, size):
+    """Return how many there are in the PTX, but for the loads from L2 of what other blocks have summed."""
     return sum(
         count
         for instruction, count in kernel.accesses.items()
-        if instruction.startswith(f"{kind}.global.") and access_bytes(instruction) == size
+        if re.match(rf"{kind}\.global\.(?!cg\.)", instruction) and access_bytes(instruction) == size
     )
 
 

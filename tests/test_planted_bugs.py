@@ -65,6 +65,7 @@ def check_large_values(cupy):
 CHECKS = {
     "rows": functools.partial(check_statistics, shape=(3, 3, 1025)),
     "columns": functools.partial(check_statistics, shape=(56, 36, 1)),
+    "many splits": functools.partial(check_statistics, shape=(960, 40, 1)),
     "clipped": functools.partial(check_statistics, shape=(21, 264, 1), launch="one_split"),
     "misaligned": functools.partial(check_statistics, shape=(3, 3, 257), put=misaligned),
     "step rows": functools.partial(check_step, shape=(3, 2, 1025)),
@@ -152,6 +153,32 @@ IN_KERNELS = {
     ),
     "the partials of all splits in one place": Bug(
         "statistics.cu", "(part.split * g.C + part.channel + k) * 2", "(part.channel + k) * 2", "rows", RACE
+    ),
+    "no barrier between the rounds of the last block": Bug(
+        "statistics.cu",
+        "__syncthreads();  // publishes the sums; what",
+        "// publishes the sums; what",
+        "many splits",
+        f"{RACE}|uninitialised",
+    ),
+    "all threads write in all rounds of the last block": Bug(
+        "statistics.cu",
+        "if (number < threads) {\n            entries[threadIdx.x]",
+        "{\n            entries[threadIdx.x]",
+        "many splits",
+        RACE,
+    ),
+    "the last block takes half of the splits": Bug(
+        "statistics.cu",
+        "left -= LOADS * threads, from +=",
+        "left -= 2 * LOADS * threads, from +=",
+        "many splits",
+    ),
+    "the last block reads behind the splits": Bug(
+        "statistics.cu", "if (i * threads < left)", "if (left > 0)", "many splits", f"{OUTSIDE}|uninitialised"
+    ),
+    "an odd number of threads loses one in the last block": Bug(
+        "statistics.cu", "rest = (threads + 1) / 2;", "rest = threads / 2;", "many splits"
     ),
     "num_batches_tracked goes up before all have read it": Bug(
         "normalize.cu", "== (g.C + g.group - 1) / g.group - 1)", "== 0)", "counted", RACE

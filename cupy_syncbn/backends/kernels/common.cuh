@@ -21,7 +21,8 @@
 #include <cuda_fp16.h>
 
 constexpr int THREADS = 256;
-[[maybe_unused]] constexpr int MAX_GROUP = 256;  // channels a group has at most
+constexpr int MAX_GROUP = 256;  // channels a group has at most
+static_assert(MAX_GROUP <= THREADS, "sum_by_channel finishes each channel by a thread");
 
 // Blocks that a multiprocessor must have room for: 3 leave 80 registers a thread, 2 leave 128. With 2, and four loads
 // of 16 bytes a thread under way, it still has 32 KiB in flight.
@@ -267,6 +268,7 @@ __device__ __forceinline__ bool sum_by_channel(const Geometry& g, const Part& pa
                                                unsigned int* counters, Write write, Finish finish)
 {
     constexpr int W = CHANNELS<V, COLUMNS>;
+    constexpr int LOADS = 6;  // more would take registers from the walk
     __shared__ double entries[2 * W * THREADS];
     const int lanes = static_cast<int>(g.lanes), height = THREADS / lanes;
     const int width = lanes_a_channel(g, COLUMNS), lane = threadIdx.x % width, first = threadIdx.x / width;
@@ -300,17 +302,39 @@ __device__ __forceinline__ bool sum_by_channel(const Geometry& g, const Part& pa
         if (!__syncthreads_or(is_last)) return false;
         if (threadIdx.x == 0) counters[part.index] = 0;
     }
-    for (int k = first; k < part.channels; k += jobs) {
-        double sums[2] = {0, 0};
-        const double* from = partials + (part.channel + k) * 2;
-        // From L2: an L1 cache does not see what other multiprocessors write.
-        for (long long split = lane; split < part.splits; split += width) {
-            sums[0] += __ldcg(from + split * g.C * 2);
-            sums[1] += __ldcg(from + split * g.C * 2 + 1);
+    // The whole grid waits for this block: as many threads share the splits of a channel as there are, and each has
+    // several loads under way. They are from L2: an L1 cache does not see what other multiprocessors write.
+    const int k = threadIdx.x % part.channels, number = threadIdx.x / part.channels;
+    const int splits = static_cast<int>(part.splits);
+    int threads = min(splits, THREADS / part.channels);
+    double sums[2] = {0, 0};
+    if (number < threads) {
+        const double2* from = reinterpret_cast<const double2*>(partials) + number * g.C + part.channel + k;
+        const long long step = threads * g.C;
+        for (int left = splits - number; left > 0; left -= LOADS * threads, from += LOADS * step) {
+            double2 loaded[LOADS] = {};
+#pragma unroll
+            for (int i = 0; i < LOADS; ++i)
+                if (i * threads < left) loaded[i] = __ldcg(from + i * step);
+#pragma unroll
+            for (int i = 0; i < LOADS; ++i) {
+                sums[0] += loaded[i].x;
+                sums[1] += loaded[i].y;
+            }
         }
-        sums[0] = sum_over_lanes(sums[0], width);
-        sums[1] = sum_over_lanes(sums[1], width);
-        if (lane == 0) finish(part.channel + k, sums[0], sums[1]);
     }
+    for (int rest; threads > 1; threads = rest) {
+        rest = (threads + 1) / 2;
+        if (number < threads) {
+            entries[threadIdx.x] = sums[0];
+            entries[THREADS + threadIdx.x] = sums[1];
+        }
+        __syncthreads();  // publishes the sums; what is read of them here is not written to in the next round
+        if (number + rest < threads) {
+            sums[0] += entries[threadIdx.x + rest * part.channels];
+            sums[1] += entries[THREADS + threadIdx.x + rest * part.channels];
+        }
+    }
+    if (number == 0) finish(part.channel + k, sums[0], sums[1]);
     return true;
 }
