@@ -1013,6 +1013,7 @@ HUGE = {
     "many_rows": ((1 << 21 | 7, 3, 2049), 4, True),
     "many_rows_scalar": ((1 << 22 | 7, 5, 513), 2, False),
     "many_channels": ((2, 1 << 22, 1025), 8, True),
+    "short_rows": ((5, 1 << 22, 1023), 4, True),
 }
 
 

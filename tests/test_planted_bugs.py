@@ -67,16 +67,21 @@ CHECKS = {
     "columns": functools.partial(check_statistics, shape=(56, 36, 1)),
     "many splits": functools.partial(check_statistics, shape=(960, 40, 1)),
     "clipped": functools.partial(check_statistics, shape=(21, 264, 1), launch="one_split"),
+    "short rows": functools.partial(check_statistics, shape=(20, 2, 133), launch="one_split"),
     "misaligned": functools.partial(check_statistics, shape=(3, 3, 257), put=misaligned),
     "step rows": functools.partial(check_step, shape=(3, 2, 1025)),
     "step columns": functools.partial(check_step, shape=(40, 8, 3)),
     "idle threads": functools.partial(check_step, shape=(100, 8, 3), launch="one_split"),
     "counted": functools.partial(check_step, shape=(5, 33, 7), momentum=None),
     "masked rows": functools.partial(check_step, shape=(3, 2, 1025), residual=True, activation="relu"),
+    "masked short rows": functools.partial(
+        check_step, shape=(20, 2, 133), launch="one_split", residual=True, activation="relu"
+    ),
     "masked columns": functools.partial(check_step, shape=(70, 36, 1), residual=True, activation="relu"),
     "wide parameters": functools.partial(check_step, shape=(40, 8, 3), dtypes="float16-float32"),
     "columns beyond 32 bits": functools.partial(assert_walk, name="columns"),
     "rows beyond 32 bits": functools.partial(assert_walk, name="many_rows"),
+    "a wide step": functools.partial(assert_walk, name="short_rows"),
     "offset": check_offset,
     "large values": check_large_values,
     "zeros": functools.partial(assert_zeros_block, residual=False),
@@ -230,7 +235,7 @@ IN_KERNELS = {
     ),
     "vectors from where a row begins": Bug(
         "statistics.cu",
-        "V == 1 ? 0 : static_cast<int>(-(row_ * g_.C + channel_) * g_.S & (V - 1))",
+        "V == 1 ? 0 : static_cast<int>(-element_ & (V - 1))",
         "0",
         "rows",
         "misaligned",
@@ -244,10 +249,21 @@ IN_KERNELS = {
     ),
     "an element's number in 32 bits": Bug(
         "common.cuh",
-        "return {row * g_.S + head()",
-        "return {static_cast<unsigned int>(row * g_.S) + head()",
+        "return {element_ + head(), mask_};",
+        "return {static_cast<unsigned int>(element_) + head(), mask_};",
         "rows beyond 32 bits",
     ),
+    "a step in 32 bits": Bug(
+        "common.cuh",
+        "rows * (g.C * g.S) + static",
+        "static_cast<int>(rows * (g.C * g.S)) + static",
+        "a wide step",
+    ),
+    "the wrap to the next row is forgotten": Bug(
+        "statistics.cu", "element_ += element_wrap_;", ";", "short rows"
+    ),
+    "the mask stays in its row": Bug("normalize.cu", "mask_ += mask_wrap_;", ";", "masked short rows", RACE),
+    "a vector across the end of a row": Bug("statistics.cu", "|| head() <= rest_", "|| true", "short rows"),
     # Sums
     "half a warp is added up": Bug("statistics.cu", "int distance = 16;", "int distance = 8;", "rows"),
     "half a warp takes part": Bug(
@@ -273,7 +289,7 @@ IN_KERNELS = {
         OUTSIDE,
     ),
     "a mask byte for all vectors of a row": Bug(
-        "normalize.cu", "row * slots + slot_};", "row * slots};", "masked rows", RACE
+        "normalize.cu", "mask_slots + slot_;", "mask_slots;", "masked rows", RACE
     ),
     "edges share their mask bytes with vectors": Bug(
         "normalize.cu",
