@@ -827,6 +827,19 @@ def test_accuracy_of_the_variance(fast_cupy, shape, disturb):
             assert relative_error(variance(fast_cupy, x, put), expected) <= 1e-6
 
 
+@pytest.mark.parametrize("size", [1 << 16, 1 << 18, 1 << 20])
+def test_variance_where_a_thread_meets_two_outliers_first(fast_cupy, size):
+    """Among its first three, whose median is one of them. Fewer than 30 values are not summed again."""
+    for shape, loads in ((1, 2, size), np.s_[:, :, [0, 4 * THREADS]]), ((size, 4, 1), np.s_[[0, THREADS]]):
+        for outlier in 8, 30, 1e3, 1e4, 1e5:
+            x = np.random.default_rng(0).standard_normal(shape, np.float32)
+            x[loads] = outlier
+            expected = np.var(x.astype("f8"), axis=(0, 2))
+            assert relative_error(variance(fast_cupy, x), expected) <= 3e-6
+            with launched_with(items=launches.MAX_ITEMS):
+                assert relative_error(variance(fast_cupy, x), expected) <= 1e-6
+
+
 @pytest.mark.parametrize("shape", [(400, 3, 50), (9000, 3, 1), (2, 3, 70000)], ids=str)
 @pytest.mark.parametrize("offset", [0, 1e5, -1e8])
 def test_accuracy_of_the_variance_float64(fast_cupy, shape, offset):

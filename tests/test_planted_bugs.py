@@ -24,6 +24,7 @@ from test_kernels import (
     make_step,
     misaligned,
     needs_emulator,
+    recorded,
     schedules,
     variance,
 )
@@ -51,8 +52,20 @@ def check_step(cupy, *, shape, launch="many_splits", dtypes="float32", put=align
 
 
 def check_offset(cupy):
-    x = make_step((40, 3, 49)).x + np.float32(1e4)
-    np.testing.assert_allclose(variance(cupy, x), np.var(x.astype("f8"), (0, 2)), rtol=1e-6)
+    reads = []
+    for offset in 0, 1e4:
+        x = make_step((40, 3, 49)).x + np.float32(offset)
+        with recorded() as done, launched_with(items=1 << 20):
+            np.testing.assert_allclose(variance(cupy, x), np.var(x.astype("f8"), (0, 2)), rtol=1e-6)
+        reads.append(done[0].read)
+    assert reads[0] == reads[1], "some threads have summed again"
+
+
+def check_outliers_first(cupy):
+    x = make_step((1, 2, 1 << 14)).x
+    x[:, :, [0, 1024]] = 1e4  # two of a thread's first three values
+    with launched_with(items=16):
+        np.testing.assert_allclose(variance(cupy, x), np.var(x.astype("f8"), (0, 2)), rtol=1e-6)
 
 
 def check_large_values(cupy):
@@ -84,6 +97,7 @@ CHECKS = {
     "a wide step": functools.partial(assert_walk, name="short_rows"),
     "offset": check_offset,
     "large values": check_large_values,
+    "outliers first": check_outliers_first,
     "zeros": functools.partial(assert_zeros_block, residual=False),
 }
 
@@ -274,6 +288,12 @@ IN_KERNELS = {
         "not in its own mask",
     ),
     "no shift": Bug("statistics.cu", "shift[w] = finite_or_zero(shift[w]);", "shift[w] = 0;", "offset"),
+    "no second look at outliers": Bug(
+        "statistics.cu",
+        "while (sizeof(Accumulator<T>) == 4 && moments.recentre());",
+        "while (false);",
+        "outliers first",
+    ),
     "no second look at large values": Bug(
         "statistics.cu", "sizeof(Accumulator<T>) == 4 && !finite", "false", "large values"
     ),

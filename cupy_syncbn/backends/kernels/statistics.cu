@@ -1,9 +1,10 @@
 // Statistics of one rank: the tensor is read once, and the vector that the ranks add up is written.
 //
 // Each thread sums x - shift and (x - shift)² in the accumulator's type, about a shift of its own: a value that it
-// meets, so that little cancels at any offset, and the median of three, so that an outlier is not taken. The sums of
-// the threads are moved to one float64 pivot a channel and added up (formulas of Chan, Golub and LeVeque 1983 for
-// the shift of a sum of squares). The last block of a channel to be done writes its part of the vector
+// meets, so that little cancels at any offset, and the median of three, so that an outlier is seldom taken. If one was,
+// the thread sums again, about its mean. The sums of the threads are moved to one float64 pivot a channel and added up
+// (formulas of Chan, Golub and LeVeque 1983 for the shift of a sum of squares). The last block of a channel to be done
+// writes its part of the vector
 //
 //   [n pivot (C) | n pivot² (C) | Σ(x - pivot) (C) | Σ(x - pivot)² + 2 pivot Σ(x - pivot) (C) | n | trailer (3)]
 //
@@ -38,7 +39,7 @@ template <typename T, int V, bool COLUMNS> struct Moments {
     A shift[W];
     A sum[V] = {}, square[V] = {};
     long long count = 0;  // values summed about each shift
-    bool has_shift = false;
+    bool has_shift = false, may_recentre = true;
 
     template <int WIDTH> __device__ __forceinline__ Loaded<WIDTH> load(const Place& place) const
     {
@@ -73,6 +74,42 @@ template <typename T, int V, bool COLUMNS> struct Moments {
             square[e] += difference * difference;
         }
         count += COLUMNS ? 1 : WIDTH;
+    }
+
+    // The sums about shift w.
+    __device__ __forceinline__ void totals(int w, double& of_differences, double& of_squares) const
+    {
+        of_differences = sum[w];
+        of_squares = square[w];
+        if constexpr (!COLUMNS) {
+#pragma unroll
+            for (int e = 1; e < V; ++e) {
+                of_differences += sum[e];
+                of_squares += square[e];
+            }
+        }
+    }
+
+    // Called when all is summed. Returns whether to do it again: once, if a shift turns out to be so far from the mean,
+    // 3.6 standard deviations, that the squares are of little else. Of normal data that is true of hardly any thread;
+    // float64 has digits to spare.
+    __device__ __forceinline__ bool recentre()
+    {
+        bool is_far = false;
+#pragma unroll
+        for (int w = 0; w < W; ++w) {
+            double differences, squares;
+            totals(w, differences, squares);
+            if (!(may_recentre && differences * differences > 0.93 * count * squares && isfinite(squares))) continue;
+            is_far = true;
+            shift[w] += static_cast<A>(differences / count);
+        }
+        may_recentre = false;
+        if (!is_far) return false;
+        count = 0;
+#pragma unroll
+        for (int e = 0; e < V; ++e) sum[e] = square[e] = 0;
+        return true;
     }
 };
 
@@ -111,14 +148,8 @@ __device__ __forceinline__ void write_about_pivots(const Moments<T, V, COLUMNS>&
     bool finite = true;
 #pragma unroll
     for (int w = 0; w < W; ++w) {
-        double sum = moments.sum[w], square = moments.square[w];
-        if constexpr (!COLUMNS) {
-#pragma unroll
-            for (int e = 1; e < V; ++e) {
-                sum += moments.sum[e];
-                square += moments.square[e];
-            }
-        }
+        double sum, square;
+        moments.totals(w, sum, square);
         const double pivot = pivot_of(moments.x, g, part.channel + channel_of<V, COLUMNS>(g, part, w));
         const double distance = moments.has_shift ? static_cast<double>(moments.shift[w]) - pivot : 0;
         const double moved = sum + moments.count * distance;
@@ -148,7 +179,9 @@ __global__ void __launch_bounds__(THREADS, MIN_BLOCKS<V>)
 
     Moments<T, V, COLUMNS> moments;
     moments.x = x;
-    walk<V, COLUMNS, 4>(g, part, moments);
+    do
+        walk<V, COLUMNS, 4>(g, part, moments);
+    while (sizeof(Accumulator<T>) == 4 && moments.recentre());
 
     const double n = static_cast<double>(g.N * g.S);
     const bool is_last = sum_by_channel<V, COLUMNS>(
