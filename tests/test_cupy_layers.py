@@ -1,5 +1,8 @@
 """Layers and data-parallel training on the CUDA engine, their state, and what is wrong with arguments."""
 
+import gc
+import weakref
+
 import numpy as np
 import pytest
 from helpers import assert_close, random_array, random_batch, random_channels
@@ -15,6 +18,7 @@ from cupy_syncbn import (
     convert_sync_batchnorm,
     sync_batch_norm,
 )
+from cupy_syncbn.backends.launch import launch_for
 
 SHAPE = (18, 4, 3, 5)
 
@@ -145,6 +149,26 @@ def test_a_captured_graph_has_its_own_workspace(monkeypatch, cupy, workspaces):
         assert workspaces.current() is outside
         monkeypatch.setattr(cupy.cuda.runtime, "streamIsCapturing", lambda stream: True)
         assert workspaces.current() is not outside
+
+
+def test_a_captured_launch_clears_its_counters_once(monkeypatch, cupy, workspaces):
+    cleared, zeros = [], cupy.zeros
+    with cupy.cuda.Stream(non_blocking=True):
+        monkeypatch.setattr(cupy.cuda.runtime, "streamIsCapturing", lambda stream: True)
+        monkeypatch.setattr(cupy, "zeros", lambda size, dtype: cleared.append(size) or zeros(size, dtype))
+        workspaces.current().reserve(launch_for((2, 5, 300), 4, True, 2), 5)
+    assert cleared == [5]
+
+
+def test_a_workspace_keeps_its_stream(cupy, workspaces):
+    """Another stream at the address of one that is gone would share the memory of its work."""
+    stream = cupy.cuda.Stream()
+    with stream:
+        workspaces.current()
+    reference = weakref.ref(stream)
+    del stream
+    gc.collect()
+    assert reference() is not None
 
 
 class Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
@@ -81,8 +82,14 @@ def _multiprocessors(device: int) -> int:
 
 
 @functools.cache
+def _instance(kernel: Callable[..., tuple[str, str]], dtype: Any, *arguments: Any) -> tuple[str, str]:
+    """Return ``kernel(dtype.name, *arguments)``, of kernels/, which takes longer than to look it up."""
+    return kernel(dtype.name, *arguments)
+
+
+@functools.cache
 def _kernel(file: str, name: str) -> Any:
-    """Return a kernel: compiled at its first launch on a device, and kept in CuPy's cache on disk."""
+    """Return a kernel: compiled at its first launch on a device; CuPy's cache on disk has it from 14.2 on."""
     module = cupy.RawModule(code=kernels.source(file), options=kernels.OPTIONS, name_expressions=(name,))
     return module.get_function(name)
 
@@ -90,9 +97,10 @@ def _kernel(file: str, name: str) -> Any:
 class _Workspace:
     """What the blocks of a launch exchange their sums through: one a stream, whose launches take turns."""
 
-    def __init__(self) -> None:
-        self.counters = cupy.zeros(1, "uint32")  # zero between launches
-        self.partials = cupy.empty(1, "float64")
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream  # destroyed, it would leave its address to another while its work is under way
+        self.counters = cupy.empty(0, "uint32")  # zero between launches
+        self.partials = cupy.empty(0, "float64")
 
     def reserve(self, launch: Launch, channels: int) -> tuple[Array, Array]:
         """Return partial sums and counters for a launch."""
@@ -112,14 +120,14 @@ class _Workspaces(threading.local):
 
     def current(self) -> _Workspace:
         """Return the workspace of the current stream, or of the graph that is being captured from it."""
-        stream = cupy.cuda.get_current_stream().ptr
+        stream = cupy.cuda.get_current_stream()
         # A graph is replayed on any stream, so that it must share no memory with launches on this one.
-        if stream and cupy.cuda.runtime.streamIsCapturing(stream):
-            return _Workspace()
-        key = cupy.cuda.runtime.getDevice(), stream
+        if stream.ptr and cupy.cuda.runtime.streamIsCapturing(stream.ptr):
+            return _Workspace(stream)
+        key = cupy.cuda.runtime.getDevice(), stream.ptr
         workspace = self._of.get(key)
         if workspace is None:
-            workspace = self._of[key] = _Workspace()
+            workspace = self._of[key] = _Workspace(stream)
         return workspace
 
 
@@ -167,7 +175,7 @@ def statistics(x: Array, trailer: tuple[float, ...]) -> tuple[Array, _Local | No
     vector = cupy.empty(4 * C + 1 + len(trailer), "float64")
     local = _Local(cupy.empty((3, C), "float64"), float(N * S)) if x.dtype.itemsize == 8 else None
     partials, counters = _workspaces.current().reserve(launch, C)
-    kernel = _kernel(*kernels.statistics(x.dtype.name, launch.width, launch.columns))
+    kernel = _kernel(*_instance(kernels.statistics, x.dtype, launch.width, launch.columns))
     sums = NULL if local is None else local.sums
     kernel(
         (launch.blocks,),
@@ -267,8 +275,8 @@ def _normalize(
     weight, bias, means, variances = (
         None if values is None else accessible(values) for values in (weight, bias, mean, var)
     )
-    activation = slope is not None
-    instance = kernels.normalize(x.dtype.name, launch.width, launch.columns, residual is not None, activation)
+    flags = launch.columns, residual is not None, slope is not None
+    instance = _instance(kernels.normalize, x.dtype, launch.width, *flags)
     _, counters = _workspaces.current().reserve(launch, 0)
     _kernel(*instance)(
         (launch.blocks,),
@@ -325,9 +333,8 @@ def reduce_gradients(
     vector = cupy.empty(2 * C + len(trailer), "float64")
     own = cupy.empty(2 * C, "float64")
     partials, counters = _workspaces.current().reserve(launch, C)
-    instance = kernels.reduce_gradients(
-        x.dtype.name, launch.width, launch.columns, dresidual is not None, normalization.slope is not None
-    )
+    flags = launch.columns, dresidual is not None, normalization.slope is not None
+    instance = _instance(kernels.reduce_gradients, x.dtype, launch.width, *flags)
     _kernel(*instance)(
         (launch.blocks,),
         (THREADS,),
@@ -366,9 +373,8 @@ def input_gradient(
     dweight = None if weight_type is None else cupy.empty(C, weight_type)
     dbias = None if bias_type is None else cupy.empty(C, bias_type)
     types = _is_float(x.dtype, _WEIGHT, weight_type) | _is_float(x.dtype, _BIAS, bias_type)
-    instance = kernels.input_gradient(
-        x.dtype.name, launch.width, launch.columns, normalization.residual, normalization.slope is not None
-    )
+    flags = launch.columns, normalization.residual, normalization.slope is not None
+    instance = _instance(kernels.input_gradient, x.dtype, launch.width, *flags)
     _kernel(*instance)(
         (launch.blocks,),
         (THREADS,),
