@@ -20,6 +20,8 @@ from helpers import World  # noqa: E402
 
 # Layers are of NumPy unless a test says otherwise, on a machine with a GPU too.
 os.environ["CUPY_SYNCBN_DEVICE"] = "cpu"
+# JAX would make its arrays on a GPU, most of whose memory it takes for itself.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 REQUIRE_GPU = os.environ.get("CUPY_SYNCBN_REQUIRE_GPU") == "1"
 
