@@ -1215,3 +1215,42 @@ def test_pinned_memory_that_is_freed_early(cupy, emulator, streams):
     del on_host
     with pytest.raises(emulator.EmulatorError, match="pinned memory was freed"):
         cupy.cuda.get_current_stream().synchronize()
+
+
+def test_nccl_of_one_rank(request, cupy):
+    """By NCCL itself where there is a GPU, else by the stand-in. A layer would leave the exchange out."""
+    if "StandIn" in type(cupy).__name__:
+        request.getfixturevalue("nccl")
+    try:
+        group = NCCLProcessGroup(MPI.COMM_SELF, timeout=30)
+    except RuntimeError as error:
+        pytest.skip(f"{error}")
+    carrier, aborted, seen = group._carrier, threading.Event(), []
+    communicator = communicator_of(group)
+
+    class Watched:
+        def __getattr__(self, name):
+            return getattr(communicator, name)
+
+        def abort(self):
+            communicator.abort()
+            aborted.set()
+
+    def check(trailer):
+        seen.append(trailer)
+        if trailer[0]:
+            raise RemoteRankError("the trailer is bad")
+
+    carrier._operations._communicator = Watched()
+    for fault, expectation in (0, contextlib.nullcontext()), (1, pytest.raises(RemoteRankError, match="bad")):
+        expected = np.array([3.5, -1, fault, 7, 49])
+        vector = cupy.asarray(expected)
+        carrier.exchange(vector)
+        carrier.defer(vector[-3:], check, "a call")
+        with expectation:
+            group.check_errors()
+        np.testing.assert_array_equal(vector.get(), expected)
+    assert seen == [[0, 7, 49], [1, 7, 49]]
+    assert aborted.wait(30)
+    with pytest.raises(RemoteRankError, match="bad"):
+        carrier.exchange(vector)
