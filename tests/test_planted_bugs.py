@@ -322,7 +322,7 @@ IN_KERNELS = {
         "gradients.cu", "loaded.blocked >> e & 1", "loaded.blocked >> (e ^ 1) & 1", "masked columns"
     ),
     "a gradient passes where the activation's input is zero": Bug(
-        "gradients.cu", "offset[w]) <= 0;", "offset[w]) < 0;", "zeros"
+        "gradients.cu", "slope == 0 ? value <= 0", "slope == 0 ? value < 0", "zeros"
     ),
     "float32 parameters are read as 16 bits": Bug(
         "normalize.cu", "if (is_float) return static_cast<const float*>(values)[i];", "", "wide parameters"

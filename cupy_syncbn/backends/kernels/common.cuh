@@ -56,6 +56,12 @@ __device__ __forceinline__ double affine(double x, double shift, double scale, d
     return fma(x - shift, scale, offset);
 }
 
+// Whether the activation's slope below zero is that at `value`: as in torch, at NaN unless it is zero.
+template <typename A> __device__ __forceinline__ bool is_blocked(A value, A slope)
+{
+    return slope == 0 ? value <= 0 : !(value > 0);
+}
+
 // A parameter or running statistic: of the data's type, or float32 beside 16-bit data.
 template <typename T> __device__ __forceinline__ double read_parameter(const void* values, bool is_float, long long i)
 {

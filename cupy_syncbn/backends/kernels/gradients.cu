@@ -48,7 +48,8 @@ template <typename T, int V, bool COLUMNS, bool RESIDUAL, bool ACTIVATION> struc
             if constexpr (RESIDUAL)
                 blocked = loaded.blocked >> e & 1;
             else
-                blocked = affine(static_cast<A>(loaded.x.values[e]), shift[w], scale[w], offset[w]) <= 0;
+                blocked = is_blocked(
+                    affine(static_cast<A>(loaded.x.values[e]), shift[w], scale[w], offset[w]), slope);
             if (blocked) return slope == 0 ? A(0) : slope * value;  // 0 * inf would be NaN
         }
         return value;

@@ -45,7 +45,7 @@ template <typename T, int V, bool COLUMNS, bool RESIDUAL, bool ACTIVATION> struc
             A value = affine(static_cast<A>(loaded.x.values[e]), shift[w], scale[w], offset[w]);
             if constexpr (RESIDUAL) value += static_cast<A>(loaded.residual.values[e]);
             if constexpr (ACTIVATION)
-                if (value <= 0) {  // false for NaN, which passes
+                if (is_blocked(value, slope)) {
                     blocked |= 1u << e;
                     value = slope == 0 ? A(0) : slope * value;  // 0 * -inf would be NaN
                 }
@@ -57,7 +57,7 @@ template <typename T, int V, bool COLUMNS, bool RESIDUAL, bool ACTIVATION> struc
 };
 
 // x, y, residual   [N, C, S]; y may be x; residual is null without RESIDUAL
-// mask             a byte a vector: bit e tells whether the activation's input e was at most 0. Null unless RESIDUAL
+// mask             a byte a vector: bit e tells of element e whether the activation blocks it. Null unless RESIDUAL
 //                  and ACTIVATION, as without a residual the backward computes it again
 // vector           [4 * C + 4] exchanged; null to normalize by the running statistics
 // squares          [C + 3] exchanged, for float64 data; null for others
