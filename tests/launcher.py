@@ -27,10 +27,20 @@ def run(command, environment, deadline):
     try:
         output, _ = process.communicate(timeout=deadline)
     except subprocess.TimeoutExpired:
+        left = processes_of(process.pid)  # whether a rank hangs, or the launcher alone
         os.killpg(process.pid, signal.SIGKILL)
         output, _ = process.communicate()
-        return None, output
+        return None, f"{output}\n{left}"
     return process.returncode, output
+
+
+def processes_of(session):
+    """Describe the processes of a session, with what each waits for."""
+    command = ["ps", "-o", "pid,ppid,stat,etimes,wchan:20,args", "--forest", "-s", str(session)]
+    try:
+        return subprocess.run(command, capture_output=True, text=True).stdout
+    except FileNotFoundError:
+        return "there is no ps to tell which processes are left"
 
 
 def find_launcher(python):
