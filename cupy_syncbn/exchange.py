@@ -38,11 +38,13 @@ class Call(NamedTuple):
 
         The sums of tag and tag² satisfy ``size Σtag² = (Σtag)²`` exactly if all tags are equal (equality
         in Cauchy and Schwarz's inequality), and in float64 exactly for 12-bit tags of up to 2^14 ranks.
+        Two calls of a layer have the same only if their numbers differ by a multiple of 4096, as the factor
+        is odd; calls of two layers have if 12 bits of a hash happen to be equal.
         """
         if group.size == 1:
             return 0.0, 0.0, 0.0
         name, channels, direction, number = self
-        tag = zlib.crc32(b"%d" % number, _hash(name, channels, direction)) & 0xFFF
+        tag = _hash(name, channels, direction) + 0x9E5 * number & 0xFFF
         return 0.0, tag, tag * tag
 
     def faults_join(self, group: ProcessGroup, length: int, library: ModuleType = np) -> _FaultsJoin:
@@ -138,7 +140,7 @@ def is_known_to(group: ProcessGroup, error: Exception) -> bool:
 
 @functools.cache
 def _hash(name: str, channels: int, direction: str) -> int:
-    """Return what begins the tags of a layer's calls in one direction."""
+    """Return what the tags of a layer's calls in one direction are counted from."""
     return zlib.crc32(repr((name, channels, direction)).encode())
 
 

@@ -31,6 +31,11 @@ def trailer(call, group, fault=0.0):
     return np.array([fault, *call.trailer(group)[1:]])
 
 
+def test_calls_of_a_layer_differ():
+    pair = Others(np.zeros(3))
+    assert len({CALL._replace(number=number).trailer(pair) for number in range(1 << 12)}) == 1 << 12
+
+
 @pytest.mark.parametrize("size", [2, 3, 50, 51, 1024, 1 << 14])
 def test_equal_calls_pass(size):
     pair = Others(np.zeros(3))

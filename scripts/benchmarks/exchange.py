@@ -98,6 +98,7 @@ def unchecked_sum(comm: Any, vector: np.ndarray) -> Callable[[], None]:
         messages.append((incoming, comm.Send_init(sent, partner) if sends else None, place, sent, replaces))
 
     def add_up() -> None:
+        vector[-4] = 1  # the count
         for incoming, outgoing, place, sent, replaces in messages:
             if incoming is not None:
                 incoming.Start()
@@ -127,7 +128,7 @@ def worker(repeats: int) -> None:
 
         def ours(vector: np.ndarray = vector, channels: int = channels) -> None:
             call = Call("stem", channels, "forward", 7)
-            vector[-3:] = call.trailer(group)
+            vector[-4:] = 1, *call.trailer(group)  # as a backend writes the count, which is needed anyway
             call.exchange(group, vector)
 
         def iallreduce(vector: np.ndarray = vector) -> None:
