@@ -68,7 +68,11 @@ class Call(NamedTuple):
         """
         if group.size == 1:
             return
-        trailer = self._sum(group, vector)[-3:]
+        try:
+            trailer = group.exchange(vector)[-3:]
+        except CollectiveTimeoutError as error:
+            self._name(error)
+            raise
         if not isinstance(trailer, np.ndarray):
             self._defer(group, trailer)
             return
@@ -93,13 +97,10 @@ class Call(NamedTuple):
             "all ranks must call the same layers in the same order"
         )
 
-    def _sum(self, group: ProcessGroup, vector: Array) -> Array:
-        """Add up `vector`, and return the sum as the group does; a timeout names this call."""
-        try:
-            return group.exchange(vector)
-        except CollectiveTimeoutError as error:
-            error.call = error.call or self  # one of an earlier call may show only now
-            raise
+    def _name(self, error: Exception) -> None:
+        """Let a timeout tell of this call, unless it is one of an earlier call that shows only now."""
+        if isinstance(error, CollectiveTimeoutError):
+            error.call = error.call or self
 
 
 class _FaultsJoin:
@@ -119,12 +120,13 @@ class _FaultsJoin:
             vector[-3:] = self.call.trailer(self.group)
             vector[-3] = _fault_code(self.group)
             try:
-                sum_ = self.call._sum(self.group, self.group.alike(vector, self.library))
+                sum_ = self.group.exchange(self.group.alike(vector, self.library))
                 _known_to(self.group, error)
                 if not isinstance(sum_, np.ndarray):  # an exchange of NCCL: the others may end it by an error
                     with contextlib.suppress(RemoteRankError, RankMismatchError):
                         self.call._defer(self.group, sum_[-3:])
             except Exception as late:  # a timeout, or no memory on the GPU for the vector
+                self.call._name(late)
                 error.add_note(f"The other ranks did not hear of it: {str(late) or type(late).__name__}")
 
 

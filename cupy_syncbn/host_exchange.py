@@ -94,6 +94,7 @@ class Exchange:
 
     def __init__(self, comm: MPI.Comm, rank: int, size: int, length: int, place: Array) -> None:
         self._comm, self._place = comm, place
+        self._nbytes = length * place.itemsize
         self._short = place[:length]
         self._long = place
         self._messages: list[_Messages] = []
@@ -126,10 +127,10 @@ class Exchange:
             if incoming is None:
                 continue
             received, nbytes = self._short, wait(incoming, partner).count
-            if nbytes == vector.itemsize:
+            if nbytes == self._place.itemsize:
                 received = self._long = np.empty(int(self._place[0]))
                 nbytes = wait(self._comm.Irecv(received, partner, _TAG), partner).count
-            if nbytes != vector.nbytes:
+            if nbytes != self._nbytes:
                 vector[FAULT] = math.nan
             elif replaces:
                 vector[:] = received
