@@ -73,13 +73,13 @@ class _Conversion:
             if id(holder) in self.visited:
                 continue
             self.visited[id(holder)] = holder
-            for assign, key, value in _held(holder):
+            for assign, part, key, value in _held(holder):
                 new = self._replacement(value)
                 if new is not value:
-                    assignments.append((assign, holder, key, new))
+                    assignments.append((assign, part, key, new))
                 pending.append(new)
-        for assign, holder, key, new in assignments:  # now that nothing has failed
-            assign(holder, key, new)
+        for assign, part, key, new in assignments:  # nothing has failed on the way
+            assign(part, key, new)
         return result
 
     def _replacement(self, value: Any) -> Any:
@@ -110,19 +110,18 @@ class _Conversion:
         return new
 
 
-def _held(holder: Any) -> Iterator[tuple[_Assign, Any, Any]]:
-    """Yield (what assigns, key or attribute, value) of what an object holds."""
+def _held(holder: Any) -> Iterator[tuple[_Assign, Any, Any, Any]]:
+    """Yield (what assigns, to what, key or attribute, value) of what an object holds."""
     if isinstance(holder, _OPAQUE):
         return
     if isinstance(holder, dict | list | tuple):
         items = holder.items() if isinstance(holder, dict) else enumerate(holder)
-        yield from ((operator.setitem, key, value) for key, value in items)
-    slots = {
-        name: getattr(holder, name)
-        for cls in type(holder).__mro__
-        if "__slots__" in vars(cls)
-        for name, member in vars(cls).items()  # not the names in __slots__: Python mangles private ones
-        if isinstance(member, MemberDescriptorType) and hasattr(holder, name)
-    }
-    for name, value in (slots | getattr(holder, "__dict__", {})).items():
-        yield object.__setattr__, name, value  # of frozen dataclasses too
+        yield from ((operator.setitem, holder, key, value) for key, value in items)
+    for cls in type(holder).__mro__:
+        # Not the names in __slots__: Python mangles private ones.
+        for name, member in vars(cls).items() if "__slots__" in vars(cls) else ():
+            if isinstance(member, MemberDescriptorType) and hasattr(holder, name):
+                yield object.__setattr__, holder, name, getattr(holder, name)  # of frozen dataclasses too
+    attributes = getattr(holder, "__dict__", {})
+    for name, value in attributes.items():  # which a property may hide
+        yield operator.setitem, attributes, name, value

@@ -76,14 +76,15 @@ class DistributedDataParallel(Module):
         self.bucket_cap_mb = bucket_cap_mb
         self.training = module.training
         self._reductions = 0
-        state = module.state_dict()
+        # Each array once, by its last name, so that ranks which share others of their arrays differ too.
+        state = dict({id(array): (name, array) for name, array in module.state_dict().items()}.values())
         call = Call("DistributedDataParallel", 0, "construction", 0)
         with call.faults_join(group, 3):
             for name, array in state.items():
                 _check_array(name, array)
         call.exchange(group, np.array(call.trailer(group)))
         _check_alike(group, self._description(state))
-        for array in {id(array): array for array in state.values()}.values():  # each once, whatever its names
+        for array in state.values():
             values = module_of(array).ascontiguousarray(array)
             group.broadcast(values)
             array[...] = values.reshape(array.shape)
@@ -152,9 +153,11 @@ class DistributedDataParallel(Module):
         group = self.process_group
         reduced = self._already_reduced()
         named = [(name, p) for name, p in self.module.named_parameters() if id(p) not in reduced]
-        code = zlib.crc32(repr(self._description({name: p.data for name, p in named})).encode())
-        name = f"DistributedDataParallel with parameters of code {code:08x}"
-        call = Call(name, 0, "gradients", self._reductions)
+        caller = "DistributedDataParallel"
+        if group.size > 1:
+            code = zlib.crc32(repr(self._description({name: p.data for name, p in named})).encode())
+            caller += f" with parameters of code {code:08x}"
+        call = Call(caller, 0, "gradients", self._reductions)
         with call.faults_join(group, len(named) + 3):
             for name, parameter in named:
                 check_gradient(name, parameter)
@@ -177,7 +180,7 @@ class DistributedDataParallel(Module):
                 else f"{name}: {type(array).__name__}"
                 for name, array in arrays.items()
             ),
-            f"bucket_cap_mb: {self.bucket_cap_mb}",
+            f"bucket_cap_mb: {float(self.bucket_cap_mb)}",
         ]
 
     def _already_reduced(self) -> set[int]:

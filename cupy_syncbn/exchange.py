@@ -38,8 +38,8 @@ class Call(NamedTuple):
 
         The sums of tag and tag² satisfy ``size Σtag² = (Σtag)²`` exactly if all tags are equal (equality
         in Cauchy and Schwarz's inequality), and in float64 exactly for 12-bit tags of up to 2^14 ranks.
-        Two calls of a layer have the same only if their numbers differ by a multiple of 4096, as the factor
-        is odd; calls of two layers have if 12 bits of a hash happen to be equal.
+        Calls of a layer in one direction have the same only if their numbers differ by a multiple of 4096,
+        as the factor is odd; others have if 12 bits of a hash happen to be equal.
         """
         if group.size == 1:
             return 0.0, 0.0, 0.0

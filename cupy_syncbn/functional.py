@@ -174,7 +174,7 @@ def sync_batch_norm(
     library = _library(x, weight, running_mean)
     with call.faults_join(peers, 4 * call.channels + 4, library):
         check_settings(eps, momentum)
-        in_place = out is x
+        given, in_place = out, out is x
         x, residual, out = as_array(x), as_array(residual), as_array(out, host=False)
         if in_place and isinstance(out, np.ndarray):  # of a subclass, it has become two views
             out = x
@@ -230,7 +230,7 @@ def sync_batch_norm(
         intact=out is None or not backend.overlaps(out, x),
         sums=(vector, squares) if use_batch else None,
     )
-    return y, saved
+    return (given if isinstance(given, np.ndarray) else y), saved  # an array of a subclass stays one
 
 
 @np.errstate(all="ignore")
@@ -311,7 +311,9 @@ _LOCAL = SingleProcessGroup()
 def _call(x: Array, weight: Array | None, running_mean: Array | None, channels_last: bool) -> Call:
     """Return the call of a forward outside a layer."""
     # A rank with float64 data exchanges once more than others: by the name they find out before.
-    name = f"sync_batch_norm{' in float64' if 'float64' in str(getattr(x, 'dtype', '')) else ''}"
+    dtype = getattr(x, "dtype", "")
+    is_float64 = "float64" in str(getattr(dtype, "name", dtype))  # in any byte order, or of torch
+    name = "sync_batch_norm in float64" if is_float64 else "sync_batch_norm"
     return Call(name, _channels(x, weight, running_mean, channels_last), "forward", 0)
 
 

@@ -533,6 +533,8 @@ class MPIProcessGroup(ProcessGroup):
             return super().has_same_ranks(other)
         from mpi4py import MPI
 
+        if MPI.COMM_NULL in (self._comm, other._comm):
+            raise RuntimeError(_FREED)
         return MPI.Comm.Compare(self._comm, other._comm) != MPI.UNEQUAL
 
     def __reduce__(self) -> tuple[Callable[..., ProcessGroup | None], tuple[str, ...]]:
@@ -558,19 +560,26 @@ class MPIProcessGroup(ProcessGroup):
 
             if self._comm == MPI.COMM_NULL:
                 raise RuntimeError(_FREED)
-            if os.getpid() in _forked:
+            if _forked:
                 raise RuntimeError(_FORKED)
-            keyval = _keyval("channel")
-            self._channel = cast("_Channel | None", self._comm.Get_attr(keyval))
-            if self._channel is None:
-                # Not Dup, which would wait for ever for a rank that never comes to its first exchange.
-                comm, request = self._comm.Idup()
-                self._channel = _Channel(comm)
-                self._comm.Set_attr(keyval, self._channel)
-                with self._channel:
+            request = None
+            with _opening:  # two threads would make two duplicates
+                keyval = _keyval("channel")
+                channel = cast("_Channel | None", self._comm.Get_attr(keyval))
+                if channel is None:
+                    # Not Dup, which would wait for ever for a rank that never comes to its first exchange.
+                    comm, request = self._comm.Idup()
+                    channel = _Channel(comm)
+                    channel.take()  # until it is there
+                    self._comm.Set_attr(keyval, channel)
+            self._channel = channel
+            if request is not None:
+                try:
                     self._complete(request)
-                # Messages of other lengths are errors to catch, whatever the caller's communicator does.
-                comm.Set_errhandler(MPI.ERRORS_RETURN)
+                    # Messages of other lengths are errors to catch, whatever the caller's communicator does.
+                    channel.comm.Set_errhandler(MPI.ERRORS_RETURN)
+                finally:
+                    channel.lock.release()
         if self._channel.unusable:
             kind, reason = self._channel.unusable
             raise kind(reason)
@@ -691,6 +700,8 @@ class _Channel:
             self.comm.Free()
 
 
+_opening = threading.Lock()
+"""Held while a communicator gets its channel."""
 _channels: weakref.WeakSet[_Channel] = weakref.WeakSet()
 _left_to_mpi: list[tuple[_Channel, tuple[Array, ...]]] = []
 """What exchanges needed that were given up: kept for ever, as MPI may still read and write it."""
@@ -700,13 +711,14 @@ _FORKED = (
     "this process was forked from a rank, and MPI does not go on in it: leave the exchanges to the rank, or "
     "use process_group=SingleProcessGroup() here"
 )
-_forked: set[int] = set()
-"""The number of this process, if it was forked from one that had imported this module."""
+_forked: list[bool] = []
+"""Not empty in a process that was forked from one with MPI."""
 
 
 def _after_fork() -> None:
     """Keep a child from using what belongs to its parent."""
-    _forked.add(os.getpid())
+    if "mpi4py.MPI" in sys.modules:
+        _forked.append(True)
     for channel in _channels:
         channel.unusable = RuntimeError, _FORKED
 
@@ -868,15 +880,15 @@ def as_group(process_group: ProcessGroup | MPI.Intracomm | None) -> ProcessGroup
         from mpi4py import MPI
 
         if isinstance(process_group, MPI.Comm):
-            group = MPIProcessGroup(process_group)
-            if group.size == 1:
-                return _SINGLE
             # One for all calls, as a transport takes its time to make.
-            keyval = _keyval("group")
-            known = cast("MPIProcessGroup | None", process_group.Get_attr(keyval))
+            keyval, known = _keyval("group"), None
+            if process_group != MPI.COMM_NULL:
+                known = cast("ProcessGroup | None", process_group.Get_attr(keyval))
             if known is None:
-                process_group.Set_attr(keyval, group)
-            return known or group
+                group = MPIProcessGroup(process_group)
+                known = _SINGLE if group.size == 1 else group
+                process_group.Set_attr(keyval, known)
+            return known
     raise TypeError(
         f"expected process_group to be None, a ProcessGroup or an mpi4py communicator "
         f"(got {type(process_group).__name__})"
@@ -1018,12 +1030,12 @@ def split_group(
 
     comm = MPI.COMM_WORLD if comm is None else comm
     parent = MPIProcessGroup(comm, transport="mpi", timeout=timeout)
-    error = None
+    error: Exception | None = None
     try:
-        transport = _transport(transport)
+        transport, group_size = _transport(transport), operator.index(group_size)
         if group_size < 1 or comm.size % group_size:
             raise ValueError(f"expected a group_size that divides {comm.size} ranks (got {group_size})")
-    except ValueError as wrong:
+    except (TypeError, ValueError) as wrong:
         error = wrong
     _meet(parent, f"split_group({group_size}, transport={transport!r})", error)
     part = comm.Split(comm.rank // group_size, comm.rank)

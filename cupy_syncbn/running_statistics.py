@@ -51,7 +51,7 @@ def frozen_statistics(module: Module) -> contextlib.AbstractContextManager[None]
     return _Frozen(_layers(module))
 
 
-class _Frozen(contextlib.AbstractContextManager[None]):
+class _Frozen(contextlib.ContextDecorator, contextlib.AbstractContextManager[None]):
     """The context of `frozen_statistics`, which may be entered again, within itself too."""
 
     def __init__(self, layers: list[_BatchNorm]) -> None:

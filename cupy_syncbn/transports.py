@@ -36,6 +36,9 @@ _PACKED = 1024
 _PERIOD = 0.1
 """Seconds between two looks at what NCCL does."""
 
+_LEAVING = 10.0
+"""Seconds that the host gets to leave a call of NCCL, before that is ended under it."""
+
 _NOT_READY = 600
 """CUDA's cudaErrorNotReady: what an event is asked about has not ended."""
 
@@ -392,10 +395,11 @@ class _Operations:
             self._communicator.destroy()
 
     def _host_is_inside(self) -> bool:
-        """Tell whether the host is in a call of NCCL that abort would pull the memory from, and not stuck."""
+        """Tell whether the host is in a call of NCCL, which abort would end under it, and seems not stuck."""
+        patience = min(self._timeout, _LEAVING)
         with self._lock:
             return any(
-                operation.event is None and time.monotonic() < operation.since + self._timeout
+                operation.event is None and time.monotonic() < operation.since + patience
                 for operation in self._pending
             )
 

@@ -224,6 +224,16 @@ def test_all_or_nothing():
         assert type(layer) is BatchNorm1d
 
 
+def test_attribute_that_a_property_hides():
+    class Net:
+        bn = property(lambda self: vars(self)["bn"])
+
+        def __init__(self):
+            vars(self)["bn"] = BatchNorm1d(3)
+
+    assert type(convert_sync_batchnorm(Net()).bn) is SyncBatchNorm
+
+
 def test_wrong_process_group_changes_nothing():
     model = Sequential(BatchNorm1d(3))
     with pytest.raises(TypeError, match="process_group"):

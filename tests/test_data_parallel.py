@@ -158,7 +158,7 @@ def test_weights_shared_by_layers_that_reduce_and_do_not(world, rng, reductions)
     assert_close(a.weight.grad, alone[0].weight.grad + alone[1].weight.grad, tolerance=1e-11)
 
 
-@pytest.mark.parametrize("difference", ["shape", "dtype", "byte order", "number", "bucket_cap_mb"])
+@pytest.mark.parametrize("difference", ["shape", "dtype", "byte order", "number", "sharing", "bucket_cap_mb"])
 def test_ranks_with_different_modules(world, difference):
     """Messages of different lengths would hang or overwrite memory."""
     last = world.size - 1
@@ -169,6 +169,7 @@ def test_ranks_with_different_modules(world, difference):
         "dtype": lambda: [BatchNorm1d(3, dtype="float64" if odd else "float32")],
         "byte order": lambda: [Holder(np.ones(3, swapped))],
         "number": lambda: [BatchNorm1d(3) for _ in range(1 + odd)],
+        "sharing": lambda: [BatchNorm1d(3), BatchNorm1d(3)] if odd else [BatchNorm1d(3)] * 2,
         "bucket_cap_mb": lambda: [BatchNorm1d(3)],
     }
     model = Sequential(*layers[difference]())
@@ -180,7 +181,8 @@ def test_ranks_with_different_modules(world, difference):
         expected = {
             "shape": r"0\.weight: shape \(4,\), .* here, 0\.weight: shape \(3,\), .* there",
             "number": r"1\.weight: .* here",
-            "bucket_cap_mb": "bucket_cap_mb: 0.1 here, bucket_cap_mb: 25 there",
+            "sharing": r"0\.weight: .* here, 1\.weight: .* there",
+            "bucket_cap_mb": "bucket_cap_mb: 0.1 here, bucket_cap_mb: 25.0 there",
         }.get(difference, "type")
         match = f"rank {last} has another module than rank 0" + (f": .*{expected}" if odd else "")
         with pytest.raises(RankMismatchError, match=match):

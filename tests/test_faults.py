@@ -147,7 +147,7 @@ WORLD = {
     ],
     "different_buckets": [
         Attempt(
-            Error("RankMismatchError", "bucket_cap_mb: 1e-06 here, bucket_cap_mb: 25 there"),
+            Error("RankMismatchError", "bucket_cap_mb: 1e-06 here, bucket_cap_mb: 25.0 there"),
             Error("RankMismatchError", "^rank {last} has another module than rank 0"),
         )
     ],

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 
 import ml_dtypes
 import numpy as np
@@ -117,6 +118,8 @@ def test_ranks_that_ask_for_different_groups(world):
             ask()
     with pytest.raises(TypeError if odd else RemoteRankError, match="integers" if odd else f"rank {last} "):
         new_group(3 if odd else None)
+    with pytest.raises(TypeError if odd else RemoteRankError, match="str" if odd else f"rank {last} "):
+        split_group("2" if odd else 1)
     assert new_group().size == world.size
 
 
@@ -136,6 +139,8 @@ def test_freed_communicator(world, rng):
         for each in group, unused:
             with pytest.raises(RuntimeError, match="was freed"):
                 each.allreduce(np.ones(3))
+        with pytest.raises(RuntimeError, match="was freed"):
+            group.has_same_ranks(unused)
         if world.size > 1:
             with pytest.raises(RuntimeError, match="was freed"):
                 layer(x)
@@ -169,6 +174,59 @@ def test_two_threads(world):
     assert "two threads" in seen[0]
     group.allreduce(vector)
     assert vector[0] == world.size
+
+
+class SlowToDuplicate(MPI.Intracomm):
+    """A communicator during whose duplication other threads run."""
+
+    def Idup(self, info=None):  # noqa: N802, mpi4py's name
+        duplications.append(self)
+        result = super().Idup()
+        time.sleep(0.2)
+        return result
+
+
+duplications = []
+
+
+@pytest.mark.serial
+def test_two_threads_that_come_first():
+    """One duplicates the communicator; another one more would free what the first has."""
+    duplications.clear()
+    group, outcomes = MPIProcessGroup(SlowToDuplicate(MPI.COMM_SELF.Dup())), []
+
+    def call():
+        try:
+            outcomes.append(group.allreduce(np.ones(1))[0])
+        except RuntimeError as error:
+            outcomes.append(str(error)[:11])
+
+    threads = [threading.Thread(target=call) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(duplications) == 1
+    assert 1.0 in outcomes
+    assert set(outcomes) <= {1.0, "two threads"}
+
+
+@pytest.mark.serial
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="it takes fork")
+def test_process_forked_before_mpi_is_started():
+    """It may be a rank itself."""
+    code = """
+import os
+import numpy as np
+import cupy_syncbn
+if os.fork() == 0:
+    from mpi4py import MPI
+    group = cupy_syncbn.MPIProcessGroup(MPI.COMM_WORLD)
+    os._exit(int(group.allreduce(np.ones(1))[0]) - 1)
+assert os.wait()[1] == 0
+"""
+    command = [sys.executable, "-W", "error", "-c", code]
+    subprocess.run(command, check=True, timeout=60, env=clean_environment(PYTHONPATH=str(REPOSITORY)))
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="it takes fork")
