@@ -255,9 +255,7 @@ def _check_alike(group: ProcessGroup, description: list[str]) -> None:
         return
     others = np.flatnonzero(differs)
     if not differs[group.rank]:
-        raise RankMismatchError(
-            f"rank {others[0]} has another module than rank 0, unlike rank {group.rank}: see the error there"
-        )
+        raise RankMismatchError(f"rank {others[0]} has another module than rank 0: see the error there")
     theirs = json.loads(first.tobytes())
     pairs = itertools.zip_longest(description, theirs, fillvalue="nothing more")
     here, there = next(pair for pair in pairs if pair[0] != pair[1])
