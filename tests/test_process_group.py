@@ -229,27 +229,6 @@ assert os.wait()[1] == 0
     subprocess.run(command, check=True, timeout=60, env=clean_environment(PYTHONPATH=str(REPOSITORY)))
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="it takes fork")
-@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
-def test_forked_process(world):
-    """It is refused, at once, and the rank goes on."""
-    group, unused = MPIProcessGroup(world.comm.Dup()), MPIProcessGroup(world.comm.Dup())
-    group.allreduce(np.ones(3))
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            for each in group, unused:
-                with pytest.raises(RuntimeError, match="forked"):
-                    each.allreduce(np.ones(3))
-            assert group.size == world.size
-            status = 0
-        finally:
-            os._exit(status)
-    assert os.waitpid(child, 0)[1] == 0
-    group.allreduce(np.ones(3))
-
-
 def test_split_group(world):
     for group_size in range(1, world.size + 1):
         if world.size % group_size:
@@ -394,6 +373,39 @@ def test_layer_names_itself_when_a_rank_does_not_come(world, rng):
             layer(x)
         except CollectiveTimeoutError:
             assert world.size > 1
+
+
+FORKED = """
+import os
+import numpy as np
+from mpi4py import MPI
+from cupy_syncbn import MPIProcessGroup
+
+used, unused = (MPIProcessGroup(MPI.COMM_WORLD.Dup()) for _ in "12")
+used.allreduce(np.ones(3))
+child = os.fork()
+if child == 0:
+    refused = 0
+    for group in used, unused:
+        try:
+            group.allreduce(np.ones(3))
+        except RuntimeError as error:
+            refused += "forked" in str(error) and group.size == 2
+    os._exit(refused != 2)
+assert os.waitpid(child, 0)[1] == 0
+assert used.allreduce(np.ones(3))[0] == 2
+"""
+
+
+@pytest.mark.launch
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="it takes fork")
+@pytest.mark.parametrize("library", ["this", "other"])
+def test_forked_process(tmp_path, library):
+    """It is refused, at once, and the rank goes on."""
+    (tmp_path / "program.py").write_text(FORKED)
+    python = sys.executable if library == "this" else other_python()
+    told, status, output = launch(python, 2, ["-m", "mpi4py", str(tmp_path / "program.py")], 60)
+    assert status == 0, f"{told}\n{output}"
 
 
 WORKERS = """

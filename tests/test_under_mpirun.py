@@ -49,7 +49,7 @@ def test_deadline_ends_all_descendants(tmp_path):
     code = f"import subprocess; subprocess.run(['sh', '-c', 'sleep 3; touch {late}'])"
     status, output = run([sys.executable, "-c", code], clean_environment(), 1)
     assert status is None
-    assert output == ""
+    assert "sleep 3" in output or "no ps" in output  # what was left
     subprocess.run(["sleep", "3"], check=True)
     assert not late.exists()
 
