@@ -246,7 +246,8 @@ class MPIProcessGroup(ProcessGroup):
     """The ranks of an MPI communicator.
 
     Messages travel on a duplicate of the communicator, made at the first exchange, so that none meets the
-    caller's own. All groups and layers on one communicator share one duplicate: MPI has only so many.
+    caller's own. All groups and layers on one communicator share one duplicate, as MPI has only so many. It
+    is for one thread at a time, and is freed with the communicator.
 
     Parameters
     ----------
