@@ -748,6 +748,8 @@ def check_gradient(name: str, parameter: Parameter) -> None:
     if grad is None:
         return
     kind = module_of(data).ndarray
+    if isinstance(grad, np.generic) and data.shape == ():
+        grad = np.asarray(grad)  # NumPy's sums give numbers for arrays without axes
     for what, array in (f"{name}.data", data), (f"{name}.grad", grad):
         if not isinstance(array, kind):
             raise TypeError(

@@ -337,7 +337,7 @@ class MPIProcessGroup(ProcessGroup):
         channel = self._channel
         if channel is None or channel.unusable:
             channel = self._opened()
-        channel.take()  # by hand, as a `with` takes as long as half a small message
+        channel.take()  # by hand, as a `with` takes longer
         self._deadline = None
         try:
             exchange = channel.exchanges.get(vector.size)
@@ -977,7 +977,7 @@ def new_group(
             raise ValueError(f"expected distinct ranks between 0 and {comm.size - 1} (got {members})")
     except TypeError:
         error = TypeError(f"expected ranks to be integers, or None for all (got {ranks!r})")
-    except ValueError as wrong:
+    except Exception as wrong:  # also what an iterable raises
         error = wrong
     _meet(parent, f"new_group({members}, transport={transport!r})", error)
     is_member = comm.rank in members
@@ -1014,8 +1014,8 @@ def split_group(
 
     Raises
     ------
-    ValueError
-        If `group_size` does not divide the number of ranks.
+    TypeError, ValueError
+        If `group_size` is no integer that divides the number of ranks, or the transport is unknown.
     RemoteRankError
         If that is so of another process's.
     RankMismatchError

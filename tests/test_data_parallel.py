@@ -120,6 +120,15 @@ def test_read_only_gradients(world):
     assert_close(model.large.grad, np.full((300, 100), (world.size - 1) / 2))
 
 
+def test_gradient_that_is_a_number(world):
+    """As NumPy's sums are, for a parameter without axes."""
+    model = Holder(np.ones((), "f4"))
+    ddp = DistributedDataParallel(model)
+    model.weight.grad = np.full(3, world.rank, "f4").sum()
+    ddp.reduce_gradients()
+    assert model.weight.grad == 3 * (world.size - 1) / 2
+
+
 def test_parameters_in_other_byte_order(world):
     model = Holder(np.ones(3, ">f4"))
     ddp = DistributedDataParallel(model)

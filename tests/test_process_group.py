@@ -120,6 +120,8 @@ def test_ranks_that_ask_for_different_groups(world):
         new_group(3 if odd else None)
     with pytest.raises(TypeError if odd else RemoteRankError, match="str" if odd else f"rank {last} "):
         split_group("2" if odd else 1)
+    with pytest.raises(ZeroDivisionError if odd else RemoteRankError):
+        new_group(0 // (0 if odd else 1) for _ in "1")
     assert new_group().size == world.size
 
 
