@@ -20,7 +20,7 @@ import numpy as np
 
 from cupy_syncbn import process_group as groups
 from cupy_syncbn import transports
-from cupy_syncbn.backends import array_module
+from cupy_syncbn.arrays import array_module
 from cupy_syncbn.device import number_on_node
 from cupy_syncbn.layers import SyncBatchNorm
 from cupy_syncbn.process_group import MPIProcessGroup, ProcessGroup, SingleProcessGroup

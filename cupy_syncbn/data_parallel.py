@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cupy_syncbn.backends import Array, backend_of, check_writeable, module_of
+from cupy_syncbn.arrays import Array, check_writeable, module_of
+from cupy_syncbn.backends import backend_of
 from cupy_syncbn.errors import RankMismatchError
 from cupy_syncbn.exchange import Call
 from cupy_syncbn.layers import Module, Parameter, SyncBatchNorm, _BatchNorm, check_gradient

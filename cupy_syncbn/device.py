@@ -7,7 +7,7 @@ import socket
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cupy_syncbn.backends import array_module
+from cupy_syncbn.arrays import array_module
 from cupy_syncbn.process_group import MPIProcessGroup, default_group
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cupy_syncbn.backends import Array
+from cupy_syncbn.arrays import Array
 from cupy_syncbn.errors import CollectiveTimeoutError, RankMismatchError, RemoteRankError
 from cupy_syncbn.process_group import ProcessGroup
 

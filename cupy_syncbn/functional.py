@@ -10,16 +10,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from cupy_syncbn.backends import (
-    Array,
-    Backend,
-    Layout,
-    Running,
-    as_array,
-    backend_of,
-    check_writeable,
-    module_of,
-)
+from cupy_syncbn.arrays import Array, as_array, check_writeable, module_of
+from cupy_syncbn.backends import backend_of
+from cupy_syncbn.backends.interface import Backend, Running
+from cupy_syncbn.backends.layout import Layout
 from cupy_syncbn.exchange import Call
 from cupy_syncbn.process_group import ProcessGroup, SingleProcessGroup, as_group
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 
-from cupy_syncbn.backends import Array, array_module, as_array, backend_of, check_writeable, module_of, move
+from cupy_syncbn.arrays import Array, array_module, as_array, check_writeable, module_of, move
+from cupy_syncbn.backends import backend_of
 from cupy_syncbn.exchange import Call
 from cupy_syncbn.functional import (
     DATA_TYPES,

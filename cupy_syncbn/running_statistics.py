@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from cupy_syncbn.backends import Array, check_writeable, module_of, move, numpy_backend
+from cupy_syncbn.arrays import Array, check_writeable, module_of, move
+from cupy_syncbn.backends.cpu import operations as cpu_operations
 from cupy_syncbn.exchange import Call, is_known_to
 from cupy_syncbn.functional import Saved
 from cupy_syncbn.layers import Module, _BatchNorm
@@ -156,13 +157,13 @@ class _Total:
         if forward.sums is None:  # the module keeps this layer in evaluation mode: it stays as it is
             return
         vector, C = move(forward.sums[0], np), forward.call.channels
-        _, m2, count = numpy_backend._moments(vector, C)
+        _, m2, count = cpu_operations._moments(vector, C)
         if not count:
             return
         if forward.sums[1] is not None:
             m2 = move(forward.sums[1], np)[:C]
         pivot_sum, _, sum_ = vector[: 3 * C].reshape(3, C)
-        pivot = numpy_backend._round_to_12_bits(pivot_sum / count)
+        pivot = cpu_operations._round_to_12_bits(pivot_sum / count)
         if not self.count:
             self.pivot = pivot
         offset = (pivot - self.pivot) + ((pivot_sum - count * pivot) + sum_) / count

@@ -46,7 +46,7 @@ from cupy_syncbn import (
     default_group,
     new_group,
 )
-from cupy_syncbn.backends import array_module
+from cupy_syncbn.arrays import array_module
 
 SHAPE = (8, 64, 14, 14)
 STEPS = 3

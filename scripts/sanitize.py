@@ -26,7 +26,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cupy_syncbn import SingleProcessGroup, sync_batch_norm, sync_batch_norm_backward
-from cupy_syncbn.backends import array_module, kernels
+from cupy_syncbn.arrays import array_module
+from cupy_syncbn.backends.cuda import kernels
 from cupy_syncbn.layers import data_type
 
 TOLERANCE = {"float64": 1e-11, "float32": 1e-5, "float16": 2e-3, "bfloat16": 1.6e-2}
@@ -114,9 +115,9 @@ def check(cupy: Any, run: Run) -> None:
 
 def compile_instance(instance: tuple[str, str]) -> tuple[str, dict[str, int]]:
     """Compile a kernel, of a file and a name, and return its name and attributes."""
-    from cupy_syncbn.backends import cupy_backend
+    from cupy_syncbn.backends.cuda import operations as cuda_operations
 
-    return instance[1], cupy_backend._kernel(*instance).attributes
+    return instance[1], cuda_operations._kernel(*instance).attributes
 
 
 def compile_all(dtypes: Sequence[str]) -> None:

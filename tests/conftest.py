@@ -82,7 +82,7 @@ def emulated_cupy(mode):
 
 def _instances_beside(code, names):
     """Return what to compile along with some instances: all of their file and type of data."""
-    from cupy_syncbn.backends import kernels
+    from cupy_syncbn.backends.cuda import kernels
 
     for file in kernels.FILES:
         for dtype in kernels.TYPES:
@@ -94,7 +94,7 @@ def _instances_beside(code, names):
 
 def _use(monkeypatch, mode):
     """Install a CuPy for the duration of a test, and return it."""
-    from cupy_syncbn import backends
+    from cupy_syncbn import arrays
 
     found = real_cupy()
     if found is None and REQUIRE_GPU:
@@ -106,11 +106,11 @@ def _use(monkeypatch, mode):
         for name, module in (("", found), (".cuda", found.cuda), (".cuda.runtime", found.cuda.runtime)):
             monkeypatch.setitem(sys.modules, "cupy" + name, module)
         cuda_emulator.devices.attributes["MultiProcessorCount"] = 2  # small grids are quick
-    backends._why_no_gpu.cache_clear()
-    from cupy_syncbn.backends import cupy_backend
+    arrays.why_no_gpu.cache_clear()
+    from cupy_syncbn.backends.cuda import operations as cuda_operations
 
-    monkeypatch.setattr(cupy_backend, "cupy", found)
-    cupy_backend._kernel.cache_clear()
+    monkeypatch.setattr(cuda_operations, "cupy", found)
+    cuda_operations._kernel.cache_clear()
     return found
 
 
@@ -129,9 +129,9 @@ def fast_cupy(monkeypatch):
 
 
 def _forget():
-    from cupy_syncbn import backends
-    from cupy_syncbn.backends import cupy_backend
+    from cupy_syncbn import arrays
+    from cupy_syncbn.backends.cuda import operations as cuda_operations
 
-    backends._why_no_gpu.cache_clear()
-    cupy_backend._kernel.cache_clear()
-    cupy_backend._workspaces._of.clear()
+    arrays.why_no_gpu.cache_clear()
+    cuda_operations._kernel.cache_clear()
+    cuda_operations._workspaces._of.clear()

@@ -31,7 +31,7 @@ from cupy_syncbn import (
     split_group,
     sync_batch_norm,
 )
-from cupy_syncbn.backends import numpy_backend
+from cupy_syncbn.backends.cpu import operations as cpu_operations
 from cupy_syncbn.host_exchange import LONGEST
 
 WORLD = MPI.COMM_WORLD
@@ -262,7 +262,7 @@ def broken(t, operation, error=MemoryError):
     """Let an operation of the backend fail on the faulty rank."""
     if not t.faulty:
         return contextlib.nullcontext()
-    return mock.patch.object(numpy_backend, operation, side_effect=error("none left"))
+    return mock.patch.object(cpu_operations, operation, side_effect=error("none left"))
 
 
 @case()

@@ -24,7 +24,7 @@ from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
-from cupy_syncbn.backends import kernels
+from cupy_syncbn.backends.cuda import kernels
 
 PACKAGES = ("nvidia-cuda-nvrtc", "nvidia-cuda-runtime", "nvidia-cuda-crt", "nvidia-cuda-cccl")
 """The compiler, and those whose headers cuda_fp16.h and cuda_bf16.h are and include."""

@@ -14,11 +14,11 @@ from cupy_syncbn import (
     DistributedDataParallel,
     Sequential,
     SyncBatchNorm,
-    backends,
+    arrays,
     convert_sync_batchnorm,
     sync_batch_norm,
 )
-from cupy_syncbn.backends.launch import launch_for
+from cupy_syncbn.backends.cuda.launch import launch_for
 
 SHAPE = (18, 4, 3, 5)
 
@@ -26,9 +26,9 @@ SHAPE = (18, 4, 3, 5)
 @pytest.fixture
 def workspaces(cupy):
     """Return the engine's workspaces; its module can be imported where `cupy` can."""
-    from cupy_syncbn.backends import cupy_backend
+    from cupy_syncbn.backends.cuda import operations as cuda_operations
 
-    return cupy_backend._workspaces
+    return cuda_operations._workspaces
 
 
 @pytest.mark.parametrize("grad_reduction", ["none", "sum", "mean"])
@@ -184,7 +184,7 @@ class Tensor:
 def test_cuda_array_interface_comes_in_without_a_copy(rng, cupy):
     x = cupy.asarray(random_batch(rng, SHAPE))
     tensor = Tensor(x, "__cuda_array_interface__")
-    assert backends.as_array(tensor).data.ptr == x.data.ptr
+    assert arrays.as_array(tensor).data.ptr == x.data.ptr
     layer = BatchNorm2d(4, device="cuda")
     np.testing.assert_array_equal(layer(tensor).get(), layer(x).get())
     assert_close(layer.backward(tensor).get(), (layer(x), layer.backward(x))[1].get())
@@ -203,7 +203,7 @@ def test_dlpack_comes_in_without_a_copy(monkeypatch, rng, cupy):
 
     if "StandIn" in type(cupy).__name__:  # it makes no capsules
         monkeypatch.setattr(cupy, "from_dlpack", lambda array: x)
-    assert backends.as_array(Exporter()).data.ptr == x.data.ptr
+    assert arrays.as_array(Exporter()).data.ptr == x.data.ptr
     assert isinstance(BatchNorm2d(4, device="cuda")(Exporter()), cupy.ndarray)
 
 
@@ -300,7 +300,7 @@ def test_no_gpu_to_compute_on(monkeypatch, cupy, count, match):
         return count
 
     monkeypatch.setattr(cupy.cuda.runtime, "getDeviceCount", devices)
-    backends._why_no_gpu.cache_clear()
+    arrays.why_no_gpu.cache_clear()
     for call in (lambda: BatchNorm2d(4, device="cuda"), cupy_syncbn.bind_device):
         with pytest.raises(RuntimeError, match=match):
             call()
@@ -311,7 +311,7 @@ def test_no_gpu_to_compute_on(monkeypatch, cupy, count, match):
 @pytest.mark.serial
 def test_without_cupy(monkeypatch, cupy):
     monkeypatch.setitem(__import__("sys").modules, "cupy", None)
-    backends._why_no_gpu.cache_clear()
+    arrays.why_no_gpu.cache_clear()
     with pytest.raises(ModuleNotFoundError, match="install 'cupy-cuda13x"):
         BatchNorm2d(4, device="cuda")
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from helpers import REPOSITORY, clean_environment
 
-from cupy_syncbn.backends import kernels
+from cupy_syncbn.backends.cuda import kernels
 
 pytestmark = pytest.mark.serial
 

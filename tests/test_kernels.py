@@ -28,9 +28,10 @@ from reference import BatchNorm
 from test_launch_shapes import accesses
 
 from cupy_syncbn import SingleProcessGroup, sync_batch_norm, sync_batch_norm_backward
-from cupy_syncbn.backends import Running, kernels
-from cupy_syncbn.backends import launch as launches
-from cupy_syncbn.backends.launch import THREADS, launch_for
+from cupy_syncbn.backends.cuda import kernels
+from cupy_syncbn.backends.cuda import launch as launches
+from cupy_syncbn.backends.cuda.launch import THREADS, launch_for
+from cupy_syncbn.backends.interface import Running
 
 pytestmark = pytest.mark.serial
 
@@ -59,9 +60,11 @@ def schedules(cupy, number=None):
 
 
 def the_backend():
-    from cupy_syncbn.backends import cupy_backend  # imports CuPy, which the fixtures install
+    from cupy_syncbn.backends.cuda import (
+        operations as cuda_operations,  # imports CuPy, which the fixtures install
+    )
 
-    return cupy_backend
+    return cuda_operations
 
 
 # ---- A training step, its results and what they should be ----

@@ -5,8 +5,8 @@ import re
 import numpy as np
 import pytest
 
-from cupy_syncbn.backends import kernels
-from cupy_syncbn.backends.launch import BLOCKS, MAX_ITEMS, MIN_ITEMS, THREADS, launch_for
+from cupy_syncbn.backends.cuda import kernels
+from cupy_syncbn.backends.cuda.launch import BLOCKS, MAX_ITEMS, MIN_ITEMS, THREADS, launch_for
 
 pytestmark = pytest.mark.serial
 

@@ -18,7 +18,8 @@ from helpers import (
 from reference import BatchNorm
 
 from cupy_syncbn import SingleProcessGroup, sync_batch_norm, sync_batch_norm_backward
-from cupy_syncbn.backends import numpy_backend, numpy_memory
+from cupy_syncbn.backends.cpu import memory
+from cupy_syncbn.backends.cpu import operations as cpu_operations
 
 pytestmark = pytest.mark.serial
 
@@ -271,8 +272,8 @@ def test_sum_of_opposite_pivots(rng):
     """What two ranks add up: the mean is zero, as is the sum of the pivots, but not the pivots."""
     x = random_array(rng, (50, 3, 7), offset=1e3)
     trailer = (0.0, 0.0, 0.0)
-    sum_ = numpy_backend.statistics(x, trailer)[0] + numpy_backend.statistics(-x, trailer)[0]
-    mean, m2, count = numpy_backend._moments(sum_, 3)
+    sum_ = cpu_operations.statistics(x, trailer)[0] + cpu_operations.statistics(-x, trailer)[0]
+    mean, m2, count = cpu_operations._moments(sum_, 3)
     assert count == 700
     assert (mean == 0).all()
     assert relative_error(m2 / count, np.square(x.astype("f8")).mean(axis=(0, 2))) <= 1e-7
@@ -300,7 +301,7 @@ def test_float16_beyond_its_squares(rng, scale):
 
 def peak_of(function):
     """Return the most memory that a call takes when there is neither workspace nor an output to use again."""
-    numpy_memory._free.clear()
+    memory._free.clear()
     tracemalloc.start()
     try:
         before, _ = tracemalloc.get_traced_memory()
@@ -313,7 +314,7 @@ def peak_of(function):
 
 def test_released_outputs_are_used_again(rng):
     x = random_array(rng, (8, 64, 100))
-    numpy_memory._free.clear()
+    memory._free.clear()
     y, _ = sync_batch_norm(x, process_group=ALONE)
     expected, address = y.copy(), y.ctypes.data
     part = y[3:, ::2]
@@ -326,7 +327,7 @@ def test_released_outputs_are_used_again(rng):
     assert z.ctypes.data == address
     for size in range(2, 20):
         sync_batch_norm(random_array(rng, (size, 64)), process_group=ALONE, out=None)
-    assert len(numpy_memory._free) <= numpy_memory.KEPT_OUTPUTS
+    assert len(memory._free) <= memory.KEPT_OUTPUTS
 
 
 @pytest.mark.parametrize("shape", [(64, 64, 28, 28), (8192, 512), (16, 1024, 7, 7, 4)], ids=str)

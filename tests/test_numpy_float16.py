@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from cupy_syncbn.backends import numpy_float16
+from cupy_syncbn.backends.cpu import numpy_float16
 
 pytestmark = pytest.mark.serial
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import nvrtc
 import pytest
 
-from cupy_syncbn.backends import kernels
+from cupy_syncbn.backends.cuda import kernels
 
 pytestmark = pytest.mark.serial
 

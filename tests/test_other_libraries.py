@@ -15,7 +15,7 @@ from helpers import (
 )
 from reference import BatchNorm
 
-from cupy_syncbn import BatchNorm2d, SyncBatchNorm, backends, sync_batch_norm, sync_batch_norm_backward
+from cupy_syncbn import BatchNorm2d, SyncBatchNorm, arrays, sync_batch_norm, sync_batch_norm_backward
 
 SHAPE = (6, 4, 3, 5)
 TYPES = {
@@ -99,7 +99,7 @@ def test_no_copy_and_the_same_numbers(rng, make, dtype):
     x, residual, dy = (random_batch(rng, SHAPE, dtype) for _ in "123")
     given = [MAKE[make](array) for array in (x, residual, dy)]
     for array, expected in zip(given, (x, residual, dy), strict=True):
-        found = backends.as_array(array)
+        found = arrays.as_array(array)
         assert type(found) is np.ndarray
         assert found.ctypes.data == pointer(array)
         np.testing.assert_array_equal(found, expected)
@@ -107,7 +107,7 @@ def test_no_copy_and_the_same_numbers(rng, make, dtype):
     layer, other = (BatchNorm2d(4, activation="relu", dtype="f8" if dtype == "f8" else "f4") for _ in "12")
     y = layer(given[0], residual=given[1])
     # In the memory order of x, which sums are made in.
-    alike = [np.copy(backends.as_array(array), order="K") for array in given]
+    alike = [np.copy(arrays.as_array(array), order="K") for array in given]
     assert_identical(y, other(alike[0], residual=alike[1]))
     assert y.strides == other(alike[0]).strides
     other(alike[0], residual=alike[1])
@@ -116,7 +116,7 @@ def test_no_copy_and_the_same_numbers(rng, make, dtype):
         assert_identical(actual, expected)
     assert_identical(layer.weight.grad, other.weight.grad)
     for array, expected in zip(given, (x, residual, dy), strict=True):
-        np.testing.assert_array_equal(backends.as_array(array), expected)
+        np.testing.assert_array_equal(arrays.as_array(array), expected)
 
 
 @pytest.mark.parametrize("make", ["torch_requires_grad", "jax", "dlpack", "array"])
@@ -296,7 +296,7 @@ def test_bfloat16_by_dlpack_alone():
     tensor = torch_tensor(np.ones(SHAPE, BFLOAT16))
     wrong(BatchNorm2d(4), TypeError, "bfloat16 by a view as int16", by_dlpack(tensor))
     both = exporter("__dlpack__", "__dlpack_device__", "__array__")
-    assert backends.as_array(both(tensor.float())).ctypes.data
+    assert arrays.as_array(both(tensor.float())).ctypes.data
 
 
 def test_one_rank_with_another_library(world, rng):

@@ -29,7 +29,7 @@ from test_kernels import (
     variance,
 )
 
-from cupy_syncbn.backends import kernels
+from cupy_syncbn.backends.cuda import kernels
 
 pytestmark = pytest.mark.serial
 
@@ -428,9 +428,9 @@ IN_LAUNCHES = [
     ("bug", "check", "error"), IN_LAUNCHES, ids=[bug.__name__ for bug, *_ in IN_LAUNCHES]
 )
 def test_bug_in_a_launch(emulated, monkeypatch, bug, check, error):
-    from cupy_syncbn.backends import cupy_backend
+    from cupy_syncbn.backends.cuda import operations as cuda_operations
 
-    monkeypatch.setattr(cupy_backend, *bug(cupy_backend))
+    monkeypatch.setattr(cuda_operations, *bug(cuda_operations))
     with expected_failure(error):
         CHECKS[check](emulated)
 

@@ -1130,10 +1130,10 @@ def test_check_finds_a_wrong_sum(world, cupy, streams, check, capsys, monkeypatc
 
 
 def test_check_without_a_gpu(world, emulator, check, capsys):
-    from cupy_syncbn import backends
+    from cupy_syncbn import arrays
 
     emulator.devices.count = 0
-    backends._why_no_gpu.cache_clear()
+    arrays.why_no_gpu.cache_clear()
     assert check.main() == 2
     assert "sees no GPU" in capsys.readouterr().out
     emulator.devices.count = world.size

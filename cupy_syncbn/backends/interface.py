@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple, Protocol
 
-from cupy_syncbn.backends.layout import Array, Layout
+from cupy_syncbn.arrays import Array
+from cupy_syncbn.backends.layout import Layout
 
 
 class Running(NamedTuple):

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import NamedTuple
 
-if TYPE_CHECKING:
-    import numpy as np
-
-Array: TypeAlias = "np.ndarray[Any, Any]"  # or a cupy.ndarray: it has the same methods
+from cupy_syncbn.arrays import Array
 
 
 class Layout(NamedTuple):

@@ -49,7 +49,7 @@ from measure import (
 )
 
 from cupy_syncbn import SyncBatchNorm
-from cupy_syncbn.backends import numpy_memory
+from cupy_syncbn.backends.cpu import memory
 
 Shape = tuple[int, ...]
 
@@ -186,7 +186,7 @@ class Case:
         """
         bn = self.layer()
         residual = self.residual if self.variant == "add+relu" else None
-        held = [bn(self.x, residual=residual) for _ in range(numpy_memory.KEPT_OUTPUTS + 1)]
+        held = [bn(self.x, residual=residual) for _ in range(memory.KEPT_OUTPUTS + 1)]
         tracemalloc.start()
         try:
             before, _ = tracemalloc.get_traced_memory()

@@ -69,7 +69,10 @@ from measure import (
 )
 
 from cupy_syncbn import SingleProcessGroup, SyncBatchNorm
-from cupy_syncbn.backends import Layout, Running, array_module, launch
+from cupy_syncbn.arrays import array_module
+from cupy_syncbn.backends.cuda import launch
+from cupy_syncbn.backends.interface import Running
+from cupy_syncbn.backends.layout import Layout
 from cupy_syncbn.layers import data_type
 
 Shape = tuple[int, ...]
@@ -122,7 +125,7 @@ TOLERANCE = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1.5e-2}
 STATISTICS_TOLERANCE = 1e-4
 
 CONSTANTS = {"blocks": "BLOCKS", "min_items": "MIN_ITEMS", "max_items": "MAX_ITEMS", "row_bytes": "ROW_BYTES"}
-"""Options that replace constants of cupy_syncbn/backends/launch.py."""
+"""Options that replace constants of cupy_syncbn/backends/cuda/launch.py."""
 GRID = {
     "BLOCKS": (2, 3, 6, 9),  # registers leave most kernels room for 3 at once: 8 end in a part of a round
     "MIN_ITEMS": (2, 4, 8),
@@ -419,11 +422,11 @@ class Kernels:
     """Our kernels, each by itself."""
 
     def __init__(self, tensors: Tensors, variant: str) -> None:
-        from cupy_syncbn.backends import cupy_backend
+        from cupy_syncbn.backends.cuda import operations as cuda_operations
 
         cupy, copies = tensors.gpu.cupy, range(tensors.copies)
         layout = Layout.of(tensors.x[0], False)
-        self.backend, self.tensors, self.variant = cupy_backend, tensors, variant
+        self.backend, self.tensors, self.variant = cuda_operations, tensors, variant
         self.slope = None if variant == "plain" else 0.0
         self.weight, self.bias = tensors.weight, tensors.bias
         self.mean, self.var = cupy.zeros_like(self.bias), cupy.ones_like(self.bias)
@@ -1275,7 +1278,7 @@ def main(argv: Sequence[str] | None = None, make_gpu: Callable[[Any], Gpu] = Gpu
             f"--{option.replace('_', '-')}",
             type=int,
             metavar="N",
-            help=f"{constant} of cupy_syncbn/backends/launch.py (default {default})",
+            help=f"{constant} of cupy_syncbn/backends/cuda/launch.py (default {default})",
         )
     parser.add_argument("--no-torch", action="store_true", help="our kernels alone")
     parser.add_argument(

@@ -9,7 +9,7 @@ import functools
 import math
 from typing import NamedTuple
 
-from cupy_syncbn.backends.kernels import vector_width
+from cupy_syncbn.backends.cuda.kernels import vector_width
 
 THREADS = 256
 """Of a block, as in common.cuh."""

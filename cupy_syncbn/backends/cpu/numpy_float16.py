@@ -11,7 +11,7 @@ import functools
 
 import numpy as np
 
-from cupy_syncbn.backends.layout import Array
+from cupy_syncbn.arrays import Array
 
 CHUNK = 1 << 14
 """Elements that are converted at a time, so that what is between stays in the L1 and L2 caches."""

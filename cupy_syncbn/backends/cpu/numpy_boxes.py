@@ -20,9 +20,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cupy_syncbn.backends import numpy_float16
-from cupy_syncbn.backends.layout import Array
-from cupy_syncbn.backends.numpy_memory import CACHE_LINE, scratch
+from cupy_syncbn.arrays import Array
+from cupy_syncbn.backends.cpu import numpy_float16
+from cupy_syncbn.backends.cpu.memory import CACHE_LINE, scratch
 
 
 def _l2_cache() -> int:

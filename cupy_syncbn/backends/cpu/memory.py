@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from cupy_syncbn.backends.layout import Array
+from cupy_syncbn.arrays import Array
 
 CACHE_LINE = 64
 """Bytes."""

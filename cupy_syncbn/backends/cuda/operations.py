@@ -14,9 +14,9 @@ from typing import Any, NamedTuple, TypeAlias
 
 import cupy
 
-from cupy_syncbn.backends import kernels
+from cupy_syncbn.backends.cuda import kernels
+from cupy_syncbn.backends.cuda.launch import THREADS, Launch, launch_for
 from cupy_syncbn.backends.interface import Running
-from cupy_syncbn.backends.launch import THREADS, Launch, launch_for
 from cupy_syncbn.backends.layout import Layout
 
 Array: TypeAlias = Any  # cupy.ndarray, of which there are no types

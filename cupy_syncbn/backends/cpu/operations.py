@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from cupy_syncbn.arrays import Array
+from cupy_syncbn.backends.cpu.memory import output, scratch
+from cupy_syncbn.backends.cpu.numpy_boxes import Block, Sums, Tensor, operand_of, row_of
 from cupy_syncbn.backends.interface import Running
-from cupy_syncbn.backends.layout import Array, Layout
-from cupy_syncbn.backends.numpy_boxes import Block, Sums, Tensor, operand_of, row_of
-from cupy_syncbn.backends.numpy_memory import output, scratch
+from cupy_syncbn.backends.layout import Layout
 
 NEAR = 1.0
 """Zero counts as within the data where mean² <= NEAR * var: E[x²] - mean² then costs a bit at most."""

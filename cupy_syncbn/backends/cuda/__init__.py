@@ -1,0 +1,1 @@
+"""Batch normalization on GPUs, in CuPy and CUDA C++."""
