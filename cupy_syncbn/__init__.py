@@ -4,11 +4,19 @@
 arrays: ``y = bn(x)``, ``dx = bn.backward(dy)``. Launched by mpirun, the batches of all ranks are one batch.
 """
 
+from cupy_syncbn.comm.devices import bind_device, local_rank
+from cupy_syncbn.comm.errors import CollectiveTimeoutError, RankMismatchError, RemoteRankError
+from cupy_syncbn.comm.groups import (
+    MPIProcessGroup,
+    NCCLProcessGroup,
+    ProcessGroup,
+    SingleProcessGroup,
+    default_group,
+)
+from cupy_syncbn.comm.new_group import new_group, split_group
 from cupy_syncbn.config import show_config
 from cupy_syncbn.convert import convert_sync_batchnorm
 from cupy_syncbn.data_parallel import DistributedDataParallel
-from cupy_syncbn.device import bind_device, local_rank
-from cupy_syncbn.errors import CollectiveTimeoutError, RankMismatchError, RemoteRankError
 from cupy_syncbn.functional import Gradients, sync_batch_norm, sync_batch_norm_backward
 from cupy_syncbn.layers import (
     BatchNorm1d,
@@ -18,15 +26,6 @@ from cupy_syncbn.layers import (
     Parameter,
     Sequential,
     SyncBatchNorm,
-)
-from cupy_syncbn.process_group import (
-    MPIProcessGroup,
-    NCCLProcessGroup,
-    ProcessGroup,
-    SingleProcessGroup,
-    default_group,
-    new_group,
-    split_group,
 )
 from cupy_syncbn.running_statistics import frozen_statistics, recalibrate
 

@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
 import numpy as np
 
-from cupy_syncbn import process_group as groups
-from cupy_syncbn import transports
-from cupy_syncbn.arrays import array_module
-from cupy_syncbn.device import number_on_node
+from cupy_syncbn.arrays import array_module, import_cupy
+from cupy_syncbn.comm import groups, launcher
+from cupy_syncbn.comm.devices import number_on_node
+from cupy_syncbn.comm.groups import MPIProcessGroup, ProcessGroup, SingleProcessGroup
+from cupy_syncbn.comm.transports import TRANSPORTS, nccl
 from cupy_syncbn.layers import SyncBatchNorm
-from cupy_syncbn.process_group import MPIProcessGroup, ProcessGroup, SingleProcessGroup
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -137,7 +137,7 @@ def survey(
 
 def world() -> tuple[MPI.Intracomm | None, str]:
     """Return the world of `default_group`, None for a single process, and why it cannot be had, if so."""
-    if "mpi4py.MPI" not in sys.modules and not groups._launched():
+    if "mpi4py.MPI" not in sys.modules and not launcher.is_launched():
         return None, ""
     try:
         from mpi4py import MPI
@@ -189,7 +189,7 @@ def _own_row(group: ProcessGroup, timeout: float | str, bind: bool) -> _Row:
     except Exception as error:
         device_error = _short(error)
     try:
-        why_no_nccl = why_no_gpu or _short(transports._missing_for_nccl()[0])
+        why_no_nccl = why_no_gpu or _short(nccl.missing_for_nccl()[0])
     except Exception as error:
         why_no_nccl = _short(error)
     requested = _short(os.environ.get("CUPY_SYNCBN_TRANSPORT", ""), _NAME)
@@ -216,7 +216,7 @@ def _facts(group: ProcessGroup, rows: list[_Row], mpi_error: str, problems: list
     mpi = _mpi(mpi_error)
     launch = {
         "size": group.size,
-        "launcher": next((name for name in groups._LAUNCHER_VARIABLES if name in os.environ), None),
+        "launcher": next((name for name in launcher.LAUNCHER_VARIABLES if name in os.environ), None),
         "jobs": {name: os.environ[name] for name in _JOBS if name in os.environ},
     }
     started = int(next((os.environ[name] for name in _SIZES if os.environ.get(name, "").isdecimal()), 1))
@@ -280,13 +280,11 @@ def _transport(group: ProcessGroup, rows: list[_Row], no_mpi: str, problems: lis
         (f"rank {rank}: {row.why_no_nccl}" for rank, row in enumerate(rows) if row.why_no_nccl), ""
     )
     if not no_nccl and isinstance(group, MPIProcessGroup):
-        no_nccl = transports.why_no_nccl(group)
+        no_nccl = nccl.why_no_nccl(group)
     lacks = {"mpi": no_mpi, "cuda-aware-mpi": no_mpi or no_gpu, "nccl": no_mpi or no_nccl}
     chosen = None
-    if requested not in transports.TRANSPORTS:
-        problems.append(
-            f"expected CUPY_SYNCBN_TRANSPORT to be {', '.join(transports.TRANSPORTS)} (got {requested!r})"
-        )
+    if requested not in TRANSPORTS:
+        problems.append(f"expected CUPY_SYNCBN_TRANSPORT to be {', '.join(TRANSPORTS)} (got {requested!r})")
     elif lacks.get(requested):
         problems.append(f"CUPY_SYNCBN_TRANSPORT={requested} cannot be: {lacks[requested]}")
     elif group.size > 1:
@@ -345,8 +343,8 @@ def _cuda() -> dict[str, str | None]:
 
     return {
         "driver": _try(driver),
-        "runtime": _try(lambda: _cuda_version(transports._cupy().cuda.runtime.runtimeGetVersion())),
-        "nccl": _try(lambda: _nccl_version(transports._nccl().get_version())),
+        "runtime": _try(lambda: _cuda_version(import_cupy().cuda.runtime.runtimeGetVersion())),
+        "nccl": _try(lambda: _nccl_version(nccl.import_nccl().get_version())),
     }
 
 
@@ -479,7 +477,7 @@ def _report(facts: dict[str, Any]) -> str:
         result = f"takes {chosen}" + (
             ", as nccl is not here" if chosen == "mpi" else ", which all ranks have"
         )
-    elif requested not in transports.TRANSPORTS:
+    elif requested not in TRANSPORTS:
         result = "is unknown"
     elif transport["lacks"].get(requested):
         result = "is not here"
@@ -521,7 +519,7 @@ def _is_first(group: ProcessGroup) -> bool:
     """Tell whether this process writes: of several, each alone in its world, the launcher's first."""
     if group.size > 1:
         return group.rank == 0
-    variables = (*groups._LAUNCHER_VARIABLES, "SLURM_PROCID")
+    variables = (*launcher.LAUNCHER_VARIABLES, "SLURM_PROCID")
     return next((os.environ[name] for name in variables if name in os.environ), "0") == "0"
 
 
@@ -532,7 +530,7 @@ def _gather(group: ProcessGroup, value: Any) -> list[Any]:
 def _timeout() -> float | str:
     """Return the timeout of groups, or the text that is none."""
     try:
-        return groups._timeout(None)
+        return groups.timeout_of(None)
     except ValueError:
         return _short(os.environ["CUPY_SYNCBN_TIMEOUT"], _NAME)
 

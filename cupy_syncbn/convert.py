@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 from types import BuiltinFunctionType, FunctionType, MemberDescriptorType, MethodType, ModuleType
 from typing import TYPE_CHECKING, Any
 
+from cupy_syncbn.comm.groups import ProcessGroup, as_group
 from cupy_syncbn.layers import Parameter, SyncBatchNorm, _BatchNorm
-from cupy_syncbn.process_group import ProcessGroup, as_group
 
 if TYPE_CHECKING:
     from mpi4py import MPI

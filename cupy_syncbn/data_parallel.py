@@ -11,10 +11,10 @@ import numpy as np
 
 from cupy_syncbn.arrays import Array, check_writeable, module_of
 from cupy_syncbn.backends import backend_of
-from cupy_syncbn.errors import RankMismatchError
-from cupy_syncbn.exchange import Call
+from cupy_syncbn.comm.call import Call
+from cupy_syncbn.comm.errors import RankMismatchError
+from cupy_syncbn.comm.groups import ProcessGroup, as_group
 from cupy_syncbn.layers import Module, Parameter, SyncBatchNorm, _BatchNorm, check_gradient
-from cupy_syncbn.process_group import ProcessGroup, as_group
 
 if TYPE_CHECKING:
     from mpi4py import MPI

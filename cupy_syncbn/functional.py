@@ -14,8 +14,8 @@ from cupy_syncbn.arrays import Array, as_array, check_writeable, module_of
 from cupy_syncbn.backends import backend_of
 from cupy_syncbn.backends.interface import Backend, Running
 from cupy_syncbn.backends.layout import Layout
-from cupy_syncbn.exchange import Call
-from cupy_syncbn.process_group import ProcessGroup, SingleProcessGroup, as_group
+from cupy_syncbn.comm.call import Call
+from cupy_syncbn.comm.groups import ProcessGroup, SingleProcessGroup, as_group
 
 if TYPE_CHECKING:
     from mpi4py import MPI

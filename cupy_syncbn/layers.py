@@ -10,7 +10,8 @@ import numpy as np
 
 from cupy_syncbn.arrays import Array, array_module, as_array, check_writeable, module_of, move
 from cupy_syncbn.backends import backend_of
-from cupy_syncbn.exchange import Call
+from cupy_syncbn.comm.call import Call
+from cupy_syncbn.comm.groups import ProcessGroup, SingleProcessGroup, as_group
 from cupy_syncbn.functional import (
     DATA_TYPES,
     Activation,
@@ -23,7 +24,6 @@ from cupy_syncbn.functional import (
     sync_batch_norm,
     sync_batch_norm_backward,
 )
-from cupy_syncbn.process_group import ProcessGroup, SingleProcessGroup, as_group
 
 if TYPE_CHECKING:
     from mpi4py import MPI

@@ -11,10 +11,10 @@ import numpy as np
 
 from cupy_syncbn.arrays import Array, check_writeable, module_of, move
 from cupy_syncbn.backends.cpu import operations as cpu_operations
-from cupy_syncbn.exchange import Call, is_known_to
+from cupy_syncbn.comm.call import Call, is_known_to
+from cupy_syncbn.comm.groups import ProcessGroup, SingleProcessGroup, as_group
 from cupy_syncbn.functional import Saved
 from cupy_syncbn.layers import Module, _BatchNorm
-from cupy_syncbn.process_group import ProcessGroup, SingleProcessGroup, as_group
 
 
 def frozen_statistics(module: Module) -> contextlib.AbstractContextManager[None]:

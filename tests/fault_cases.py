@@ -32,7 +32,7 @@ from cupy_syncbn import (
     sync_batch_norm,
 )
 from cupy_syncbn.backends.cpu import operations as cpu_operations
-from cupy_syncbn.host_exchange import LONGEST
+from cupy_syncbn.comm.checked_sum import LONGEST
 
 WORLD = MPI.COMM_WORLD
 C = 4

@@ -17,7 +17,8 @@ from launcher import launch, other_python, run, vendor_of
 from mpi4py import MPI
 
 import cupy_syncbn
-from cupy_syncbn import config, show_config, transports
+from cupy_syncbn import config, show_config
+from cupy_syncbn.comm import small_objects
 
 KEYS = {
     "versions",
@@ -202,7 +203,7 @@ def test_longest_row_fits_into_a_message():
         reason,
     )
     assert len(row) == len(config._Row._fields)
-    transports.pack(row)
+    small_objects.pack(row)
 
 
 def test_gpus_are_bound_by_local_rank(world, gpus):

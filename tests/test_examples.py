@@ -19,7 +19,7 @@ EXAMPLES = sorted(path.stem for path in DIRECTORY.glob("*.py"))
 # Runs an example without what it is about: each rank keeps its own statistics.
 SABOTAGE = """
 import runpy, sys
-from cupy_syncbn.exchange import Call
+from cupy_syncbn.comm.call import Call
 Call.exchange = lambda self, group, vector: None
 sys.argv.pop(0)
 runpy.run_path(sys.argv[0], run_name="__main__")

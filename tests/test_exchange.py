@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from cupy_syncbn import ProcessGroup, RankMismatchError, RemoteRankError
-from cupy_syncbn.exchange import Call
+from cupy_syncbn.comm.call import Call
 
 pytestmark = pytest.mark.serial
 

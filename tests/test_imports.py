@@ -20,14 +20,10 @@ MODULES = {
 
 # What each part may import of the package; `errors` anyone may.
 ALLOWED = {
-    "errors": set(),
     "arrays": set(),
     "backends": {"backends", "arrays"},
-    "host_exchange": set(),
-    "transports": {"host_exchange", "process_group"},  # the latter for its type
-    "process_group": {"process_group", "transports", "host_exchange"},
-    "exchange": {"process_group", "arrays"},
-    "functional": {"exchange", "process_group", "backends", "arrays"},
+    "comm": {"comm", "arrays"},
+    "functional": {"comm", "backends", "arrays"},
 }
 
 
@@ -62,7 +58,7 @@ def test_direction(part):
     files = [path for name, path in MODULES.items() if name.split(".")[0] == part]
     assert files
     for path in files:
-        assert parts_imported(path) <= ALLOWED[part] | {"errors"}, path
+        assert parts_imported(path) <= ALLOWED[part], path
 
 
 def test_no_cycle():

@@ -32,7 +32,7 @@ from cupy_syncbn import (
     SyncBatchNorm,
     split_group,
 )
-from cupy_syncbn.process_group import as_group
+from cupy_syncbn.comm.groups import as_group
 
 STEPS = 5
 LEARNING_RATE = 0.1

@@ -28,7 +28,7 @@ from cupy_syncbn import (
     split_group,
     sync_batch_norm,
 )
-from cupy_syncbn.errors import CollectiveTimeoutError
+from cupy_syncbn.comm.errors import CollectiveTimeoutError
 
 
 def assert_group_of(group, members, world):

@@ -43,8 +43,8 @@ from cupy_syncbn import (
     new_group,
     split_group,
     sync_batch_norm,
-    transports,
 )
+from cupy_syncbn.comm import transports
 
 SHAPE = (18, 4, 3, 5)
 TRANSPORTS = ("mpi", "cuda-aware-mpi", "nccl")
@@ -236,7 +236,7 @@ def host_staged(**arguments):
 def test_pinned_memory_is_used_again(emulator, cupy, streams):
     """Once for each stream, and again when more is needed; groups share it."""
     pinned = emulator.pinned
-    transports._pinned.clear()
+    transports.host_staged._pinned.clear()
 
     def allocations(sizes):
         before = pinned.allocations
@@ -1001,7 +1001,7 @@ def test_bind_device(world, emulator, cupy):
 
 def test_local_rank_counts_the_ranks_of_the_node(world, emulator, cupy, monkeypatch):
     """As on nodes of two ranks each."""
-    monkeypatch.setattr(cupy_syncbn.device, "_node", lambda: f"node {world.rank // 2}")
+    monkeypatch.setattr(cupy_syncbn.comm.devices, "_node", lambda: f"node {world.rank // 2}")
     assert cupy_syncbn.local_rank() == world.rank % 2
     emulator.devices.count = 2
     assert cupy_syncbn.bind_device() == world.rank % 2
@@ -1221,7 +1221,7 @@ def test_nccl_of_one_rank(request, cupy):
     """By NCCL itself where there is a GPU, else by the stand-in. A layer would leave the exchange out."""
     if "StandIn" in type(cupy).__name__:
         request.getfixturevalue("nccl")
-    if missing := transports._missing_for_nccl()[0]:
+    if missing := transports.nccl.missing_for_nccl()[0]:
         pytest.skip(missing)
     group = NCCLProcessGroup(MPI.COMM_SELF, timeout=30)
     carrier, aborted, seen = group._carrier, threading.Event(), []

@@ -46,8 +46,8 @@ import numpy as np
 from measure import RESULTS, caption, circumstances, new_figure, pin_threads, save, table
 
 from cupy_syncbn import default_group
-from cupy_syncbn.exchange import Call
-from cupy_syncbn.host_exchange import steps
+from cupy_syncbn.comm.call import Call
+from cupy_syncbn.comm.schedules import steps
 
 CHANNELS = (64, 256, 1024, 4096)
 RANKS = (2, 4, 8, 16, 32)

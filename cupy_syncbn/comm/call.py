@@ -11,8 +11,8 @@ from typing import NamedTuple
 import numpy as np
 
 from cupy_syncbn.arrays import Array
-from cupy_syncbn.errors import CollectiveTimeoutError, RankMismatchError, RemoteRankError
-from cupy_syncbn.process_group import ProcessGroup
+from cupy_syncbn.comm.errors import CollectiveTimeoutError, RankMismatchError, RemoteRankError
+from cupy_syncbn.comm.groups import ProcessGroup
 
 _NAMED_RANKS = 50
 """Groups up to this size tell each faulty rank: the sum of 2**rank is exact in a float64."""

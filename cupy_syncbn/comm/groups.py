@@ -1,51 +1,44 @@
-"""Groups of ranks that add up vectors, and the transports that carry them."""
+"""Groups of ranks that add up vectors."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import math
-import operator
 import os
-import pickle
 import sys
-import threading
 import time
 import uuid
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Self, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from cupy_syncbn import host_exchange, transports
-from cupy_syncbn.errors import CollectiveTimeoutError, RankMismatchError, RemoteRankError
+from cupy_syncbn.arrays import Array
+from cupy_syncbn.comm.checked_sum import CheckedSum
+from cupy_syncbn.comm.errors import CollectiveTimeoutError
+from cupy_syncbn.comm.launcher import is_launched
+from cupy_syncbn.comm.private_comm import (
+    FORKED,
+    FREED,
+    SPINS_BEFORE_YIELD,
+    PrivateComm,
+    forked,
+    keyval_for,
+    opening,
+)
+from cupy_syncbn.comm.small_objects import pack, unpack
+from cupy_syncbn.comm.transports import TRANSPORTS, transport_for
+from cupy_syncbn.comm.transports.base import Transport
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-    Array = np.ndarray[Any, Any]
-
 DEFAULT_TIMEOUT = 600.0
 """Seconds that a collective waits for the other ranks, unless CUPY_SYNCBN_TIMEOUT says otherwise."""
-
-# Set for each rank by the launchers of Open MPI, MPICH and Intel MPI (also by srun --mpi=pmi2),
-# PMIx (srun --mpi=pmix, prterun), MVAPICH2 and 3, and HPE Cray's PALS and ALPS.
-_LAUNCHER_VARIABLES = (
-    "OMPI_COMM_WORLD_RANK",
-    "PMI_RANK",
-    "PMIX_RANK",
-    "MV2_COMM_WORLD_RANK",
-    "MVP_COMM_WORLD_RANK",
-    "PALS_RANKID",
-    "ALPS_APP_PE",
-)
-
-_SPINS_BEFORE_YIELD = range(50)
-"""Tests of a request before the core is offered to others, such as ranks that share it."""
 
 
 class ProcessGroup(ABC):
@@ -278,10 +271,10 @@ class MPIProcessGroup(ProcessGroup):
         self.rank, self.size = comm.rank, comm.size
         self._is_world = MPI.Comm.Compare(comm, MPI.COMM_WORLD) != MPI.UNEQUAL
         self.host: str = MPI.Get_processor_name()
-        self.timeout = _timeout(timeout)
-        self.transport = _transport(transport)
+        self.timeout = timeout_of(timeout)
+        self.transport = transport_name(transport)
         self._comm = comm
-        self._channel: _Channel | None = None
+        self._channel: PrivateComm | None = None
         self._deadline: float | None = None
 
     def allreduce(self, buffer: Array) -> Array:
@@ -342,9 +335,7 @@ class MPIProcessGroup(ProcessGroup):
         try:
             exchange = channel.exchanges.get(vector.size)
             if exchange is None:
-                exchange = host_exchange.Exchange(
-                    channel.comm, self.rank, self.size, vector.size, channel.place
-                )
+                exchange = CheckedSum(channel.comm, self.rank, self.size, vector.size, channel.place)
                 channel.exchanges[vector.size] = exchange
             exchange.sum(vector, self._wait)
         except BaseException as error:
@@ -374,9 +365,7 @@ class MPIProcessGroup(ProcessGroup):
         MemoryError
             If the GPU has none left.
         """
-        if library is np or isinstance(self._carrier, transports.HostStaged):
-            return vector
-        return super().alike(vector, library)
+        return vector if library is np else self._carrier.alike(vector)
 
     def defer(self, trailer: Array, check: Callable[[list[float]], None], call: object) -> None:
         """Look at the trailer of an exchange: by NCCL, when the GPU has it.
@@ -391,10 +380,7 @@ class MPIProcessGroup(ProcessGroup):
         RemoteRankError, RankMismatchError
             What `check` raises; by NCCL later, see `check_errors`.
         """
-        if isinstance(self._carrier, transports.NCCL):
-            self._carrier.defer(trailer, check, call)
-        else:
-            super().defer(trailer, check, call)
+        self._carrier.defer(trailer, check, call)
 
     def check_errors(self) -> None:
         """Wait for all exchanges by NCCL, and raise the first error that they tell of.
@@ -409,9 +395,8 @@ class MPIProcessGroup(ProcessGroup):
         Call it also when exchanges in a CUDA graph have been replayed, on the stream that it was launched on.
         The graph must be captured in CuPy's mode, the relaxed one, as NCCL is watched meanwhile.
         """
-        carrier = vars(self).get("_carrier")
-        if isinstance(carrier, transports.NCCL):
-            carrier.raise_errors(wait=True)
+        if "_carrier" in vars(self):
+            self._carrier.check_errors()
 
     def broadcast(self, buffer: Array, root: int = 0) -> None:
         """Replace `buffer`, contiguous, by that of rank `root` (**collective**).
@@ -458,11 +443,11 @@ class MPIProcessGroup(ProcessGroup):
         CollectiveTimeoutError
             If a rank does not come within the timeout.
         """
-        own = transports.pack(value)
+        own = pack(value)
         everyones = np.empty((self.size, own.size), np.uint8)
         with self._opened() as channel:
             self._complete(channel.comm.Iallgather(own, everyones), own, everyones)
-        return [pickle.loads(row) for row in everyones]
+        return [unpack(row) for row in everyones]
 
     def broadcast_object(self, value: Any) -> Any:
         """Return rank 0's small object (**collective**).
@@ -482,9 +467,9 @@ class MPIProcessGroup(ProcessGroup):
         CollectiveTimeoutError
             If a rank does not come within the timeout.
         """
-        data = transports.pack(value)
+        data = pack(value)
         self.broadcast(data)
-        return pickle.loads(data)
+        return unpack(data)
 
     @contextlib.contextmanager
     def messages(self, needed: list[Any]) -> Iterator[tuple[MPI.Comm, Callable[[Any, int], MPI.Status]]]:
@@ -535,7 +520,7 @@ class MPIProcessGroup(ProcessGroup):
         from mpi4py import MPI
 
         if MPI.COMM_NULL in (self._comm, other._comm):
-            raise RuntimeError(_FREED)
+            raise RuntimeError(FREED)
         return MPI.Comm.Compare(self._comm, other._comm) != MPI.UNEQUAL
 
     def __reduce__(self) -> tuple[Callable[..., ProcessGroup | None], tuple[str, ...]]:
@@ -550,27 +535,27 @@ class MPIProcessGroup(ProcessGroup):
         return uuid.uuid4().hex
 
     @functools.cached_property
-    def _carrier(self) -> transports.Transport:
+    def _carrier(self) -> Transport:
         """What carries CuPy arrays, chosen when the first comes (**collective**)."""
-        return transports.transport_for(self, self.transport)
+        return transport_for(self, self.transport)
 
-    def _opened(self) -> _Channel:
+    def _opened(self) -> PrivateComm:
         """Return the duplicate that messages travel on, kept as an attribute of the communicator."""
         if self._channel is None:
             from mpi4py import MPI
 
             if self._comm == MPI.COMM_NULL:
-                raise RuntimeError(_FREED)
-            if _forked:
-                raise RuntimeError(_FORKED)
+                raise RuntimeError(FREED)
+            if forked:
+                raise RuntimeError(FORKED)
             request = None
-            with _opening:  # two threads would make two duplicates
-                keyval = _keyval("channel")
-                channel = cast("_Channel | None", self._comm.Get_attr(keyval))
+            with opening:  # two threads would make two duplicates
+                keyval = keyval_for("channel")
+                channel = cast("PrivateComm | None", self._comm.Get_attr(keyval))
                 if channel is None:
                     # Not Dup, which would wait for ever for a rank that never comes to its first exchange.
                     comm, request = self._comm.Idup()
-                    channel = _Channel(comm)
+                    channel = PrivateComm(comm)
                     channel.take()  # until it is there
                     self._comm.Set_attr(keyval, channel)
             self._channel = channel
@@ -600,7 +585,7 @@ class MPIProcessGroup(ProcessGroup):
         """Wait for a request to or from a rank, or to all, until the deadline of the whole exchange."""
         assert self._channel is not None
         status, test = self._channel.status, request.Test
-        for _ in _SPINS_BEFORE_YIELD:
+        for _ in SPINS_BEFORE_YIELD:
             if test(status):
                 return status
         while not test(status):
@@ -650,85 +635,7 @@ class NCCLProcessGroup(MPIProcessGroup):
         self._carrier  # noqa: B018, what is missing is said here and now
 
 
-class _Channel:
-    """The one duplicate of a communicator, and what MPI uses for its messages; the context of an exchange."""
-
-    def __init__(self, comm: MPI.Comm) -> None:
-        from mpi4py import MPI
-
-        self.comm = comm
-        self.status = MPI.Status()
-        self.place = np.empty(host_exchange.LONGEST)
-        self.exchanges: dict[int, host_exchange.Exchange] = {}
-        """By the length of the vector."""
-        self.unusable: tuple[type[RuntimeError], str] | None = None
-        """The error that tells why no more messages can travel here, if so."""
-        self.lock = threading.Lock()
-        _channels.add(self)
-
-    def take(self) -> None:
-        """Keep other threads out, until the lock is released."""
-        if not self.lock.acquire(False):
-            raise RuntimeError(
-                "two threads of this process exchange on one communicator at a time: the other ranks cannot "
-                "tell whose turn it is. Give each thread a group of its own, new_group()"
-            )
-
-    def __enter__(self) -> Self:
-        self.take()
-        return self
-
-    def __exit__(self, kind: object, error: object, traceback: object) -> None:
-        self.lock.release()
-
-    def give_up(self, error: BaseException, *needed: Array) -> None:
-        """Use the channel no more, after an error in the middle of an exchange that needed some arrays."""
-        self.unusable = (
-            CollectiveTimeoutError,
-            "an earlier exchange on this communicator was given up, and its ranks are out of step: "
-            + (str(error) or type(error).__name__),
-        )
-        _left_to_mpi.append((self, needed))
-
-    def free(self) -> None:
-        """Free the duplicate with the communicator that it is of, unless MPI may still use it."""
-        from mpi4py import MPI
-
-        if not self.unusable and not MPI.Is_finalized():
-            self.unusable = RuntimeError, _FREED
-            for exchange in self.exchanges.values():
-                exchange.free()
-            self.comm.Free()
-
-
-_opening = threading.Lock()
-"""Held while a communicator gets its channel."""
-_channels: weakref.WeakSet[_Channel] = weakref.WeakSet()
-_left_to_mpi: list[tuple[_Channel, tuple[Array, ...]]] = []
-"""What exchanges needed that were given up: kept for ever, as MPI may still read and write it."""
-
-_FREED = "the communicator of this group was freed: make another group, and assign it to its layers"
-_FORKED = (
-    "this process was forked from a rank, and MPI does not go on in it: leave the exchanges to the rank, or "
-    "use process_group=SingleProcessGroup() here"
-)
-_forked: list[bool] = []
-"""Not empty in a process that was forked from one with MPI."""
-
-
-def _after_fork() -> None:
-    """Keep a child from using what belongs to its parent."""
-    if "mpi4py.MPI" in sys.modules:
-        _forked.append(True)
-    for channel in _channels:
-        channel.unusable = RuntimeError, _FORKED
-
-
-if hasattr(os, "register_at_fork"):  # not on Windows
-    os.register_at_fork(after_in_child=_after_fork)
-
-
-class _Unusable(ProcessGroup):
+class Unusable(ProcessGroup):
     """What a process has that is not in a group, or has lost it: each use is an error that says why."""
 
     def __init__(self, reason: str) -> None:
@@ -756,7 +663,7 @@ _pickled: weakref.WeakValueDictionary[str, MPIProcessGroup] = weakref.WeakValueD
 
 def _unpickled(token: str) -> ProcessGroup:
     """Return the group of a token, in the process that pickled it."""
-    return _pickled.get(token) or _Unusable(
+    return _pickled.get(token) or Unusable(
         "this group of some ranks was pickled in another process, or is gone: "
         "assign layer.process_group, for instance new_group(ranks)"
     )
@@ -772,18 +679,6 @@ _SINGLE = SingleProcessGroup()
 _world: list[ProcessGroup] = []
 
 
-@functools.cache
-def _keyval(purpose: str) -> int:
-    """Key of an attribute in which a communicator keeps what belongs to it: its channel, its group."""
-    from mpi4py import MPI
-
-    def freed(comm: MPI.Comm, keyval: int, value: object) -> None:
-        if isinstance(value, _Channel):
-            value.free()
-
-    return MPI.Comm.Create_keyval(delete_fn=freed)
-
-
 def _is_numpy(buffer: object) -> bool:
     """Tell an array of NumPy from one of CuPy."""
     if isinstance(buffer, np.ndarray):
@@ -793,16 +688,16 @@ def _is_numpy(buffer: object) -> bool:
     return False
 
 
-def _transport(name: str | None) -> str:
+def transport_name(name: str | None) -> str:
+    """Return the name of a transport, by default the one that CUPY_SYNCBN_TRANSPORT says."""
     name = (os.environ.get("CUPY_SYNCBN_TRANSPORT") or "auto") if name is None else name
-    if name not in transports.TRANSPORTS:
-        raise ValueError(
-            f"expected a transport of {', '.join(map(repr, transports.TRANSPORTS))} (got {name!r})"
-        )
+    if name not in TRANSPORTS:
+        raise ValueError(f"expected a transport of {', '.join(map(repr, TRANSPORTS))} (got {name!r})")
     return name
 
 
-def _timeout(seconds: float | None) -> float:
+def timeout_of(seconds: float | None) -> float:
+    """Return a timeout, by default the one that CUPY_SYNCBN_TIMEOUT says."""
     if seconds is None:
         text = os.environ.get("CUPY_SYNCBN_TIMEOUT") or str(DEFAULT_TIMEOUT)
         try:
@@ -812,23 +707,6 @@ def _timeout(seconds: float | None) -> float:
     if isinstance(seconds, str) or not seconds > 0:
         raise ValueError(f"expected a timeout of more than 0 seconds (got {seconds!r})")
     return seconds
-
-
-@functools.cache
-def _launched() -> bool:
-    """Tell whether an MPI launcher started this process."""
-    return any(name in os.environ for name in _LAUNCHER_VARIABLES) and not _is_worker()
-
-
-def _is_worker() -> bool:
-    """Tell whether multiprocessing started this: it has a rank's variables, but must not start MPI."""
-    if "multiprocessing" not in sys.modules:
-        return False
-    from multiprocessing import parent_process
-
-    # While the program is imported there, only the name of its module tells.
-    program = getattr(sys.modules.get("__mp_main__"), "__name__", "")
-    return program == "__mp_main__" or parent_process() is not None
 
 
 def default_group() -> ProcessGroup:
@@ -847,7 +725,7 @@ def default_group() -> ProcessGroup:
     True
     """
     if not _world:
-        if "mpi4py.MPI" not in sys.modules and not _launched():
+        if "mpi4py.MPI" not in sys.modules and not is_launched():
             return _SINGLE
         from mpi4py import MPI
 
@@ -882,7 +760,7 @@ def as_group(process_group: ProcessGroup | MPI.Intracomm | None) -> ProcessGroup
 
         if isinstance(process_group, MPI.Comm):
             # One for all calls, as a transport takes its time to make.
-            keyval, known = _keyval("group"), None
+            keyval, known = keyval_for("group"), None
             if process_group != MPI.COMM_NULL:
                 known = cast("ProcessGroup | None", process_group.Get_attr(keyval))
             if known is None:
@@ -894,150 +772,3 @@ def as_group(process_group: ProcessGroup | MPI.Intracomm | None) -> ProcessGroup
         f"expected process_group to be None, a ProcessGroup or an mpi4py communicator "
         f"(got {type(process_group).__name__})"
     )
-
-
-def _meet(group: MPIProcessGroup, request: str, error: Exception | None) -> None:
-    """Compare what all ranks ask for, and wait for them before MPI does, for ever (**collective**).
-
-    Raises
-    ------
-    Exception
-        `error`, which this rank has found in its own arguments.
-    RemoteRankError
-        If another rank has found one.
-    RankMismatchError
-        If the ranks ask for different groups.
-    """
-    digest = hashlib.sha256(request.encode()).hexdigest()
-    everyones = group.gather_objects((error is not None, digest, request[:200])) if group.size > 1 else []
-    if error is not None:
-        raise error
-    failed = [rank for rank, (has_failed, _, _) in enumerate(everyones) if has_failed]
-    if failed:
-        raise RemoteRankError(f"rank {failed[0]} failed before {request}: see the error there")
-    for rank, (_, other_digest, other) in enumerate(everyones):
-        if other_digest != digest:
-            raise RankMismatchError(
-                f"rank {group.rank} asks for {request}, but rank {rank} for {other}: "
-                "all ranks must ask for the same"
-            )
-
-
-def new_group(
-    ranks: Iterable[int] | None = None,
-    *,
-    comm: MPI.Intracomm | None = None,
-    transport: str | None = None,
-    timeout: float | None = None,
-) -> ProcessGroup:
-    """Create a group of some ranks.
-
-    Parameters
-    ----------
-    ranks : iterable of int, optional
-        Ranks of `comm`, in the order that they have in the group; default all.
-    comm : mpi4py.MPI.Intracomm, optional
-        The communicator that the ranks are counted in; default MPI.COMM_WORLD.
-    transport : {"auto", "mpi", "cuda-aware-mpi", "nccl"}, optional
-        What carries CuPy arrays, see `MPIProcessGroup`; default CUPY_SYNCBN_TRANSPORT, or "auto".
-    timeout : float, optional
-        Seconds that an exchange waits for the other ranks; default CUPY_SYNCBN_TIMEOUT, or 600.
-
-    Returns
-    -------
-    ProcessGroup
-        On a process that is not among `ranks`, an object that says so when it is used.
-
-    Raises
-    ------
-    TypeError, ValueError
-        If the ranks are not distinct ranks of `comm`, or the transport is unknown.
-    RemoteRankError
-        If that is so of the ranks that another process gives.
-    RankMismatchError
-        If other processes give other ranks.
-    CollectiveTimeoutError
-        If a rank of `comm` does not come within the timeout.
-
-    Notes
-    -----
-    **Collective** over `comm`: each of its processes calls it, with the same ranks. Make groups once, not in
-    each step: they are never freed, and MPI has only so many communicators (MPICH 2048).
-    """
-    from mpi4py import MPI
-
-    comm = MPI.COMM_WORLD if comm is None else comm
-    parent = MPIProcessGroup(comm, transport="mpi", timeout=timeout)
-    members = list(range(comm.size))
-    error: Exception | None = None
-    try:
-        transport = _transport(transport)
-        members = members if ranks is None else [operator.index(rank) for rank in ranks]
-        if not members or len(set(members)) < len(members) or not set(members) <= set(range(comm.size)):
-            raise ValueError(f"expected distinct ranks between 0 and {comm.size - 1} (got {members})")
-    except TypeError:
-        error = TypeError(f"expected ranks to be integers, or None for all (got {ranks!r})")
-    except Exception as wrong:  # also what an iterable raises
-        error = wrong
-    _meet(parent, f"new_group({members}, transport={transport!r})", error)
-    is_member = comm.rank in members
-    part = comm.Split(0 if is_member else MPI.UNDEFINED, members.index(comm.rank) if is_member else 0)
-    if not is_member:
-        return _Unusable(f"this process is not a member of the group of ranks {members}")
-    return MPIProcessGroup(part, transport=transport, timeout=timeout)
-
-
-def split_group(
-    group_size: int,
-    *,
-    comm: MPI.Intracomm | None = None,
-    transport: str | None = None,
-    timeout: float | None = None,
-) -> ProcessGroup:
-    """Divide the ranks into groups of `group_size` consecutive ranks and return this process's.
-
-    Parameters
-    ----------
-    group_size : int
-        Ranks a group; it must divide the number of ranks.
-    comm : mpi4py.MPI.Intracomm, optional
-        The communicator to divide; default MPI.COMM_WORLD.
-    transport : {"auto", "mpi", "cuda-aware-mpi", "nccl"}, optional
-        What carries CuPy arrays, see `MPIProcessGroup`; default CUPY_SYNCBN_TRANSPORT, or "auto".
-    timeout : float, optional
-        Seconds that an exchange waits for the other ranks; default CUPY_SYNCBN_TIMEOUT, or 600.
-
-    Returns
-    -------
-    ProcessGroup
-        The group that this process is in.
-
-    Raises
-    ------
-    TypeError, ValueError
-        If `group_size` is no integer that divides the number of ranks, or the transport is unknown.
-    RemoteRankError
-        If that is so of another process's.
-    RankMismatchError
-        If other processes give another `group_size`.
-    CollectiveTimeoutError
-        If a rank of `comm` does not come within the timeout.
-
-    Notes
-    -----
-    **Collective** over `comm`.
-    """
-    from mpi4py import MPI
-
-    comm = MPI.COMM_WORLD if comm is None else comm
-    parent = MPIProcessGroup(comm, transport="mpi", timeout=timeout)
-    error: Exception | None = None
-    try:
-        transport, group_size = _transport(transport), operator.index(group_size)
-        if group_size < 1 or comm.size % group_size:
-            raise ValueError(f"expected a group_size that divides {comm.size} ranks (got {group_size})")
-    except (TypeError, ValueError) as wrong:
-        error = wrong
-    _meet(parent, f"split_group({group_size}, transport={transport!r})", error)
-    part = comm.Split(comm.rank // group_size, comm.rank)
-    return MPIProcessGroup(part, transport=transport, timeout=timeout)

@@ -1,14 +1,8 @@
-"""How CuPy arrays travel between ranks: through the host, by an MPI that knows GPUs, or by NCCL.
-
-A transport has `allreduce` (sum) and `broadcast`, both in place. Arrays are ready in the order of the current
-stream, and so are the results.
-"""
+"""NCCL: operations on the current stream of the GPU, for which the host does not wait."""
 
 from __future__ import annotations
 
 import contextlib
-import math
-import pickle
 import threading
 import time
 import warnings
@@ -16,22 +10,14 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import Any
 
 import numpy as np
 
-from cupy_syncbn.errors import CollectiveTimeoutError, RankMismatchError
-from cupy_syncbn.host_exchange import FAULT, steps
-
-if TYPE_CHECKING:
-    from mpi4py import MPI
-
-    from cupy_syncbn.process_group import MPIProcessGroup
-
-Array: TypeAlias = Any  # of NumPy or CuPy
-
-_PACKED = 1024
-"""Bytes: NCCL's id takes up to 640, as CuPy before 14 has it, and the name of a host at most 256."""
+from cupy_syncbn.arrays import import_cupy
+from cupy_syncbn.comm.errors import CollectiveTimeoutError
+from cupy_syncbn.comm.small_objects import SIZE
+from cupy_syncbn.comm.transports.base import Array, HostGroup, Transport
 
 _PERIOD = 0.1
 """Seconds between two looks at what NCCL does."""
@@ -42,159 +28,8 @@ _LEAVING = 10.0
 _NOT_READY = 600
 """CUDA's cudaErrorNotReady: what an event is asked about has not ended."""
 
-_TAG = 2
-"""Of messages that carry arrays on the GPU; those of `host_exchange` have another."""
 
-TRANSPORTS = ("auto", "mpi", "cuda-aware-mpi", "nccl")
-
-
-class Transport(Protocol):
-    """What carries CuPy arrays for a group."""
-
-    name: str
-
-    def allreduce(self, buffer: Array) -> Array:
-        """Replace a buffer by its sum; return it, or a copy of the sum in memory of the host."""
-
-    def exchange(self, vector: Array) -> Array:
-        """Do the same to a vector that ends in a trailer, and return what ends in its sum."""
-
-    def broadcast(self, buffer: Array, root: int) -> None:
-        """Replace a buffer by that of a rank."""
-
-
-class HostStaged:
-    """Copies to pinned memory of the host, a message of MPI, and back."""
-
-    name = "mpi"
-
-    def __init__(self, group: MPIProcessGroup) -> None:
-        self._group = group
-
-    def allreduce(self, buffer: Array) -> Array:
-        """Replace a buffer by its sum, and return that in pinned memory, as it is until the next call."""
-        host = _on_host(buffer)
-        self._group.allreduce(host)
-        buffer.set(host)
-        return host
-
-    def exchange(self, vector: Array) -> Array:
-        """Do the same to a vector that ends in a trailer."""
-        host = _on_host(vector)
-        self._group.exchange(host)
-        vector.set(host)
-        return host
-
-    def broadcast(self, buffer: Array, root: int) -> None:
-        """Replace a buffer by that of a rank."""
-        host = _on_host(buffer)
-        self._group.broadcast(host, root)
-        buffer.set(host)
-
-
-_pinned: dict[tuple[int, int, int], tuple[Array, Any]] = {}
-"""Memory that is used again, by thread, device and stream, and the stream: another must not get its address.
-
-What a stream copies out is there when the host has waited for it, and by then its copy in before that has
-ended too: so one piece is enough for a stream, and one for all would be too few. It is freed only for a
-larger one, as a copy in may be under way when the group is gone.
-"""
-
-
-def _on_host(buffer: Array) -> Array:
-    """Return a copy of a CuPy array in pinned memory, when it is complete."""
-    cupy = _cupy()
-    stream = cupy.cuda.get_current_stream()
-    key = threading.get_ident(), buffer.device.id, stream.ptr
-    pinned, _ = _pinned.get(key, (None, None))
-    if pinned is None or pinned.nbytes < buffer.nbytes:
-        memory = cupy.cuda.alloc_pinned_memory(max(buffer.nbytes, 1))
-        pinned = np.frombuffer(memory, np.uint8)
-    host: Array = pinned[: buffer.nbytes].view(buffer.dtype).reshape(buffer.shape)
-    buffer.get(out=host)
-    _pinned[key] = pinned, stream  # only now has the copy in ended that may have read a smaller one
-    return host
-
-
-class CUDAAware:
-    """Hands addresses on the GPU to MPI. An MPI that does not know them ends with a segmentation fault.
-
-    Sums are made here, on the GPU, from messages between two ranks: Open MPI takes such addresses there, but
-    in no collective call that does not wait (its documentation names MPI_Iallreduce and MPI_Ibcast among the
-    functions that are not CUDA-aware). What is broadcast, once, goes through the host.
-    """
-
-    name = "cuda-aware-mpi"
-
-    def __init__(self, group: MPIProcessGroup) -> None:
-        self._group = group
-        self._through_host = HostStaged(group)
-        self._steps = tuple(steps(group.rank, group.size))
-
-    def allreduce(self, buffer: Array) -> Array:
-        """Replace a buffer by its sum, and return it."""
-        if not self._add_up(buffer):
-            raise RankMismatchError("the ranks add up arrays of different sizes")
-        return buffer
-
-    def exchange(self, vector: Array) -> Array:
-        """Do the same to a vector that ends in a trailer, and return the trailer in memory of the host."""
-        self._add_up(vector, marks_mismatch=True)
-        trailer: Array = vector[-3:].get()
-        return trailer
-
-    def broadcast(self, buffer: Array, root: int) -> None:
-        """Replace a buffer by that of a rank."""
-        self._through_host.broadcast(buffer, root)
-
-    def _add_up(self, buffer: Array, marks_mismatch: bool = False) -> bool:
-        """Replace a buffer by its sum, and tell whether no message had another length."""
-        if not buffer.size:
-            return True
-        cupy = _cupy()
-        stream = cupy.cuda.get_current_stream()
-        own = buffer.reshape(-1).view("u1")  # MPI may have no 16-bit floats
-        other = cupy.empty_like(own)
-        summand = other.view(buffer.dtype).reshape(buffer.shape)
-        is_right = True
-        needed = [own, other]
-        with self._group.messages(needed) as (comm, wait):
-            for partner, sends, receives, replaces in self._steps:
-                stream.synchronize()  # MPI knows nothing of streams
-                sending = comm.Isend(own, partner, _TAG) if sends else None
-                if receives:
-                    # None may be longer than its place, and its length is known when it has come.
-                    nbytes = wait(_Arrival(comm, partner), partner).count
-                    fits = nbytes == own.nbytes
-                    needed.append(other if fits else cupy.empty(nbytes, "u1"))
-                    wait(comm.Irecv(needed[-1], partner, _TAG), partner)
-                if sending is not None:
-                    wait(sending, partner)
-                if not receives:
-                    continue
-                if not fits:
-                    is_right = False
-                    if marks_mismatch:
-                        buffer[FAULT] = math.nan
-                elif replaces:
-                    buffer[...] = summand
-                else:
-                    buffer += summand
-        return is_right
-
-
-class _Arrival:
-    """The arrival of a message, to wait for as for a request."""
-
-    def __init__(self, comm: MPI.Comm, partner: int) -> None:
-        self._comm, self._partner = comm, partner
-
-    def Test(self, status: MPI.Status) -> bool:  # noqa: N802, mpi4py's name
-        """Tell whether a message has come, and describe it."""
-        return self._comm.Iprobe(self._partner, _TAG, status)
-
-
-class NCCL:
+class NCCL(Transport):
     """Enqueues NCCL's operations on the current stream: the host waits for nothing.
 
     What an exchange tells of faults is therefore looked at when the GPU has it: at the group's next exchange,
@@ -204,7 +39,7 @@ class NCCL:
 
     Parameters
     ----------
-    group : MPIProcessGroup
+    group : HostGroup
         The ranks, each with a GPU of its own as its current device; their messages carry NCCL's unique id.
 
     Raises
@@ -219,13 +54,13 @@ class NCCL:
 
     name = "nccl"
 
-    def __init__(self, group: MPIProcessGroup) -> None:
+    def __init__(self, group: HostGroup) -> None:
         missing = why_no_nccl(group)
         if missing:
             raise RuntimeError(f"transport 'nccl': {missing}")
-        self._nccl = _nccl()
+        self._nccl = import_nccl()
         unique_id = _unique_id(self._nccl, group)
-        self._device = _cupy().cuda.runtime.getDevice()
+        self._device = import_cupy().cuda.runtime.getDevice()
         communicator = _communicator(self._nccl, unique_id, group, self._device)
         self._operations = _Operations(communicator, self._device, group)
         self._captured: list[_Operation] = []
@@ -245,7 +80,9 @@ class NCCL:
         self._enqueue(enqueue, buffer)
         return buffer
 
-    exchange = allreduce
+    def exchange(self, vector: Array) -> Array:
+        """Do the same to a vector that ends in a trailer."""
+        return self.allreduce(vector)
 
     def broadcast(self, buffer: Array, root: int) -> None:
         """Replace a buffer by that of a rank."""
@@ -256,18 +93,18 @@ class NCCL:
         self._enqueue(enqueue, buffer)
 
     def _enqueue(self, enqueue: Callable[[Any, int, int], None], buffer: Array) -> None:
-        self.raise_errors()
+        self._operations.raise_errors()
         if buffer.device.id != self._device:
             raise ValueError(
                 f"expected an array on device {self._device}, which NCCL's communicator was made for "
                 f"(got one on {buffer.device.id})"
             )
         if buffer.size:
-            self._operations.enqueue(enqueue, buffer.data.ptr, _cupy().cuda.get_current_stream())
+            self._operations.enqueue(enqueue, buffer.data.ptr, import_cupy().cuda.get_current_stream())
 
     def defer(self, trailer: Array, check: Callable[[list[float]], None], call: object) -> None:
         """Show the trailer of an exchange to `check` when the GPU has it; what that raises is raised then."""
-        cupy = _cupy()
+        cupy = import_cupy()
         pinned = np.frombuffer(cupy.cuda.alloc_pinned_memory(trailer.nbytes), trailer.dtype, trailer.size)
         pinned[:] = 0
         trailer.get(out=pinned, blocking=False)
@@ -275,13 +112,12 @@ class NCCL:
         if not self._operations.add(operation, cupy.cuda.get_current_stream()):
             self._captured.append(operation)
 
-    def raise_errors(self, *, wait: bool = False) -> None:
-        """Raise the first error of the operations that have ended, or of all and of replayed graphs."""
-        if wait:
-            if self._captured:  # graphs that the stream was given
-                self._operations.add(_Operation(), _cupy().cuda.get_current_stream())
-            self._operations.wait()
-            self._operations.look(self._captured)
+    def check_errors(self) -> None:
+        """Wait for all operations, those of replayed graphs too, and raise the first error among them."""
+        if self._captured:  # graphs that the stream was given
+            self._operations.add(_Operation(), import_cupy().cuda.get_current_stream())
+        self._operations.wait()
+        self._operations.look(self._captured)
         self._operations.raise_errors()
 
 
@@ -307,7 +143,7 @@ class _Operation:
     def ended(self) -> bool:
         if self.event is None:
             return False
-        runtime = _cupy().cuda.runtime
+        runtime = import_cupy().cuda.runtime
         status = runtime.eventQuery(self.event.ptr)
         if status not in (0, _NOT_READY):  # such as an illegal address, after which nothing ends any more
             raise runtime.CUDARuntimeError(status)
@@ -322,7 +158,7 @@ class _Operation:
 class _Operations:
     """All operations of a communicator that the host has not seen to end, and the first error among them."""
 
-    def __init__(self, communicator: Any, device: int, group: MPIProcessGroup) -> None:
+    def __init__(self, communicator: Any, device: int, group: HostGroup) -> None:
         self._communicator, self._device = communicator, device
         self._timeout = group.timeout
         self._rank = f"rank {group.rank} of {group.size}"
@@ -380,7 +216,7 @@ class _Operations:
 
     def watch(self) -> None:
         """Look on from a thread of its own, which ends the communicator in the end."""
-        _cupy().cuda.runtime.setDevice(self._device)  # or a query would take up memory of device 0
+        import_cupy().cuda.runtime.setDevice(self._device)  # or a query would take up memory of device 0
         while not self._error and (self._pending or not self._closed):
             time.sleep(min(_PERIOD, self._timeout / 4))
             with self._keep_error():
@@ -439,7 +275,7 @@ class _Operations:
 
 def _event_behind(stream: Any) -> Any:
     """Return an event that tells when a stream has come here; None if that is being captured."""
-    cupy = _cupy()
+    cupy = import_cupy()
     if stream.ptr and cupy.cuda.runtime.streamIsCapturing(stream.ptr):
         return None
     event = cupy.cuda.Event(disable_timing=True)
@@ -447,21 +283,21 @@ def _event_behind(stream: Any) -> Any:
     return event
 
 
-def _unique_id(nccl: Any, group: MPIProcessGroup) -> Any:
+def _unique_id(nccl: Any, group: HostGroup) -> Any:
     """Return rank 0's unique id, or raise what it could not be made for, on all ranks (**collective**)."""
     own = None
     if group.rank == 0:
         try:
             own = nccl.get_unique_id()
         except RuntimeError as error:
-            own = f"rank 0: {error}"[: _PACKED // 4]
+            own = f"rank 0: {error}"[: SIZE // 4]
     unique_id = group.broadcast_object(own)
     if isinstance(unique_id, str):
         raise RuntimeError(f"transport 'nccl': {unique_id}")
     return unique_id
 
 
-def _communicator(nccl: Any, unique_id: Any, group: MPIProcessGroup, device: int) -> Any:
+def _communicator(nccl: Any, unique_id: Any, group: HostGroup, device: int) -> Any:
     """Return NCCL's communicator, or raise what it could not be made for, on all ranks (**collective**).
 
     NCCL waits for all ranks there, without an end if one has failed: so a thread does, which is left behind.
@@ -470,7 +306,7 @@ def _communicator(nccl: Any, unique_id: Any, group: MPIProcessGroup, device: int
 
     def make() -> None:
         try:
-            _cupy().cuda.runtime.setDevice(device)
+            import_cupy().cuda.runtime.setDevice(device)
             made.append(nccl.NcclCommunicator(group.size, unique_id, group.rank))
         except Exception as error:
             made.append(error)
@@ -484,7 +320,7 @@ def _communicator(nccl: Any, unique_id: Any, group: MPIProcessGroup, device: int
     if own is None:
         outcome = (1, f"it waited {patience:g} s for the other ranks")
     elif isinstance(own, Exception):
-        outcome = (2, str(own)[: _PACKED // 4])
+        outcome = (2, str(own)[: SIZE // 4])
     else:
         outcome = (0, "")
     everyones: list[tuple[int, str]] = group.gather_objects(outcome)
@@ -498,18 +334,9 @@ def _communicator(nccl: Any, unique_id: Any, group: MPIProcessGroup, device: int
     return own
 
 
-def _cupy() -> Any:
-    try:
-        import cupy
-    except ModuleNotFoundError as error:
-        raise RuntimeError(
-            "CuPy is not installed: pip install 'cupy-cuda13x[ctk]' nvidia-nccl-cu13, or with 12 for 13"
-        ) from error
-    return cupy
-
-
-def _nccl() -> Any:
-    _cupy()
+def import_nccl() -> Any:
+    """Import CuPy's module of NCCL."""
+    import_cupy()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it warns where the library is missing; `available` tells as well
         from cupy.cuda import nccl
@@ -517,28 +344,28 @@ def _nccl() -> Any:
     return nccl
 
 
-def _missing_for_nccl() -> tuple[str, str]:
+def missing_for_nccl() -> tuple[str, str]:
     """Tell what this process lacks for NCCL, or nothing, and which GPU it has."""
     try:
-        runtime = _cupy().cuda.runtime
-    except (RuntimeError, ImportError) as error:
+        runtime = import_cupy().cuda.runtime
+    except ImportError as error:
         return str(error), ""
     try:
         gpu = runtime.deviceGetPCIBusId(runtime.getDevice())
     except RuntimeError as error:
         return f"CuPy finds no GPU: {error}", ""
     try:
-        if getattr(_nccl(), "available", False):
+        if getattr(import_nccl(), "available", False):
             return "", gpu
     except ImportError:
         pass
     return "CuPy finds no NCCL: install nvidia-nccl-cu12 or nvidia-nccl-cu13, by the CUDA version of CuPy", ""
 
 
-def why_no_nccl(group: MPIProcessGroup) -> str:
+def why_no_nccl(group: HostGroup) -> str:
     """Tell why NCCL cannot serve a group, or nothing if it can (**collective**)."""
-    missing, gpu = _missing_for_nccl()
-    everyones: list[tuple[str, str, str]] = group.gather_objects((missing[: _PACKED // 4], group.host, gpu))
+    missing, gpu = missing_for_nccl()
+    everyones: list[tuple[str, str, str]] = group.gather_objects((missing[: SIZE // 4], group.host, gpu))
     owners: dict[tuple[str, str], int] = {}
     for rank, (reason, host, pci) in enumerate(everyones):
         if reason:
@@ -550,22 +377,3 @@ def why_no_nccl(group: MPIProcessGroup) -> str:
             )
         owners[host, pci] = rank
     return ""
-
-
-def transport_for(group: MPIProcessGroup, name: str) -> Transport:
-    """Return the transport of a name; "auto" is NCCL where that can serve the group, else "mpi"."""
-    if name == "nccl":
-        return NCCL(group)
-    if name == "cuda-aware-mpi":
-        return CUDAAware(group)
-    if name == "auto" and not why_no_nccl(group):
-        return NCCL(group)
-    return HostStaged(group)
-
-
-def pack(value: Any) -> Array:
-    """Return a small object as _PACKED bytes, as the ranks that wait for it cannot know its size."""
-    data = pickle.dumps(value)
-    if len(data) > _PACKED:
-        raise ValueError(f"expected an object of at most {_PACKED} bytes as a pickle (got {len(data)})")
-    return np.frombuffer(data.ljust(_PACKED, b"\0"), np.uint8).copy()

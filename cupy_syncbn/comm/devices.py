@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cupy_syncbn.arrays import array_module
-from cupy_syncbn.process_group import MPIProcessGroup, default_group
+from cupy_syncbn.comm.groups import MPIProcessGroup, default_group
 
 if TYPE_CHECKING:
     from mpi4py import MPI

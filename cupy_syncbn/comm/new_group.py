@@ -1,0 +1,161 @@
+"""Making groups of some of the ranks: new_group, split_group."""
+
+from __future__ import annotations
+
+import hashlib
+import operator
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from cupy_syncbn.comm.errors import RankMismatchError, RemoteRankError
+from cupy_syncbn.comm.groups import MPIProcessGroup, ProcessGroup, Unusable, transport_name
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+
+def _meet(group: MPIProcessGroup, request: str, error: Exception | None) -> None:
+    """Compare what all ranks ask for, and wait for them before MPI does, for ever (**collective**).
+
+    Raises
+    ------
+    Exception
+        `error`, which this rank has found in its own arguments.
+    RemoteRankError
+        If another rank has found one.
+    RankMismatchError
+        If the ranks ask for different groups.
+    """
+    digest = hashlib.sha256(request.encode()).hexdigest()
+    everyones = group.gather_objects((error is not None, digest, request[:200])) if group.size > 1 else []
+    if error is not None:
+        raise error
+    failed = [rank for rank, (has_failed, _, _) in enumerate(everyones) if has_failed]
+    if failed:
+        raise RemoteRankError(f"rank {failed[0]} failed before {request}: see the error there")
+    for rank, (_, other_digest, other) in enumerate(everyones):
+        if other_digest != digest:
+            raise RankMismatchError(
+                f"rank {group.rank} asks for {request}, but rank {rank} for {other}: "
+                "all ranks must ask for the same"
+            )
+
+
+def new_group(
+    ranks: Iterable[int] | None = None,
+    *,
+    comm: MPI.Intracomm | None = None,
+    transport: str | None = None,
+    timeout: float | None = None,
+) -> ProcessGroup:
+    """Create a group of some ranks.
+
+    Parameters
+    ----------
+    ranks : iterable of int, optional
+        Ranks of `comm`, in the order that they have in the group; default all.
+    comm : mpi4py.MPI.Intracomm, optional
+        The communicator that the ranks are counted in; default MPI.COMM_WORLD.
+    transport : {"auto", "mpi", "cuda-aware-mpi", "nccl"}, optional
+        What carries CuPy arrays, see `MPIProcessGroup`; default CUPY_SYNCBN_TRANSPORT, or "auto".
+    timeout : float, optional
+        Seconds that an exchange waits for the other ranks; default CUPY_SYNCBN_TIMEOUT, or 600.
+
+    Returns
+    -------
+    ProcessGroup
+        On a process that is not among `ranks`, an object that says so when it is used.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If the ranks are not distinct ranks of `comm`, or the transport is unknown.
+    RemoteRankError
+        If that is so of the ranks that another process gives.
+    RankMismatchError
+        If other processes give other ranks.
+    CollectiveTimeoutError
+        If a rank of `comm` does not come within the timeout.
+
+    Notes
+    -----
+    **Collective** over `comm`: each of its processes calls it, with the same ranks. Make groups once, not in
+    each step: they are never freed, and MPI has only so many communicators (MPICH 2048).
+    """
+    from mpi4py import MPI
+
+    comm = MPI.COMM_WORLD if comm is None else comm
+    parent = MPIProcessGroup(comm, transport="mpi", timeout=timeout)
+    members = list(range(comm.size))
+    error: Exception | None = None
+    try:
+        transport = transport_name(transport)
+        members = members if ranks is None else [operator.index(rank) for rank in ranks]
+        if not members or len(set(members)) < len(members) or not set(members) <= set(range(comm.size)):
+            raise ValueError(f"expected distinct ranks between 0 and {comm.size - 1} (got {members})")
+    except TypeError:
+        error = TypeError(f"expected ranks to be integers, or None for all (got {ranks!r})")
+    except Exception as wrong:  # also what an iterable raises
+        error = wrong
+    _meet(parent, f"new_group({members}, transport={transport!r})", error)
+    is_member = comm.rank in members
+    part = comm.Split(0 if is_member else MPI.UNDEFINED, members.index(comm.rank) if is_member else 0)
+    if not is_member:
+        return Unusable(f"this process is not a member of the group of ranks {members}")
+    return MPIProcessGroup(part, transport=transport, timeout=timeout)
+
+
+def split_group(
+    group_size: int,
+    *,
+    comm: MPI.Intracomm | None = None,
+    transport: str | None = None,
+    timeout: float | None = None,
+) -> ProcessGroup:
+    """Divide the ranks into groups of `group_size` consecutive ranks and return this process's.
+
+    Parameters
+    ----------
+    group_size : int
+        Ranks a group; it must divide the number of ranks.
+    comm : mpi4py.MPI.Intracomm, optional
+        The communicator to divide; default MPI.COMM_WORLD.
+    transport : {"auto", "mpi", "cuda-aware-mpi", "nccl"}, optional
+        What carries CuPy arrays, see `MPIProcessGroup`; default CUPY_SYNCBN_TRANSPORT, or "auto".
+    timeout : float, optional
+        Seconds that an exchange waits for the other ranks; default CUPY_SYNCBN_TIMEOUT, or 600.
+
+    Returns
+    -------
+    ProcessGroup
+        The group that this process is in.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If `group_size` is no integer that divides the number of ranks, or the transport is unknown.
+    RemoteRankError
+        If that is so of another process's.
+    RankMismatchError
+        If other processes give another `group_size`.
+    CollectiveTimeoutError
+        If a rank of `comm` does not come within the timeout.
+
+    Notes
+    -----
+    **Collective** over `comm`.
+    """
+    from mpi4py import MPI
+
+    comm = MPI.COMM_WORLD if comm is None else comm
+    parent = MPIProcessGroup(comm, transport="mpi", timeout=timeout)
+    error: Exception | None = None
+    try:
+        transport, group_size = transport_name(transport), operator.index(group_size)
+        if group_size < 1 or comm.size % group_size:
+            raise ValueError(f"expected a group_size that divides {comm.size} ranks (got {group_size})")
+    except (TypeError, ValueError) as wrong:
+        error = wrong
+    _meet(parent, f"split_group({group_size}, transport={transport!r})", error)
+    part = comm.Split(comm.rank // group_size, comm.rank)
+    return MPIProcessGroup(part, transport=transport, timeout=timeout)
