@@ -4,6 +4,7 @@
 arrays: ``y = bn(x)``, ``dx = bn.backward(dy)``. Launched by mpirun, the batches of all ranks are one batch.
 """
 
+from cupy_syncbn._version import __version__ as __version__
 from cupy_syncbn.comm.devices import bind_device, local_rank
 from cupy_syncbn.comm.errors import CollectiveTimeoutError, RankMismatchError, RemoteRankError
 from cupy_syncbn.comm.groups import (
@@ -14,22 +15,18 @@ from cupy_syncbn.comm.groups import (
     default_group,
 )
 from cupy_syncbn.comm.new_group import new_group, split_group
-from cupy_syncbn.config import show_config
-from cupy_syncbn.convert import convert_sync_batchnorm
-from cupy_syncbn.data_parallel import DistributedDataParallel
+from cupy_syncbn.diagnosis.survey import show_config
 from cupy_syncbn.functional import Gradients, sync_batch_norm, sync_batch_norm_backward
-from cupy_syncbn.layers import (
+from cupy_syncbn.nn.batch_norm import (
     BatchNorm1d,
     BatchNorm2d,
     BatchNorm3d,
-    Module,
-    Parameter,
-    Sequential,
     SyncBatchNorm,
+    convert_sync_batchnorm,
 )
-from cupy_syncbn.running_statistics import frozen_statistics, recalibrate
-
-__version__ = "0.1.0"
+from cupy_syncbn.nn.data_parallel import DistributedDataParallel
+from cupy_syncbn.nn.module import Module, Parameter, Sequential
+from cupy_syncbn.nn.running_statistics import frozen_statistics, recalibrate
 
 __all__ = [
     "BatchNorm1d",
@@ -60,3 +57,9 @@ __all__ = [
     "sync_batch_norm",
     "sync_batch_norm_backward",
 ]
+
+for _name in __all__:
+    # So that pickles, messages and documentation name the package, and not the file that a class is in today.
+    if isinstance(vars()[_name], type):
+        vars()[_name].__module__ = __name__
+del _name

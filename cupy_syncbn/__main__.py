@@ -6,7 +6,7 @@ import argparse
 import os
 import sys
 
-from cupy_syncbn import config
+from cupy_syncbn.diagnosis.survey import survey
 
 
 def main() -> int:
@@ -19,7 +19,7 @@ def main() -> int:
     )
     parser.add_argument("--json", action="store_true", help="write one JSON object: see show_config()")
     arguments = parser.parse_args()
-    facts = config.survey(_print, as_json=arguments.json, bind=True)
+    facts = survey(_print, as_json=arguments.json, bind=True)
     return 0 if facts["ok"] else 1
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 from types import ModuleType
@@ -10,22 +9,25 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from cupy_syncbn.arrays import Array, as_array, check_writeable, module_of
+from cupy_syncbn.arrays import Array, as_array, module_of
 from cupy_syncbn.backends import backend_of
-from cupy_syncbn.backends.interface import Backend, Running
 from cupy_syncbn.backends.layout import Layout
+from cupy_syncbn.checks import (
+    Activation,
+    activation_slope,
+    check_grad_reduction,
+    check_input,
+    check_output,
+    check_output_gradient,
+    check_parameter,
+    check_running,
+    check_settings,
+)
 from cupy_syncbn.comm.call import Call
 from cupy_syncbn.comm.groups import ProcessGroup, SingleProcessGroup, as_group
 
 if TYPE_CHECKING:
     from mpi4py import MPI
-
-Activation = str | tuple[str, float] | None
-
-GRAD_REDUCTIONS = ("none", "sum", "mean")
-DATA_TYPES = ("float16", "bfloat16", "float32", "float64")
-LEAKY_SLOPE = 0.01
-"""Slope of "leaky_relu" below zero, as in torch.nn.LeakyReLU."""
 
 
 class Saved(NamedTuple):
@@ -172,16 +174,16 @@ def sync_batch_norm(
         x, residual, out = as_array(x), as_array(residual), as_array(out, host=False)
         if in_place and isinstance(out, np.ndarray):  # of a subclass, it has become two views
             out = x
-        backend, layout = _check_input(x, channels_last, call.channels)
+        backend, layout = check_input(x, channels_last, call.channels)
         dtype = x.dtype.newbyteorder("=")
-        running = _check_running(
+        running = check_running(
             backend, running_mean, running_var, num_batches_tracked, momentum, dtype, training, call
         )
         for name, values in (("weight", weight), ("bias", bias)):
             if values is not None:
-                _check_parameter(backend, name, values, dtype, call)
+                check_parameter(backend, name, values, dtype, call)
         slope = activation_slope(activation)
-        y = _check_output(backend, x, residual, out, layout, training)
+        y = check_output(backend, x, residual, out, layout, training)
         use_batch = training or running is None
         if use_batch and peers.size == 1 and layout.shape_3d[0] * layout.shape_3d[2] == 1:
             raise ValueError(
@@ -273,7 +275,10 @@ def sync_batch_norm_backward(dy: Array, saved: Saved, *, grad_reduction: str = "
     call = Call(saved.call.name, saved.call.channels, "backward", saved.call.number)
     with call.faults_join(peers, 2 * call.channels + 3, module_of(x)):
         dy = as_array(dy)
-        backend = _check_output_gradient(dy, saved)
+        backend = backend_of(x)
+        check_output_gradient(backend, dy, layout.shape, x.dtype)
+        if not saved.intact:
+            raise RuntimeError("backward needs the input, but the forward wrote its result over it (out=)")
         check_grad_reduction(grad_reduction)
         scale = 1 / peers.size if grad_reduction == "mean" else 1.0
         dtype = x.dtype.newbyteorder("=")
@@ -324,196 +329,3 @@ def _channels(x: object, weight: Array | None, running_mean: Array | None, chann
             return math.prod(known.shape if hasattr(known, "shape") else np.shape(known))
     shape: Sequence[int] = getattr(x, "shape", ())
     return int(shape[-1 if channels_last else 1]) if len(shape) > 1 else 0
-
-
-@functools.cache
-def is_data_type(dtype: np.dtype[Any]) -> bool:
-    """Tell whether data may have a type; cached, as NumPy takes its time to name a type."""
-    return dtype.name in DATA_TYPES
-
-
-def check_data_type(dtype: np.dtype[Any]) -> None:
-    """Check that data may have a type.
-
-    Raises
-    ------
-    TypeError
-        If they may not.
-    """
-    if not is_data_type(dtype):
-        raise TypeError(f"expected x of type {', '.join(DATA_TYPES)} (got {dtype}): use x.astype(...)")
-
-
-def check_grad_reduction(grad_reduction: str) -> None:
-    """Check that gradients can be reduced so.
-
-    Raises
-    ------
-    ValueError
-        If it is none of GRAD_REDUCTIONS.
-    """
-    if grad_reduction not in GRAD_REDUCTIONS:
-        raise ValueError(f"expected grad_reduction 'none', 'sum' or 'mean' (got {grad_reduction!r})")
-
-
-def check_settings(eps: float, momentum: float | None) -> None:
-    """Check the settings that have a range.
-
-    Raises
-    ------
-    ValueError
-        If one is out of it.
-    """
-    if not eps >= 0:
-        raise ValueError(f"expected eps of at least 0 (got {eps!r})")
-    if momentum is not None and not 0 <= momentum <= 1:
-        raise ValueError(f"expected momentum between 0 and 1, or None (got {momentum!r})")
-
-
-def _check_input(x: Array, channels_last: bool, channels: int) -> tuple[Backend, Layout]:
-    backend = backend_of(x)
-    backend.check_device(x)
-    check_data_type(x.dtype)
-    if x.ndim < 2:
-        raise ValueError(f"expected at least 2D input (got {x.ndim}D input)")
-    axis = x.ndim - 1 if channels_last else 1
-    if x.shape[axis] != channels:
-        raise ValueError(
-            f"expected {channels} channels on axis {axis} (got input size {x.shape}): "
-            "set num_features to the channels of the data, or channels_last if they are its last axis"
-        )
-    if channels == 0:
-        raise ValueError("SyncBatchNorm number of input channels should be non-zero")
-    return backend, Layout.of(x, channels_last)
-
-
-def check_types(name: str, dtype: np.dtype[Any], x_type: np.dtype[Any]) -> None:
-    """Check that parameters of `dtype` go with data of `x_type`: the same type, or float32 with 16 bits.
-
-    Raises
-    ------
-    TypeError
-        If they do not.
-    """
-    if dtype == x_type:
-        return
-    check_data_type(x_type)
-    x_type = x_type.newbyteorder("=")
-    if dtype != x_type and not (x_type.itemsize == 2 and dtype == np.float32):
-        wanted = x_type.name if x_type.itemsize > 2 else f"float32 or {x_type.name}"
-        raise TypeError(
-            f"expected {name} of type {wanted} for {x_type.name} data (got {dtype}): "
-            f"use x.astype({dtype.name!r}), or {name} of type {x_type.name}"
-        )
-
-
-def _check_backend(backend: Backend, name: str, array: Array) -> None:
-    """Check that an array is where the input is."""
-    if backend_of(array) is not backend:
-        raise TypeError(
-            f"expected {name} on the device of the input (got {type(array).__module__}."
-            f"{type(array).__qualname__}): use cupy.asarray or cupy.asnumpy, or the layer's .to(device)"
-        )
-    backend.check_device(array)
-
-
-def _check_parameter(backend: Backend, name: str, values: Array, x_type: Any, call: Call) -> None:
-    _check_backend(backend, name, values)
-    if values.shape != (call.channels,):
-        raise ValueError(f"expected {name} of shape ({call.channels},) (got {values.shape})")
-    check_types(name, values.dtype, x_type)
-
-
-def _check_running(
-    backend: Backend,
-    mean: Array | None,
-    var: Array | None,
-    tracked: Array | None,
-    momentum: float | None,
-    x_type: Any,
-    training: bool,
-    call: Call,
-) -> Running | None:
-    if mean is None or var is None:
-        if mean is not var:
-            raise ValueError("expected running_mean and running_var together (got one of them)")
-        return None
-    _check_parameter(backend, "running_mean", mean, x_type, call)
-    _check_parameter(backend, "running_var", var, x_type, call)
-    if tracked is None and momentum is None:
-        raise ValueError("expected num_batches_tracked with momentum=None, the average over all batches")
-    if tracked is not None:
-        _check_backend(backend, "num_batches_tracked", tracked)
-    if tracked is not None and (tracked.shape != () or tracked.dtype != np.int64):
-        raise ValueError(f"expected num_batches_tracked to be a 0-d int64 array (got {tracked!r})")
-    for name, buffer in (("running_mean", mean), ("running_var", var), ("num_batches_tracked", tracked)):
-        if training:
-            check_writeable(name, buffer)
-    return Running(mean, var, tracked, momentum)
-
-
-def _check_like(name: str, array: Array, x: Array) -> None:
-    _check_backend(backend_of(x), name, array)
-    if array.shape != x.shape:
-        raise ValueError(f"expected {name} of the input's size {x.shape} (got {array.shape})")
-    if array.dtype.newbyteorder("=") != x.dtype.newbyteorder("="):
-        raise TypeError(f"expected {name} of the input's type {x.dtype.name} (got {array.dtype})")
-
-
-def _check_output(
-    backend: Backend,
-    x: Array,
-    residual: Array | None,
-    out: Array | None,
-    layout: Layout,
-    training: bool,
-) -> Array:
-    """Check what has the shape of `x`, and return the array to write y to."""
-    if residual is not None:
-        _check_like("residual", residual, x)
-    if out is None:
-        return backend.empty(layout, x.dtype.newbyteorder("="))
-    _check_like("out", out, x)
-    check_writeable("out", out)
-    if backend.overlaps(out, x) and (training or out is not x):
-        raise ValueError(
-            "expected out to share no memory with the input (without training it may be the input)"
-        )
-    if residual is not None and backend.overlaps(out, residual):
-        raise ValueError("expected out to share no memory with residual")
-    return out
-
-
-def activation_slope(activation: Activation) -> float | None:
-    """Return the slope of an activation below zero; None for no activation.
-
-    Raises
-    ------
-    ValueError
-        If the activation is unknown, or its slope not between 0 and 1.
-    """
-    if activation is None:
-        return None
-    name, *rest = (activation,) if isinstance(activation, str) else activation
-    if name == "relu" and not rest:
-        return 0.0
-    if name == "leaky_relu" and len(rest) < 2:
-        slope = float(rest[0]) if rest else LEAKY_SLOPE
-        if 0 < slope < 1:
-            return slope
-    raise ValueError(
-        "expected activation None, 'relu', 'leaky_relu' or ('leaky_relu', slope between 0 and 1) "
-        f"(got {activation!r})"
-    )
-
-
-def _check_output_gradient(dy: Array, saved: Saved) -> Backend:
-    backend = backend_of(saved.x)
-    _check_backend(backend, "dy", dy)
-    if not saved.intact:
-        raise RuntimeError("backward needs the input, but the forward wrote its result over it (out=)")
-    if dy.shape != saved.layout.shape:
-        raise ValueError(f"expected dy of the output's size {saved.layout.shape} (got {dy.shape})")
-    if dy.dtype.newbyteorder("=") != saved.x.dtype.newbyteorder("="):
-        raise TypeError(f"expected dy of the output's type {saved.x.dtype.name} (got {dy.dtype})")
-    return backend

@@ -28,7 +28,7 @@ import numpy as np
 from cupy_syncbn import SingleProcessGroup, sync_batch_norm, sync_batch_norm_backward
 from cupy_syncbn.arrays import array_module
 from cupy_syncbn.backends.cuda import kernels
-from cupy_syncbn.layers import data_type
+from cupy_syncbn.checks import data_type
 
 TOLERANCE = {"float64": 1e-11, "float32": 1e-5, "float16": 2e-3, "bfloat16": 1.6e-2}
 """Of the largest magnitude of an array."""

@@ -17,8 +17,9 @@ from launcher import launch, other_python, run, vendor_of
 from mpi4py import MPI
 
 import cupy_syncbn
-from cupy_syncbn import config, show_config
+from cupy_syncbn import show_config
 from cupy_syncbn.comm import small_objects
+from cupy_syncbn.diagnosis import survey as config
 
 KEYS = {
     "versions",

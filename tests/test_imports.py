@@ -1,6 +1,7 @@
-"""Imports point one way, and cost nothing before they are needed."""
+"""The house: imports point one way, modules keep their private names, and nothing is loaded too early."""
 
 import ast
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,22 +14,38 @@ import cupy_syncbn
 pytestmark = pytest.mark.serial
 
 PACKAGE = Path(cupy_syncbn.__file__).parent
-MODULES = {
-    ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path
-    for path in sorted(PACKAGE.rglob("*.py"))
+
+# What each room may import, beside itself. The rooms stand in the order of the design.
+ALLOWED = {
+    "_version": set(),
+    "arrays": set(),
+    "backends": {"arrays"},
+    "comm": {"arrays"},
+    "checks": {"comm", "backends", "arrays"},
+    "functional": {"checks", "comm", "backends", "arrays"},
+    "nn": {"functional", "checks", "comm", "backends", "arrays"},
+    "diagnosis": {"nn", "comm", "arrays", "_version"},
+    "__main__": {"diagnosis"},
 }
 
-# What each part may import of the package; `errors` anyone may.
-ALLOWED = {
-    "arrays": set(),
-    "backends": {"backends", "arrays"},
-    "comm": {"comm", "arrays"},
-    "functional": {"comm", "backends", "arrays"},
-}
+# Underscores that Python or NumPy put there.
+NAMED_TUPLE = {"_replace", "_make", "_asdict", "_fields"}
+
+
+def modules_in(package):
+    """Return the files of a package by their dotted names, the package itself being ""."""
+    names = {}
+    for path in sorted(package.rglob("*.py")):
+        parts = path.relative_to(package).with_suffix("").parts
+        names[".".join(parts).removesuffix("__init__").removesuffix(".")] = path
+    return names
+
+
+MODULES = modules_in(PACKAGE)
 
 
 def imports(path, *, at_start):
-    """Yield the modules that a file imports: when it is imported itself, or ever."""
+    """Yield the modules that a file imports: when it is imported itself, or ever, for types too."""
     pending = list(ast.parse(path.read_text()).body)
     while pending:
         node = pending.pop()
@@ -46,33 +63,91 @@ def imports(path, *, at_start):
             pending += ast.iter_child_nodes(node)
 
 
-def parts_imported(path, at_start=False):
-    """Return the parts of the package that a file imports."""
-    known = {name.split(".")[0] for name in MODULES} - {"__init__"}
-    names = [name.split(".") for name in imports(path, at_start=at_start)]
-    return {parts[1] for parts in names if parts[0] == "cupy_syncbn" and len(parts) > 1 and parts[1] in known}
+def graph_of(package):
+    """Return, for each module of a package, the modules of the package that it imports anywhere."""
+    modules, graph = modules_in(package), {}
+    for name, path in modules.items():
+        found = {each.removeprefix("cupy_syncbn").removeprefix(".") for each in imports(path, at_start=False)
+                 if each.split(".")[0] == "cupy_syncbn"}  # fmt: skip
+        graph[name] = {each for each in found & modules.keys() if each and each != name}
+    return graph
 
 
-@pytest.mark.parametrize("part", ALLOWED)
-def test_direction(part):
-    files = [path for name, path in MODULES.items() if name.split(".")[0] == part]
-    assert files
-    for path in files:
-        assert parts_imported(path) <= ALLOWED[part], path
+def room(module):
+    return module.split(".")[0]
 
 
-def test_no_cycle():
-    """No module imports, at its start, one that imports it."""
-    graph = {}
-    for name, path in MODULES.items():
-        part = name.split(".")[0]
-        if part != "__init__":
-            graph.setdefault(part, set()).update(parts_imported(path, at_start=True) - {part})
+def wrong_directions(package):
+    """Return what a room imports of one that it must not know."""
+    return {
+        (module, target)
+        for module, targets in graph_of(package).items()
+        for target in targets
+        if module and room(target) != room(module) and room(target) not in ALLOWED[room(module)]
+    }
+
+
+def circle(package):
+    """Return the modules that import each other in a circle, or nothing."""
+    graph = {module: set(targets) for module, targets in graph_of(package).items()}
     while graph:
-        leaves = [part for part, targets in graph.items() if not targets & graph.keys()]
-        assert leaves, f"a cycle among {sorted(graph)}"
+        leaves = [module for module, targets in graph.items() if not targets & graph.keys()]
+        if not leaves:
+            return sorted(graph)
         for leaf in leaves:
             del graph[leaf]
+    return []
+
+
+def borrowed_names(package):
+    """Return the names with an underscore that a module takes from another: imported, or as attributes."""
+    borrowed = set()
+    for module, path in modules_in(package).items():
+        nodes = list(ast.walk(ast.parse(path.read_text())))
+        defined, used = set(), set()
+        for node in nodes:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                defined.add(node.name)
+            elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                defined.add(node.id)
+            elif isinstance(node, ast.Attribute):
+                is_own = isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
+                if is_own and isinstance(node.ctx, ast.Store):
+                    defined.add(node.attr)
+                elif not is_own:
+                    used.add(node.attr)
+            elif isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "cupy_syncbn":
+                used |= {alias.name for alias in node.names}
+        private = {name for name in used - defined if name.startswith("_") and not name.endswith("__")}
+        borrowed |= {(module, name) for name in private - NAMED_TUPLE - MODULES.keys()}
+    return borrowed
+
+
+def test_every_room_is_in_the_table():
+    assert {room(module) for module in MODULES if module} == set(ALLOWED)
+
+
+@pytest.mark.parametrize("rule", [wrong_directions, circle, borrowed_names])
+def test_the_house_keeps(rule):
+    assert not rule(PACKAGE)
+
+
+@pytest.mark.parametrize(
+    ("rule", "file", "line"),
+    [
+        (wrong_directions, "comm/call.py", "from cupy_syncbn.backends import backend_of"),
+        (wrong_directions, "backends/layout.py", "    def f(): import cupy_syncbn.comm.errors"),
+        (wrong_directions, "functional.py", "if TYPE_CHECKING: from cupy_syncbn.nn.module import Module"),
+        (circle, "comm/errors.py", "def f(): from cupy_syncbn.comm import groups"),
+        (circle, "comm/transports/base.py", "if TYPE_CHECKING: from cupy_syncbn.comm import groups"),
+        (borrowed_names, "nn/module.py", "from cupy_syncbn.arrays import _is_torch"),
+        (borrowed_names, "nn/data_parallel.py", "def f(group): return group._carrier"),
+    ],
+)  # fmt: skip
+def test_a_planted_fault_is_found(tmp_path, rule, file, line):
+    copy = shutil.copytree(PACKAGE, tmp_path / "cupy_syncbn", ignore=shutil.ignore_patterns("__pycache__"))
+    (copy / file).write_text((copy / file).read_text() + "\n" + line.strip() + "\n")
+    assert rule(copy)
 
 
 @pytest.mark.parametrize("module", MODULES)

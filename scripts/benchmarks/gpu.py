@@ -73,7 +73,7 @@ from cupy_syncbn.arrays import array_module
 from cupy_syncbn.backends.cuda import launch
 from cupy_syncbn.backends.interface import Running
 from cupy_syncbn.backends.layout import Layout
-from cupy_syncbn.layers import data_type
+from cupy_syncbn.checks import data_type
 
 Shape = tuple[int, ...]
 

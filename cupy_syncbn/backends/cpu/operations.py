@@ -18,6 +18,7 @@ from cupy_syncbn.backends.cpu.memory import output, scratch
 from cupy_syncbn.backends.cpu.numpy_boxes import Block, Sums, Tensor, operand_of, row_of
 from cupy_syncbn.backends.interface import Running
 from cupy_syncbn.backends.layout import Layout
+from cupy_syncbn.backends.vector import moments, round_to_12_bits
 
 NEAR = 1.0
 """Zero counts as within the data where mean² <= NEAR * var: E[x²] - mean² then costs a bit at most."""
@@ -128,7 +129,7 @@ def _exchange_vector(local: _Local, trailer: tuple[float, ...]) -> Array:
     rows[2] = sum_
     rows[3] = square
     if shift is not None:
-        pivot = _round_to_12_bits(shift)
+        pivot = round_to_12_bits(shift)
         rest = shift - pivot
         rows[0] = n * pivot
         rows[1] = n * pivot * pivot
@@ -139,35 +140,10 @@ def _exchange_vector(local: _Local, trailer: tuple[float, ...]) -> Array:
 
 def deviations(local: _Local, vector: Array, trailer: tuple[float, ...]) -> Array:
     """Return the vector [Σ(x - mean)² (C) | trailer] about the mean over all ranks, for float64 data."""
-    mean, _, _ = _moments(vector, local.sum.size)
+    mean, _, _ = moments(vector, local.sum.size)
     distance = mean if local.shift is None else mean - local.shift
     square = local.square - distance * (2 * local.sum - local.n * distance)
     return np.concatenate([square, trailer])
-
-
-def _round_to_12_bits(values: Array) -> Array:
-    """Round float64 to 12 significant bits, by Veltkamp's splitting (Dekker 1971)."""
-    scaled = values * (2.0**41 + 1)
-    result: Array = scaled - (scaled - values)
-    return result
-
-
-def _moments(exchanged: Array, channels: int) -> tuple[Array, Array, float]:
-    """Return mean, Σ(x - mean)² and count from the exchanged vector of the forward."""
-    pivot_sum, pivot_square, sum_, square = exchanged[: 4 * channels].reshape(4, channels)
-    count = float(exchanged[4 * channels])
-    n = max(count, 1.0)
-    # Pivots of several ranks may add up to zero. Their squares cannot, but those of the smallest underflow.
-    if not (pivot_square.any() or pivot_sum.any()):
-        mean = sum_ / n
-        m2 = square - sum_ * mean
-    else:
-        pivot = _round_to_12_bits(pivot_sum / n)
-        rest = pivot_sum - n * pivot  # exact, as are the products in the line after the next
-        mean = pivot + (rest + sum_) / n
-        m2 = (pivot_square - pivot * pivot_sum) - pivot * rest
-        m2 += square - 2 * pivot * sum_ - (rest + sum_) ** 2 / n
-    return mean, m2, count
 
 
 @dataclass(slots=True)
@@ -234,7 +210,7 @@ def normalize(
 ) -> _Normalization:
     """Write y by the statistics in the exchanged vectors, and update the running statistics."""
     C = x.shape[1]
-    mean, m2, count = _moments(vector, C)
+    mean, m2, count = moments(vector, C)
     var = np.maximum(m2 if squares is None else squares[:C], 0) / max(count, 1)
     normalization = _normalization(mean, var, weight, bias, eps, slope, accumulator(x.dtype), count)
     _apply(x, y, residual, normalization)

@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 
 from cupy_syncbn.arrays import Array, check_writeable, module_of, move
-from cupy_syncbn.backends.cpu import operations as cpu_operations
+from cupy_syncbn.backends.vector import moments, round_to_12_bits
 from cupy_syncbn.comm.call import Call, is_known_to
 from cupy_syncbn.comm.groups import ProcessGroup, SingleProcessGroup, as_group
 from cupy_syncbn.functional import Saved
-from cupy_syncbn.layers import Module, _BatchNorm
+from cupy_syncbn.nn.batch_norm import BatchNormBase, FrozenStatistics, observing
+from cupy_syncbn.nn.module import Module
 
 
 def frozen_statistics(module: Module) -> contextlib.AbstractContextManager[None]:
@@ -49,22 +50,7 @@ def frozen_statistics(module: Module) -> contextlib.AbstractContextManager[None]
     >>> int(bn.num_batches_tracked)
     1
     """
-    return _Frozen(_layers(module))
-
-
-class _Frozen(contextlib.ContextDecorator, contextlib.AbstractContextManager[None]):
-    """The context of `frozen_statistics`, which may be entered again, within itself too."""
-
-    def __init__(self, layers: list[_BatchNorm]) -> None:
-        self._layers = layers
-
-    def __enter__(self) -> None:
-        for layer in self._layers:
-            layer._frozen += 1
-
-    def __exit__(self, *error: object) -> None:
-        for layer in self._layers:
-            layer._frozen -= 1
+    return FrozenStatistics(_layers(module))
 
 
 def recalibrate(module: Module, batches: Iterable[Any]) -> None:
@@ -115,9 +101,9 @@ def recalibrate(module: Module, batches: Iterable[Any]) -> None:
     group = max(groups, key=lambda each: each.size, default=SingleProcessGroup())
     totals = [_Total() for _ in layers]
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_Frozen(layers))
+        stack.enter_context(FrozenStatistics(layers))
         for layer, total in zip(layers, totals, strict=True):
-            stack.enter_context(_observed(layer, total))
+            stack.enter_context(observing(layer, total.add))
         for number, arguments in enumerate(_in_step(batches, group, layers)):
             try:
                 module(*arguments)
@@ -134,10 +120,10 @@ def recalibrate(module: Module, batches: Iterable[Any]) -> None:
             _assign(layer.running_var, total.m2 / max(total.count - 1, 1))
 
 
-def _layers(module: Module) -> list[_BatchNorm]:
+def _layers(module: Module) -> list[BatchNormBase]:
     if not isinstance(module, Module):
         raise TypeError(f"expected a Module (got {type(module).__name__})")
-    return [layer for _, layer in module.named_modules() if isinstance(layer, _BatchNorm)]
+    return [layer for _, layer in module.named_modules() if isinstance(layer, BatchNormBase)]
 
 
 class _Total:
@@ -157,13 +143,13 @@ class _Total:
         if forward.sums is None:  # the module keeps this layer in evaluation mode: it stays as it is
             return
         vector, C = move(forward.sums[0], np), forward.call.channels
-        _, m2, count = cpu_operations._moments(vector, C)
+        _, m2, count = moments(vector, C)
         if not count:
             return
         if forward.sums[1] is not None:
             m2 = move(forward.sums[1], np)[:C]
         pivot_sum, _, sum_ = vector[: 3 * C].reshape(3, C)
-        pivot = cpu_operations._round_to_12_bits(pivot_sum / count)
+        pivot = round_to_12_bits(pivot_sum / count)
         if not self.count:
             self.pivot = pivot
         offset = (pivot - self.pivot) + ((pivot_sum - count * pivot) + sum_) / count
@@ -173,28 +159,12 @@ class _Total:
         self.count += count
 
 
-@contextlib.contextmanager
-def _observed(layer: _BatchNorm, total: _Total) -> Iterator[None]:
-    """Add what a layer meets in training mode to a total, and put the layer back in its state."""
-    training, saved = layer.training, layer._saved
-
-    def observe(forward: Saved) -> None:
-        layer._saved = saved  # of no use to a backward: the batch can go
-        total.add(forward)
-
-    layer.training, layer._observe = True, observe
-    try:
-        yield
-    finally:
-        layer.training, layer._saved, layer._observe = training, saved, None
-
-
-def _call(layers: list[_BatchNorm], number: int) -> Call:
+def _call(layers: list[BatchNormBase], number: int) -> Call:
     return Call(f"recalibrate of {len(layers)} layers", 0, "batch", number)
 
 
 def _in_step(
-    batches: Iterable[Any], group: ProcessGroup, layers: list[_BatchNorm]
+    batches: Iterable[Any], group: ProcessGroup, layers: list[BatchNormBase]
 ) -> Iterator[tuple[Any, ...]]:
     """Yield the arguments of each batch, and empty ones while other ranks have more (**collective**)."""
     end = object()

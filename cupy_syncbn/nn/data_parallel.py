@@ -14,7 +14,8 @@ from cupy_syncbn.backends import backend_of
 from cupy_syncbn.comm.call import Call
 from cupy_syncbn.comm.errors import RankMismatchError
 from cupy_syncbn.comm.groups import ProcessGroup, as_group
-from cupy_syncbn.layers import Module, Parameter, SyncBatchNorm, _BatchNorm, check_gradient
+from cupy_syncbn.nn.batch_norm import BatchNormBase, SyncBatchNorm, restart_calls
+from cupy_syncbn.nn.module import Module, Parameter, check_gradient, leaves_of
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -52,6 +53,7 @@ class DistributedDataParallel(Module):
 
     Examples
     --------
+    >>> import numpy as np
     >>> bn = SyncBatchNorm(3)
     >>> model = DistributedDataParallel(bn)
     >>> y = model(np.random.default_rng(0).normal(size=(8, 3)).astype("float32"))
@@ -92,7 +94,7 @@ class DistributedDataParallel(Module):
         for name, layer in module.named_modules():
             if isinstance(layer, SyncBatchNorm):
                 layer.name = layer.name or name or None  # alike on all ranks: tells those of one size apart
-                layer._begin()  # one that a rank has loaded from a pickle may have been called before
+                restart_calls(layer)  # one that a rank has loaded from a pickle may have been called before
 
     @property
     def process_group(self) -> ProcessGroup:
@@ -190,11 +192,11 @@ class DistributedDataParallel(Module):
         others: set[int] = set()
         for _, module in self.module.named_modules():
             is_reducing = (
-                isinstance(module, _BatchNorm)
+                isinstance(module, BatchNormBase)
                 and module.grad_reduction != "none"
                 and as_group(module.process_group).has_same_ranks(self.process_group)
             )
-            own = {id(leaf) for _, leaf in module._leaves() if isinstance(leaf, Parameter)}
+            own = {id(leaf) for _, leaf in leaves_of(module) if isinstance(leaf, Parameter)}
             (reduced if is_reducing else others).update(own)
         return reduced - others
 

@@ -18,12 +18,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
 import numpy as np
 
+from cupy_syncbn._version import __version__
 from cupy_syncbn.arrays import array_module, import_cupy
 from cupy_syncbn.comm import groups, launcher
 from cupy_syncbn.comm.devices import number_on_node
 from cupy_syncbn.comm.groups import MPIProcessGroup, ProcessGroup, SingleProcessGroup
 from cupy_syncbn.comm.transports import TRANSPORTS, nccl
-from cupy_syncbn.layers import SyncBatchNorm
+from cupy_syncbn.nn.batch_norm import SyncBatchNorm
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -299,8 +300,6 @@ def _transport(group: ProcessGroup, rows: list[_Row], no_mpi: str, problems: lis
 
 
 def _versions() -> dict[str, str | None]:
-    from cupy_syncbn import __version__
-
     found: dict[str, str | None] = {"cupy_syncbn": __version__, "python": platform.python_version()}
     for name in _MODULES:
         found[name] = _try(functools.partial(_version, name))

@@ -1,0 +1,235 @@
+"""Checks of arguments: one function per argument; errors say what, got, expected and a remedy."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numpy as np
+
+from cupy_syncbn.arrays import Array, check_writeable
+from cupy_syncbn.backends import backend_of
+from cupy_syncbn.backends.interface import Backend, Running
+from cupy_syncbn.backends.layout import Layout
+from cupy_syncbn.comm.call import Call
+
+Activation = str | tuple[str, float] | None
+
+GRAD_REDUCTIONS = ("none", "sum", "mean")
+DATA_TYPES = ("float16", "bfloat16", "float32", "float64")
+LEAKY_SLOPE = 0.01
+"""Slope of "leaky_relu" below zero, as in torch.nn.LeakyReLU."""
+
+
+@functools.cache
+def is_data_type(dtype: np.dtype[Any]) -> bool:
+    """Tell whether data may have a type; cached, as NumPy takes its time to name a type."""
+    return dtype.name in DATA_TYPES
+
+
+def check_data_type(dtype: np.dtype[Any]) -> None:
+    """Check that data may have a type.
+
+    Raises
+    ------
+    TypeError
+        If they may not.
+    """
+    if not is_data_type(dtype):
+        raise TypeError(f"expected x of type {', '.join(DATA_TYPES)} (got {dtype}): use x.astype(...)")
+
+
+def check_grad_reduction(grad_reduction: str) -> None:
+    """Check that gradients can be reduced so.
+
+    Raises
+    ------
+    ValueError
+        If it is none of GRAD_REDUCTIONS.
+    """
+    if grad_reduction not in GRAD_REDUCTIONS:
+        raise ValueError(f"expected grad_reduction 'none', 'sum' or 'mean' (got {grad_reduction!r})")
+
+
+def check_settings(eps: float, momentum: float | None) -> None:
+    """Check the settings that have a range.
+
+    Raises
+    ------
+    ValueError
+        If one is out of it.
+    """
+    if not eps >= 0:
+        raise ValueError(f"expected eps of at least 0 (got {eps!r})")
+    if momentum is not None and not 0 <= momentum <= 1:
+        raise ValueError(f"expected momentum between 0 and 1, or None (got {momentum!r})")
+
+
+def check_input(x: Array, channels_last: bool, channels: int) -> tuple[Backend, Layout]:
+    """Check that `x` is a batch of so many channels; return its backend and its layout."""
+    backend = backend_of(x)
+    backend.check_device(x)
+    check_data_type(x.dtype)
+    if x.ndim < 2:
+        raise ValueError(f"expected at least 2D input (got {x.ndim}D input)")
+    axis = x.ndim - 1 if channels_last else 1
+    if x.shape[axis] != channels:
+        raise ValueError(
+            f"expected {channels} channels on axis {axis} (got input size {x.shape}): "
+            "set num_features to the channels of the data, or channels_last if they are its last axis"
+        )
+    if channels == 0:
+        raise ValueError("SyncBatchNorm number of input channels should be non-zero")
+    return backend, Layout.of(x, channels_last)
+
+
+def check_types(name: str, dtype: np.dtype[Any], x_type: np.dtype[Any]) -> None:
+    """Check that parameters of `dtype` go with data of `x_type`: the same type, or float32 with 16 bits.
+
+    Raises
+    ------
+    TypeError
+        If they do not.
+    """
+    if dtype == x_type:
+        return
+    check_data_type(x_type)
+    x_type = x_type.newbyteorder("=")
+    if dtype != x_type and not (x_type.itemsize == 2 and dtype == np.float32):
+        wanted = x_type.name if x_type.itemsize > 2 else f"float32 or {x_type.name}"
+        raise TypeError(
+            f"expected {name} of type {wanted} for {x_type.name} data (got {dtype}): "
+            f"use x.astype({dtype.name!r}), or {name} of type {x_type.name}"
+        )
+
+
+def check_backend(backend: Backend, name: str, array: Array) -> None:
+    """Check that an array is where the input is."""
+    if backend_of(array) is not backend:
+        raise TypeError(
+            f"expected {name} on the device of the input (got {type(array).__module__}."
+            f"{type(array).__qualname__}): use cupy.asarray or cupy.asnumpy, or the layer's .to(device)"
+        )
+    backend.check_device(array)
+
+
+def check_parameter(backend: Backend, name: str, values: Array, x_type: Any, call: Call) -> None:
+    """Check that an array has a value per channel, of a type that goes with the data."""
+    check_backend(backend, name, values)
+    if values.shape != (call.channels,):
+        raise ValueError(f"expected {name} of shape ({call.channels},) (got {values.shape})")
+    check_types(name, values.dtype, x_type)
+
+
+def check_running(
+    backend: Backend,
+    mean: Array | None,
+    var: Array | None,
+    tracked: Array | None,
+    momentum: float | None,
+    x_type: Any,
+    training: bool,
+    call: Call,
+) -> Running | None:
+    """Check the running statistics; None if there are none."""
+    if mean is None or var is None:
+        if mean is not var:
+            raise ValueError("expected running_mean and running_var together (got one of them)")
+        return None
+    check_parameter(backend, "running_mean", mean, x_type, call)
+    check_parameter(backend, "running_var", var, x_type, call)
+    if tracked is None and momentum is None:
+        raise ValueError("expected num_batches_tracked with momentum=None, the average over all batches")
+    if tracked is not None:
+        check_backend(backend, "num_batches_tracked", tracked)
+    if tracked is not None and (tracked.shape != () or tracked.dtype != np.int64):
+        raise ValueError(f"expected num_batches_tracked to be a 0-d int64 array (got {tracked!r})")
+    for name, buffer in (("running_mean", mean), ("running_var", var), ("num_batches_tracked", tracked)):
+        if training:
+            check_writeable(name, buffer)
+    return Running(mean, var, tracked, momentum)
+
+
+def check_like(name: str, array: Array, x: Array) -> None:
+    """Check that an array has the shape, type and device of `x`."""
+    check_backend(backend_of(x), name, array)
+    if array.shape != x.shape:
+        raise ValueError(f"expected {name} of the input's size {x.shape} (got {array.shape})")
+    if array.dtype.newbyteorder("=") != x.dtype.newbyteorder("="):
+        raise TypeError(f"expected {name} of the input's type {x.dtype.name} (got {array.dtype})")
+
+
+def check_output(
+    backend: Backend,
+    x: Array,
+    residual: Array | None,
+    out: Array | None,
+    layout: Layout,
+    training: bool,
+) -> Array:
+    """Check what has the shape of `x`, and return the array to write y to."""
+    if residual is not None:
+        check_like("residual", residual, x)
+    if out is None:
+        return backend.empty(layout, x.dtype.newbyteorder("="))
+    check_like("out", out, x)
+    check_writeable("out", out)
+    if backend.overlaps(out, x) and (training or out is not x):
+        raise ValueError(
+            "expected out to share no memory with the input (without training it may be the input)"
+        )
+    if residual is not None and backend.overlaps(out, residual):
+        raise ValueError("expected out to share no memory with residual")
+    return out
+
+
+def activation_slope(activation: Activation) -> float | None:
+    """Return the slope of an activation below zero; None for no activation.
+
+    Raises
+    ------
+    ValueError
+        If the activation is unknown, or its slope not between 0 and 1.
+    """
+    if activation is None:
+        return None
+    name, *rest = (activation,) if isinstance(activation, str) else activation
+    if name == "relu" and not rest:
+        return 0.0
+    if name == "leaky_relu" and len(rest) < 2:
+        slope = float(rest[0]) if rest else LEAKY_SLOPE
+        if 0 < slope < 1:
+            return slope
+    raise ValueError(
+        "expected activation None, 'relu', 'leaky_relu' or ('leaky_relu', slope between 0 and 1) "
+        f"(got {activation!r})"
+    )
+
+
+def check_output_gradient(backend: Backend, dy: Array, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+    """Check that `dy` is on the device of the output, and of its shape and type."""
+    check_backend(backend, "dy", dy)
+    if dy.shape != shape:
+        raise ValueError(f"expected dy of the output's size {shape} (got {dy.shape})")
+    if dy.dtype.newbyteorder("=") != dtype.newbyteorder("="):
+        raise TypeError(f"expected dy of the output's type {dtype.name} (got {dy.dtype})")
+
+
+def data_type(dtype: Any) -> np.dtype[Any]:
+    """Return the type of parameters and buffers that an argument `dtype` means.
+
+    Raises
+    ------
+    TypeError
+        If it is none of the types of data.
+    ModuleNotFoundError
+        If it is "bfloat16" and ml_dtypes is not installed.
+    """
+    if dtype == "bfloat16":
+        import ml_dtypes
+
+        dtype = ml_dtypes.bfloat16
+    result: np.dtype[Any] = np.dtype(dtype)
+    if not is_data_type(result):
+        raise TypeError(f"expected dtype to be one of {', '.join(DATA_TYPES)} (got {dtype!r})")
+    return result

@@ -1,0 +1,1 @@
+"""Layers: parameters, modules, batch normalizations, and training on several ranks."""

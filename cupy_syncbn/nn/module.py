@@ -1,0 +1,494 @@
+"""Parameters, and the modules that hold them: what a network is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+
+from cupy_syncbn.arrays import Array, array_module, check_writeable, module_of, move
+from cupy_syncbn.checks import is_data_type
+
+
+class Parameter:
+    """An array that training changes, and its gradient.
+
+    Parameters
+    ----------
+    data : array
+        The values; kept, not copied.
+
+    Attributes
+    ----------
+    data : array
+        The values. An optimizer may change them in place, or assign others.
+    grad : array or None
+        The gradient, of the shape and type of `data`: None until a backward, which then adds to it.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> weight = Parameter(np.ones(3))
+    >>> for _ in range(2):
+    ...     weight.accumulate(np.full(3, 0.5))
+    >>> weight.grad
+    array([1., 1., 1.])
+    """
+
+    def __init__(self, data: Array) -> None:
+        self.data = data
+        self.grad: Array | None = None
+
+    def accumulate(self, gradient: Array) -> None:
+        """Add to the gradient, in place unless it is read-only.
+
+        Parameters
+        ----------
+        gradient : array
+            Like `data`. The first is kept, not copied.
+        """
+        if self.grad is None:
+            self.grad = gradient
+            return
+        if isinstance(self.grad, np.ndarray) and not self.grad.flags.writeable:
+            self.grad = self.grad.copy()
+        with np.errstate(all="ignore"):  # infinities and NaN are the data's, and pass through
+            self.grad += gradient
+
+    def __repr__(self) -> str:
+        return f"Parameter(shape={self.data.shape}, dtype={self.data.dtype})"
+
+
+class IncompatibleKeys(NamedTuple):
+    """What a state dict lacked, and what it had too much."""
+
+    missing_keys: list[str]
+    unexpected_keys: list[str]
+
+
+class Module:
+    """A part of a network. Subclasses write `forward` and `backward`.
+
+    Parameters, buffers and modules are found through its attributes, and the lists, tuples and dicts in
+    them, by dotted names: ``blocks.0.bn.weight``.
+
+    Attributes
+    ----------
+    training : bool
+        Whether it is in training mode.
+
+    Examples
+    --------
+    >>> class Block(Module):
+    ...     def __init__(self):
+    ...         self.norms = [BatchNorm2d(8), BatchNorm2d(8)]
+    >>> [name for name, _ in Block().named_parameters()]
+    ['norms.0.weight', 'norms.0.bias', 'norms.1.weight', 'norms.1.bias']
+    """
+
+    training: bool = True
+    _buffer_names: tuple[str, ...] = ()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Compute the output.
+
+        Parameters
+        ----------
+        *args, **kwargs : object
+            The subclass's.
+
+        Returns
+        -------
+        object
+            The subclass's.
+
+        Raises
+        ------
+        NotImplementedError
+            If the subclass does not write it.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no forward")
+
+    def backward(self, *args: Any, **kwargs: Any) -> Any:
+        """Compute the gradient of the input from that of the output, and add to the parameters' gradients.
+
+        Parameters
+        ----------
+        *args, **kwargs : object
+            The subclass's.
+
+        Returns
+        -------
+        object
+            The subclass's.
+
+        Raises
+        ------
+        NotImplementedError
+            If the subclass does not write it.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no backward")
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call `forward`."""
+        return self.forward(*args, **kwargs)
+
+    def register_buffer(self, name: str, array: Array | None) -> None:
+        """Set an attribute that is part of the state, but not trained.
+
+        Parameters
+        ----------
+        name : str
+            The attribute.
+        array : array or None
+            Its value; None is left out of the state.
+        """
+        setattr(self, name, array)
+        if name not in self._buffer_names:
+            self._buffer_names = (*self._buffer_names, name)
+
+    def _members(self) -> Iterator[tuple[str, Any]]:
+        """Yield (name, value) of what may hold parameters and modules."""
+        yield from vars(self).items()
+
+    def named_modules(self) -> Iterator[tuple[str, Module]]:
+        """Go through this module, named "", and all within it, each once.
+
+        Yields
+        ------
+        name : str
+            Dotted.
+        module : Module
+            The module.
+        """
+        pending: list[tuple[str, Module]] = [("", self)]
+        seen: set[int] = set()
+        while pending:
+            prefix, module = pending.pop()
+            if id(module) in seen:
+                continue
+            seen.add(id(module))
+            yield prefix, module
+            children = [(_join(prefix, name), leaf) for name, leaf in leaves_of(module)]
+            pending += [(name, leaf) for name, leaf in children[::-1] if isinstance(leaf, Module)]
+
+    def named_parameters(self) -> Iterator[tuple[str, Parameter]]:
+        """Go through all parameters, each once.
+
+        Yields
+        ------
+        name : str
+            Dotted.
+        parameter : Parameter
+            The parameter.
+        """
+        seen: set[int] = set()
+        for prefix, module in self.named_modules():
+            for name, leaf in leaves_of(module):
+                if isinstance(leaf, Parameter) and id(leaf) not in seen:
+                    seen.add(id(leaf))
+                    yield _join(prefix, name), leaf
+
+    def parameters(self) -> Iterator[Parameter]:
+        """Go through all parameters, each once.
+
+        Returns
+        -------
+        iterator of Parameter
+            In the order of `named_parameters`.
+        """
+        return (parameter for _, parameter in self.named_parameters())
+
+    def named_buffers(self) -> Iterator[tuple[str, Array]]:
+        """Go through all buffers, each once.
+
+        Yields
+        ------
+        name : str
+            Dotted.
+        array : array
+            The buffer.
+        """
+        seen: set[int] = set()
+        for prefix, module in self.named_modules():
+            for name in module._buffer_names:
+                buffer = getattr(module, name)
+                if buffer is not None and id(buffer) not in seen:
+                    seen.add(id(buffer))
+                    yield _join(prefix, name), buffer
+
+    def buffers(self) -> Iterator[Array]:
+        """Go through all buffers, each once.
+
+        Returns
+        -------
+        iterator of array
+            In the order of `named_buffers`.
+        """
+        return (buffer for _, buffer in self.named_buffers())
+
+    def train(self, mode: bool = True) -> Self:
+        """Set training mode here and in all modules within.
+
+        Parameters
+        ----------
+        mode : bool
+            False for evaluation.
+
+        Returns
+        -------
+        Self
+            This module.
+        """
+        for _, module in self.named_modules():
+            module.training = mode
+        return self
+
+    def eval(self) -> Self:
+        """Set evaluation mode here and in all modules within.
+
+        Returns
+        -------
+        Self
+            This module.
+        """
+        return self.train(False)
+
+    def zero_grad(self) -> None:
+        """Set the gradients of all parameters to None."""
+        for parameter in self.parameters():
+            parameter.grad = None
+
+    def state_dict(self) -> dict[str, Array]:
+        """Return the arrays of all parameters and buffers by name: the arrays themselves, not copies.
+
+        Returns
+        -------
+        dict of str to array
+            Names, their order, shapes and types as torch gives them to the same layers: what is found in
+            several places has as many names.
+        """
+        return dict(_state("", self, ()))
+
+    @np.errstate(all="ignore")  # values that exceed a type become infinite, as in a forward
+    def load_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> IncompatibleKeys:
+        """Copy values into the parameters and buffers.
+
+        Parameters
+        ----------
+        state : mapping of str to array
+            From `state_dict`, ``np.load`` of an npz file, ``safetensors.numpy``, or a torch state_dict with
+            its tensors: anything that `numpy.asarray` takes. An older one without ``num_batches_tracked``
+            counts as 0. Values are rounded to the types of the parameters and buffers. Of an array with
+            several names the last value stays, as in torch.
+        strict : bool
+            Whether the names must be the same.
+
+        Returns
+        -------
+        IncompatibleKeys
+            ``missing_keys`` and ``unexpected_keys``, empty if `strict`.
+
+        Raises
+        ------
+        KeyError
+            If names are missing or unexpected, and `strict`.
+        ValueError
+            If a shape differs, or an array here is read-only.
+        TypeError
+            If a type cannot be cast. Nothing has been changed in any of these cases.
+        """
+        own = self.state_dict()
+        missing = [name for name in own if name not in state]
+        values = {name: move(state[name], np) for name in own if name in state}
+        for name in [name for name in missing if name.split(".")[-1] == "num_batches_tracked"]:
+            if f"{name.removesuffix('num_batches_tracked')}running_mean" in values:
+                missing.remove(name)
+                values[name] = np.zeros((), np.int64)
+        unexpected = [name for name in state if name not in own]
+        if strict and (missing or unexpected):
+            raise KeyError(f"state_dict has missing keys {missing} and unexpected keys {unexpected}")
+        for name, value in values.items():
+            target = own[name]
+            check_writeable(name, target)
+            if target.shape == () and value.size == 1:  # torch had counters of shape (1,) before 0.4
+                values[name] = value = value.reshape(())
+            if value.shape != target.shape:
+                raise ValueError(f"expected {name} of shape {target.shape} (got {value.shape})")
+            if value.dtype == "V2" and target.dtype.name == "bfloat16":
+                values[name] = value.view(target.dtype)  # npz files keep its bits, not its name
+            elif not _can_cast(value, target.dtype):
+                raise TypeError(f"expected {name} to be {target.dtype} (got {value.dtype})")
+        for name, value in values.items():
+            own[name][...] = module_of(own[name]).asarray(value.astype(own[name].dtype))
+        return IncompatibleKeys(missing, unexpected)
+
+    def to(self, device: str) -> Self:
+        """Move all parameters and buffers to a device.
+
+        Parameters
+        ----------
+        device : {"cpu", "cuda"}
+            The device; "cuda" is the current one of CuPy.
+
+        Returns
+        -------
+        Self
+            This module.
+
+        Raises
+        ------
+        ValueError
+            If there is no such device.
+        ModuleNotFoundError, RuntimeError
+            If CuPy is not installed, or sees no GPU.
+        """
+        xp = array_module(device)
+        for parameter in self.parameters():
+            parameter.data = move(parameter.data, xp)
+            if parameter.grad is not None:
+                parameter.grad = move(parameter.grad, xp)
+        for _, module in self.named_modules():
+            for name in module._buffer_names:
+                buffer = getattr(module, name)
+                setattr(module, name, None if buffer is None else move(buffer, xp))
+        return self
+
+
+def leaves_of(module: Module) -> Iterator[tuple[str, Parameter | Module]]:
+    """Yield the parameters and modules of a module that are not within another one."""
+    pending = list(module._members())[::-1]
+    seen: set[int] = set()
+    while pending:
+        name, value = pending.pop()
+        if isinstance(value, Parameter | Module):
+            yield name, value
+        elif isinstance(value, list | tuple | dict) and id(value) not in seen:
+            seen.add(id(value))
+            pending += [(f"{name}.{key}", item) for key, item in _items(value)][::-1]
+
+
+def _items(holder: list[Any] | tuple[Any, ...] | dict[Any, Any]) -> Iterable[tuple[Any, Any]]:
+    return holder.items() if isinstance(holder, dict) else enumerate(holder)
+
+
+def _state(prefix: str, holder: Any, within: tuple[int, ...]) -> Iterator[tuple[str, Array]]:
+    """Yield (name, array) of a module, list, tuple or dict, which is within others of these ids.
+
+    In torch's order: its own parameters, its buffers, then what is within it, by each of its names.
+    """
+    members = holder._members() if isinstance(holder, Module) else _items(holder)
+    named = [(_join(prefix, str(name)), value) for name, value in members]
+    yield from ((name, value.data) for name, value in named if isinstance(value, Parameter))
+    for name in holder._buffer_names if isinstance(holder, Module) else ():
+        if getattr(holder, name) is not None:
+            yield _join(prefix, name), getattr(holder, name)
+    within = (*within, id(holder))
+    for name, value in named:
+        if isinstance(value, Module | list | tuple | dict) and id(value) not in within:
+            yield from _state(name, value, within)
+
+
+def _can_cast(values: Array, target: np.dtype[Any]) -> bool:
+    """Tell whether values may be converted to a type."""
+    if np.can_cast(values.dtype, target, "same_kind"):
+        return True
+    # NumPy counts bfloat16 to float16 as no cast of one kind, nor counters in floating-point numbers.
+    return is_data_type(values.dtype) and (
+        is_data_type(target) or (target.kind == "i" and bool((values.astype(target) == values).all()))
+    )
+
+
+def _join(prefix: str, name: str) -> str:
+    return f"{prefix}.{name}" if prefix else name
+
+
+class Sequential(Module):
+    """Modules one after the other, named "0", "1" and so on.
+
+    Parameters
+    ----------
+    *layers : Module
+        The modules, in the order of the forward.
+
+    Examples
+    --------
+    >>> net = Sequential(BatchNorm1d(4), BatchNorm1d(4))
+    >>> list(net.state_dict())[:3]
+    ['0.weight', '0.bias', '0.running_mean']
+    """
+
+    def __init__(self, *layers: Module) -> None:
+        self.layers = list(layers)
+
+    def _members(self) -> Iterator[tuple[str, Any]]:
+        return ((str(index), layer) for index, layer in enumerate(self.layers))
+
+    def forward(self, x: Any) -> Any:
+        """Call each layer on the result of the one before.
+
+        Parameters
+        ----------
+        x : object
+            The first layer's input, such as an array of shape (N, C, *spatial).
+
+        Returns
+        -------
+        object
+            The last layer's result.
+        """
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+    def backward(self, dy: Any) -> Any:
+        """Take the gradient of the output back to the input, through the last layer first.
+
+        Parameters
+        ----------
+        dy : object
+            The gradient of the last forward's result, of its shape and type.
+
+        Returns
+        -------
+        object
+            The gradient of the input.
+        """
+        for layer in reversed(self.layers):
+            dy = layer.backward(dy)
+        return dy
+
+    def __getitem__(self, index: int) -> Module:
+        """Return a layer."""
+        return self.layers[index]
+
+    def __len__(self) -> int:
+        """Return how many layers there are."""
+        return len(self.layers)
+
+
+def check_gradient(name: str, parameter: Parameter) -> None:
+    """Check that a parameter and its gradient, which anybody may have assigned, can be added to.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If the gradient is not None, nor an array of floating-point numbers as the data, of their shape.
+    """
+    grad, data = parameter.grad, parameter.data
+    if grad is None:
+        return
+    kind = module_of(data).ndarray
+    if isinstance(grad, np.generic) and data.shape == ():
+        grad = np.asarray(grad)  # NumPy's sums give numbers for arrays without axes
+    for what, array in (f"{name}.data", data), (f"{name}.grad", grad):
+        if not isinstance(array, kind):
+            raise TypeError(
+                f"expected {what} to be a {kind.__module__}.{kind.__name__} "
+                f"(got {type(array).__module__}.{type(array).__name__}): convert it"
+            )
+        if not (is_data_type(array.dtype) or array.dtype.kind in "fc"):
+            raise TypeError(f"expected {what} in floating point (got {array.dtype}): use .astype(...)")
+    if grad.shape != data.shape:
+        raise ValueError(f"expected {name}.grad of the shape of its data, {data.shape} (got {grad.shape})")
