@@ -176,7 +176,9 @@ sys.exit(bool(lacking))
 export PYTHON ENVIRONMENT
 
 # What takes the fixture `cupy`, but for tests of the emulator and of what is run here itself.
-gpu_tests() { grep -lwE 'cupy|fast_cupy' tests/test_*.py | grep -vE 'cuda_emulator|imports|gpu_(check|benchmark)'; }
+gpu_tests() {
+    grep -rlwE --include='test_*.py' 'cupy|fast_cupy' tests | grep -vE 'cuda_emulator|imports|gpu_(check|benchmark)'
+}
 
 pytest_command() { # arguments
     local files

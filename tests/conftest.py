@@ -14,9 +14,9 @@ import sys
 import numpy as np
 import pytest
 
-pytest.register_assert_rewrite("helpers")
+pytest.register_assert_rewrite("support")
 
-from helpers import World  # noqa: E402
+from support.world import World  # noqa: E402
 
 # Layers are of NumPy unless a test says otherwise, on a machine with a GPU too.
 os.environ["CUPY_SYNCBN_DEVICE"] = "cpu"

@@ -130,7 +130,7 @@ def test_every_name_is_used():
         for test in doctest.DocTestFinder().find(module)
         for example in test.examples
     ]
-    tests = [path.read_text() for path in Path(__file__).parent.glob("test_*.py") if path != Path(__file__)]
+    tests = [path.read_text() for path in Path(__file__).parent.rglob("test_*.py") if path != Path(__file__)]
     words = set(re.findall(r"\w+", " ".join(examples + tests)))
     assert set(cupy_syncbn.__all__) <= words
     assert len(examples) > 20

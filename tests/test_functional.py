@@ -2,21 +2,12 @@
 
 import numpy as np
 import pytest
-from helpers import (
-    DTYPES,
-    SHAPES,
-    SPLITS,
-    TOLERANCE,
-    assert_close,
-    assert_identical,
-    random_array,
-    random_batch,
-    random_channels,
-    relative_error,
-)
-from reference import BatchNorm
 
 from cupy_syncbn import ProcessGroup, RankMismatchError, sync_batch_norm, sync_batch_norm_backward
+from support.arrays import DTYPES, SHAPES, random_array, random_batch, random_channels
+from support.compare import TOLERANCE, assert_close, assert_identical, relative_error
+from support.reference import BatchNorm
+from support.world import SPLITS
 
 ACTIVATIONS = [None, "relu", "leaky_relu", ("leaky_relu", 0.25)]
 

@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import REPOSITORY, clean_environment
 
 import cupy_syncbn
+from support.launcher import REPOSITORY, clean_environment
 
 pytestmark = pytest.mark.serial
 

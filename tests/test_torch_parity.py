@@ -2,12 +2,14 @@
 
 import numpy as np
 import pytest
-from golden import make_golden
-from golden.make_golden import CASES, LEARNING_RATE, STEPS, make_inputs
-from helpers import SPLITS, TORCH_TOLERANCE, assert_close, random_array, random_batch
-from reference import BatchNorm
 
 from cupy_syncbn import SingleProcessGroup, SyncBatchNorm, sync_batch_norm, sync_batch_norm_backward
+from golden import make_golden
+from golden.make_golden import CASES, LEARNING_RATE, STEPS, make_inputs
+from support.arrays import random_array, random_batch
+from support.compare import TORCH_TOLERANCE, assert_close
+from support.reference import BatchNorm
+from support.world import SPLITS
 
 RESULTS = ("y", "dx", "weight_grad", "bias_grad", "running_mean", "running_var", "num_batches_tracked")
 

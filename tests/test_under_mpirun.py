@@ -8,8 +8,8 @@ import subprocess
 import sys
 
 import pytest
-from helpers import clean_environment
-from launcher import launch, other_python, run, vendor_of
+
+from support.launcher import clean_environment, launch, other_python, run, vendor_of
 
 pytestmark = pytest.mark.launch
 
