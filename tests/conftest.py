@@ -1,7 +1,8 @@
 """What the tests run in: one process or the ranks that `mpirun` started, with a GPU or a stand-in for it.
 
 Every test is valid for any number of ranks, all of which run the same tests in the same order and draw the
-same random numbers. Tests marked `serial` gain nothing from more ranks: test_under_mpirun.py leaves them out.
+same random numbers. pytest-mpi's marks tell the others: `mpi_skip` gains nothing from ranks, and
+test_under_mpirun.py leaves it out; `mpi(min_size=2)` has nothing to test on one.
 
 Tests of the CUDA engine take the fixture `cupy`: CuPy itself where it sees a GPU, else the stand-in of
 `cuda_emulator`. With CUPY_SYNCBN_REQUIRE_GPU=1 it is CuPy or a failure.
@@ -30,19 +31,21 @@ def pytest_addoption(parser):
     parser.addoption("--fuzz-cases", type=int, help="cases that test_fuzz.py draws for each engine")
 
 
-def pytest_collection_modifyitems(config, items):
-    if World().size > 1:
-        launches = [item for item in items if item.get_closest_marker("launch")]
-        config.hook.pytest_deselected(items=launches)
-        items[:] = [item for item in items if item not in launches]
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "mpi" in item.keywords and not item.get_closest_marker("mpi"):
+            raise pytest.UsageError(f"{item.nodeid}: pytest-mpi takes this id or name for its mark")
 
 
-def pytest_sessionstart():
+def pytest_sessionstart(session):
     # An mpirun of another MPI library starts that many worlds of one rank, in which all would pass as well.
     expected = os.environ.get("CUPY_SYNCBN_TEST_WORLD_SIZE")
     size = World().size
     if expected is not None and size != int(expected):
         pytest.exit(f"expected {expected} ranks, got {size}: is this the mpirun of this Python's MPI?", 3)
+    if size > 1 and not session.config.getoption("--with-mpi"):
+        pytest.exit('ranks take --with-mpi -m "not mpi_skip"', 3)
 
 
 @pytest.fixture(scope="session")

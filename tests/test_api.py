@@ -11,7 +11,7 @@ import pytest
 
 import cupy_syncbn
 
-pytestmark = pytest.mark.serial
+pytestmark = pytest.mark.mpi_skip
 
 MODULES = [cupy_syncbn] + [
     importlib.import_module(module.name)

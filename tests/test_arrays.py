@@ -82,7 +82,7 @@ def pointer(array):
     return np.asarray(array).ctypes.data if hasattr(array, "__array__") else np.from_dlpack(array).ctypes.data
 
 
-@pytest.mark.serial
+@pytest.mark.mpi_skip
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("make", MAKE)
 def test_no_copy_and_the_same_numbers(rng, make, dtype):
@@ -129,7 +129,7 @@ def test_training_on_all_ranks(world, rng, make):
     assert_close(layer.running_var, reference.running_var)
 
 
-@pytest.mark.serial
+@pytest.mark.mpi_skip
 def test_torch_gradients_go_both_ways(rng):
     """A layer within torch's graph, by a function of torch's."""
     torch = pytest.importorskip("torch", reason="builds a function of torch, which is not installed")
@@ -182,7 +182,7 @@ def test_subclasses_of_numpys_array(world, rng, kind):
     assert_close(layer.running_var, reference.running_var)
 
 
-@pytest.mark.serial
+@pytest.mark.mpi_skip
 @pytest.mark.parametrize("kind", [np.memmap, Unit])
 def test_evaluation_in_place_of_subclasses(rng, kind):
     x = random_batch(rng, SHAPE)
@@ -191,7 +191,7 @@ def test_evaluation_in_place_of_subclasses(rng, kind):
     assert_identical(given.view(np.ndarray), layer(x))
 
 
-@pytest.mark.serial
+@pytest.mark.mpi_skip
 def test_mask(rng):
     x = random_batch(rng, SHAPE)
     masked, match = np.ma.masked_greater(x, 0), r"without a mask \(got numpy\.ma\.\w*\.?MaskedArray\).*filled"
@@ -214,7 +214,7 @@ def wrong(layer, error, match, *arguments, **keywords):
     assert_unchanged(layer, before)
 
 
-@pytest.mark.serial
+@pytest.mark.mpi_skip
 @pytest.mark.parametrize(
     "x", [[[1.0]], (1.0,), 1.0, np.float32(1), "x", None, b"x", memoryview(b"x")], ids=repr
 )
@@ -222,7 +222,7 @@ def test_what_is_no_array(x):
     wrong(BatchNorm2d(4), TypeError, r"expected a NumPy or CuPy array \(got \w+\.\w+\)", x)
 
 
-@pytest.mark.serial
+@pytest.mark.mpi_skip
 def test_output_is_numpys(rng):
     """What comes in might be a copy, and what is written to it lost."""
     x = random_batch(rng, SHAPE)
@@ -230,7 +230,7 @@ def test_output_is_numpys(rng):
         wrong(BatchNorm2d(4), TypeError, r"expected a NumPy or CuPy array \(got .*Exporter", x, out=out)
 
 
-@pytest.mark.serial
+@pytest.mark.mpi_skip
 def test_torch_output(rng):
     x = random_batch(rng, SHAPE)
     wrong(BatchNorm2d(4), TypeError, r"\(got torch.Tensor\)", x, out=torch_tensor(x.copy()))
@@ -239,7 +239,7 @@ def test_torch_output(rng):
     np.testing.assert_array_equal(out.numpy(), BatchNorm2d(4)(x))
 
 
-@pytest.mark.serial
+@pytest.mark.mpi_skip
 def test_torch_tensors_without_memory_of_the_host(rng):
     layer, x = BatchNorm2d(4), torch_tensor(random_batch(rng, SHAPE))
     wrong(layer, TypeError, "to_dense", x.to_sparse())
@@ -260,14 +260,14 @@ class Elsewhere:
         raise BufferError("no memory of the host")
 
 
-@pytest.mark.serial
+@pytest.mark.mpi_skip
 def test_arrays_on_other_devices():
     wrong(
         BatchNorm2d(4), TypeError, r"NumPy takes by DLPack \(got .*Elsewhere: .*\): convert it", Elsewhere(8)
     )
 
 
-@pytest.mark.serial
+@pytest.mark.mpi_skip
 def test_array_on_a_gpu_without_cupy(monkeypatch):
     monkeypatch.setitem(sys.modules, "cupy", None)
     layer = BatchNorm2d(4)
@@ -276,14 +276,14 @@ def test_array_on_a_gpu_without_cupy(monkeypatch):
     assert any("on a GPU. Or move it to the CPU" in note for note in caught.value.__notes__)
 
 
-@pytest.mark.serial
+@pytest.mark.mpi_skip
 def test_array_on_a_gpu_with_a_layer_on_the_cpu(monkeypatch, rng, cupy):
     x = cupy.asarray(random_batch(rng, SHAPE))
     monkeypatch.setattr(cupy, "from_dlpack", lambda array: x)
     wrong(BatchNorm2d(4), TypeError, r"input on the layer's device, cpu .*\.to\('cuda'\)", Elsewhere(2))
 
 
-@pytest.mark.serial
+@pytest.mark.mpi_skip
 def test_bfloat16_by_dlpack_alone():
     """NumPy's DLPack does not know it; the error says how."""
     tensor = torch_tensor(np.ones(SHAPE, BFLOAT16))
@@ -301,7 +301,7 @@ def test_one_rank_with_another_library(world, rng):
     assert_close(layer(by_dlpack(own) if world.rank == 0 else own), reference(x), part)
 
 
-@pytest.mark.serial
+@pytest.mark.mpi_skip
 def test_on_the_gpu(rng, cupy):
     """An array of the host is not moved to a layer on the GPU."""
     layer = BatchNorm2d(4, device="cuda")

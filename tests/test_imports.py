@@ -11,7 +11,7 @@ import pytest
 import cupy_syncbn
 from support.launcher import REPOSITORY, clean_environment
 
-pytestmark = pytest.mark.serial
+pytestmark = pytest.mark.mpi_skip
 
 PACKAGE = Path(cupy_syncbn.__file__).parent
 

@@ -11,7 +11,7 @@ import pytest
 
 from support.launcher import REPOSITORY, TESTS, clean_environment, launch
 
-pytestmark = pytest.mark.serial
+pytestmark = pytest.mark.mpi_skip
 
 TEXT = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL)

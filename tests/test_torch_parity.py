@@ -157,7 +157,7 @@ def test_live_tracking_switched_off_and_on(world, torch, rng, momentum):
             assert_close(getattr(layer, name), buffer.numpy(), tolerance=1e-11)
 
 
-@pytest.mark.serial
+@pytest.mark.mpi_skip
 @pytest.mark.parametrize("values", [(np.nan, 1), (np.inf, 1), (-np.inf, 1), (np.inf, np.inf)], ids=str)
 @pytest.mark.parametrize("activation", [None, "relu", "leaky_relu"], ids=str)
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
@@ -184,7 +184,7 @@ def test_live_nan_and_inf(torch, rng, values, activation, training):
         np.testing.assert_allclose(actual, expected.numpy(), rtol=1e-5, atol=1e-6, equal_nan=True)
 
 
-@pytest.mark.serial
+@pytest.mark.mpi_skip
 @pytest.mark.parametrize("shape", [(4,), (1, 3), (1, 3, 1)], ids=str)
 def test_live_messages(torch, shape):
     """The words of torch's SyncBatchNorm and BatchNorm, where it has some."""

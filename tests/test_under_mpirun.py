@@ -11,7 +11,7 @@ import pytest
 
 from support.launcher import clean_environment, launch, other_python, run, vendor_of
 
-pytestmark = pytest.mark.launch
+pytestmark = [pytest.mark.launch, pytest.mark.mpi_skip]
 
 DEADLINE = 180
 
@@ -22,7 +22,7 @@ def launch_tests(python, ranks, *options):
         python,
         ranks,
         ["-m", "mpi4py", "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider",
-         "-m", "not launch and not serial", *options, "tests"],
+         "--with-mpi", "-m", "not mpi_skip", *options, "tests"],
         DEADLINE,
         CUPY_SYNCBN_TEST_WORLD_SIZE=str(ranks),
         CUPY_SYNCBN_TIMEOUT="60",

@@ -6,7 +6,7 @@ import pytest
 from cupy_syncbn import ProcessGroup, RankMismatchError, RemoteRankError
 from cupy_syncbn.comm.call import Call
 
-pytestmark = pytest.mark.serial
+pytestmark = pytest.mark.mpi_skip
 
 CALL = Call("stem", 8, "forward", 3)
 

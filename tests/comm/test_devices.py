@@ -16,7 +16,7 @@ def test_local_ranks_count_the_processes_of_a_node(world):
     assert sorted(world.sum(ranks)) == list(range(world.size))  # the tests run on one node
 
 
-@pytest.mark.serial
+@pytest.mark.mpi_skip
 def test_bind_device_without_cupy_says_what_to_install():
     code = """
 import sys

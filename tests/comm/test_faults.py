@@ -19,7 +19,7 @@ import pytest
 
 from support.launcher import launch, other_python, vendor_of
 
-pytestmark = pytest.mark.launch
+pytestmark = [pytest.mark.launch, pytest.mark.mpi_skip]
 
 CASES = str(Path(__file__).with_name("fault_cases.py"))
 DEADLINE = 120

@@ -105,11 +105,10 @@ def test_new_group_wants_distinct_ranks_of_the_world(world):
             new_group(timeout=timeout)
 
 
+@pytest.mark.mpi(min_size=2)
 def test_ranks_that_ask_for_different_groups(world):
     """Without a comparison each would get a group, of ranks that others do not mean."""
     odd, last = world.rank == world.size - 1, world.size - 1
-    if world.size == 1:
-        return
     for ask in (
         lambda: new_group([0] if odd else [0, last]),
         lambda: split_group(1 if odd else world.size),
@@ -192,7 +191,7 @@ class SlowToDuplicate(MPI.Intracomm):
 duplications = []
 
 
-@pytest.mark.serial
+@pytest.mark.mpi_skip
 def test_two_threads_that_come_first():
     """One duplicates the communicator; another one more would free what the first has."""
     duplications.clear()
@@ -214,7 +213,7 @@ def test_two_threads_that_come_first():
     assert set(outcomes) <= {1.0, "two threads"}
 
 
-@pytest.mark.serial
+@pytest.mark.mpi_skip
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="it takes fork")
 def test_process_forked_before_mpi_is_started():
     """It may be a rank itself."""
@@ -401,6 +400,7 @@ assert used.allreduce(np.ones(3))[0] == 2
 
 
 @pytest.mark.launch
+@pytest.mark.mpi_skip
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="it takes fork")
 @pytest.mark.parametrize("library", ["this", "other"])
 def test_forked_process(tmp_path, library):
@@ -432,6 +432,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.launch
+@pytest.mark.mpi_skip
 @pytest.mark.parametrize("library", ["this", "other"])
 @pytest.mark.parametrize("method", ["spawn", "forkserver"])
 def test_workers_of_multiprocessing(tmp_path, method, library):
@@ -442,7 +443,7 @@ def test_workers_of_multiprocessing(tmp_path, method, library):
     assert status == 0, f"{told}\n{output}"
 
 
-@pytest.mark.serial
+@pytest.mark.mpi_skip
 @pytest.mark.parametrize("imports_mpi", [True, False])
 def test_world_without_a_launcher(imports_mpi):
     """MPI is the world once mpi4py.MPI is imported; until then it is left alone."""

@@ -277,7 +277,7 @@ runpy.run_module("cupy_syncbn", run_name="__main__")
 """
 
 
-@pytest.mark.serial
+@pytest.mark.mpi_skip
 def test_with_numpy_only():
     status, output = start("-c", BLOCKED.format(""))
     assert status == 0, output
@@ -287,7 +287,7 @@ def test_with_numpy_only():
     assert "Traceback" not in output
 
 
-@pytest.mark.serial
+@pytest.mark.mpi_skip
 def test_json_with_numpy_only():
     status, output = start("-c", BLOCKED.format("'--json'"))
     facts = json.loads(output)
@@ -298,7 +298,7 @@ def test_json_with_numpy_only():
     assert all(lack == facts["mpi"]["error"] for lack in facts["transport"]["lacks"].values())
 
 
-@pytest.mark.serial
+@pytest.mark.mpi_skip
 def test_mpi4py_without_a_library(tmp_path):
     """`import mpi4py` works then; `from mpi4py import MPI` raises."""
     package = tmp_path / "mpi4py"
@@ -317,7 +317,7 @@ def test_mpi4py_without_a_library(tmp_path):
     assert start("-m", "cupy_syncbn", PYTHONPATH=path, PMI_RANK="1") == (1, "")
 
 
-@pytest.mark.serial
+@pytest.mark.mpi_skip
 def test_srun_that_starts_single_processes():
     variables = {"SLURM_JOB_ID": "812", "SLURM_STEP_NUM_TASKS": "4"}
     status, output = start("-m", "cupy_syncbn", **variables, SLURM_PROCID="0")
@@ -327,7 +327,7 @@ def test_srun_that_starts_single_processes():
     assert start("-m", "cupy_syncbn", **variables, SLURM_PROCID="1") == (1, "")
 
 
-@pytest.mark.serial
+@pytest.mark.mpi_skip
 def test_mpi_is_not_initialised():
     code = "import sys, cupy_syncbn; cupy_syncbn.show_config(); assert 'mpi4py.MPI' not in sys.modules"
     status, output = start("-c", code)
@@ -335,7 +335,7 @@ def test_mpi_is_not_initialised():
     assert MPI.get_vendor()[0] in output
 
 
-@pytest.mark.serial
+@pytest.mark.mpi_skip
 @pytest.mark.parametrize("options", [[], ["--json"]])
 def test_closed_pipe(options):
     """As of `python -m cupy_syncbn | head -1`, once head has seen its line."""
@@ -349,14 +349,14 @@ def test_closed_pipe(options):
     assert (process.returncode, process.stderr) == (0, b"")
 
 
-@pytest.mark.serial
+@pytest.mark.mpi_skip
 def test_help():
     status, output = start("-m", "cupy_syncbn", "--help")
     assert status == 0
     assert "--json" in output
 
 
-@pytest.mark.serial
+@pytest.mark.mpi_skip
 @pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="there may be NCCL")
 @pytest.mark.parametrize("transport", ["nccl", "cuda-aware-mpi", "bogus"])
 def test_forced_transport_in_one_process(transport):
@@ -372,6 +372,7 @@ def python(request):
 
 
 @pytest.mark.launch
+@pytest.mark.mpi_skip
 @pytest.mark.parametrize("runner", [[], ["-m", "mpi4py"]], ids=["alone", "mpi4py"])
 def test_three_ranks(python, runner):
     command, status, output = launch(python, 3, [*runner, "-m", "cupy_syncbn"], 100)
@@ -381,6 +382,7 @@ def test_three_ranks(python, runner):
 
 
 @pytest.mark.launch
+@pytest.mark.mpi_skip
 @pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="there may be NCCL")
 @pytest.mark.parametrize("transport", ["nccl", "bogus"])
 def test_forced_transport_on_three_ranks(python, transport):
@@ -402,6 +404,7 @@ runpy.run_module("cupy_syncbn", run_name="__main__")
 
 
 @pytest.mark.launch
+@pytest.mark.mpi_skip
 @pytest.mark.parametrize("rank", [0, 2])
 def test_one_rank_with_a_bad_timeout_stays_in_step(rank):
     _, status, output = launch(sys.executable, 3, ["-m", "mpi4py", "-c", ON_ONE_RANK.format(rank)], 100)

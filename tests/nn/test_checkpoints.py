@@ -80,7 +80,7 @@ def assert_same_state(model, other):
         assert not np.shares_memory(state[name], array)
 
 
-@pytest.mark.serial
+@pytest.mark.mpi_skip
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("kind", MAKE)
 def test_npz(rng, kind, dtype):
@@ -94,7 +94,7 @@ def test_npz(rng, kind, dtype):
     assert_same_state(other, model)
 
 
-@pytest.mark.serial
+@pytest.mark.mpi_skip
 def test_only_bfloat16_layers_take_bits(rng):
     layer = BatchNorm2d(C)
     state = layer.state_dict() | {"weight": np.ones(C, "V2")}
@@ -104,7 +104,7 @@ def test_only_bfloat16_layers_take_bits(rng):
     assert_unchanged(layer, before)
 
 
-@pytest.mark.serial
+@pytest.mark.mpi_skip
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
 @pytest.mark.parametrize("kind", MAKE)
 def test_safetensors(rng, tmp_path, kind, dtype):
@@ -123,7 +123,7 @@ def as_tensor(torch, array):
     return torch.from_numpy(array)
 
 
-@pytest.mark.serial
+@pytest.mark.mpi_skip
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("kind", MAKE)
 def test_torch_in_both_directions(rng, kind, dtype):
@@ -169,7 +169,7 @@ def torch_shared(torch):
     return module
 
 
-@pytest.mark.serial
+@pytest.mark.mpi_skip
 def test_torch_names_of_what_is_shared(rng):
     torch = pytest.importorskip("torch", reason="exchanges state with torch, which is not installed")
     model, theirs = randomized(Shared(), rng), torch_shared(torch)
@@ -199,7 +199,7 @@ def test_state_of_modules_within_themselves():
     assert model.load_state_dict(model.state_dict()) == ([], [])
 
 
-@pytest.mark.serial
+@pytest.mark.mpi_skip
 @pytest.mark.parametrize("target", TYPES)
 @pytest.mark.parametrize("source", TYPES)
 def test_torch_state_of_another_type_is_rounded(rng, source, target):
@@ -213,7 +213,7 @@ def test_torch_state_of_another_type_is_rounded(rng, source, target):
     assert_identical(layer.weight.data.astype("f8"), expected.weight.detach().double().numpy())
 
 
-@pytest.mark.serial
+@pytest.mark.mpi_skip
 def test_older_torch_states_without_the_counter(rng):
     torch = pytest.importorskip("torch", reason="exchanges state with torch, which is not installed")
     model = randomized(make_model("tree", "float32"), rng)
@@ -225,7 +225,7 @@ def test_older_torch_states_without_the_counter(rng):
     np.testing.assert_array_equal(model.blocks[1][0].running_var, np.ones(C, "f4"))
 
 
-@pytest.mark.serial
+@pytest.mark.mpi_skip
 def test_evaluation_equals_torchs(rng):
     torch = pytest.importorskip("torch", reason="exchanges state with torch, which is not installed")
     theirs = torch_model(torch, "sequential", "float64")
@@ -367,10 +367,9 @@ def test_groups_are_bound_again(world):
             other(x)
 
 
+@pytest.mark.mpi(min_size=2)
 def test_some_ranks_are_themselves_where_they_were_pickled(world, rng):
     """On another rank, or once they are gone, they are an error that says what to do."""
-    if world.size == 1:
-        pytest.skip("some ranks are all ranks")
     group = new_group(range(1, world.size))
     layer = SyncBatchNorm(C, process_group=group)
     others = copies(layer)
@@ -474,6 +473,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.launch
+@pytest.mark.mpi_skip
 def test_evaluation_in_a_process_that_a_rank_starts(tmp_path):
     program = tmp_path / "spawning.py"
     program.write_text(SPAWNING)
@@ -482,6 +482,7 @@ def test_evaluation_in_a_process_that_a_rank_starts(tmp_path):
 
 
 @pytest.mark.launch
+@pytest.mark.mpi_skip
 def test_loading_in_a_program_without_ranks(tmp_path):
     path = str(tmp_path / "layers.pickle")
     command, status, output = launch(sys.executable, 2, ["-m", "mpi4py", "-c", PICKLING, path], 60)

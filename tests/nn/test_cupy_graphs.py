@@ -65,7 +65,7 @@ def test_replay_equals_calls(rng, gpu, shape, momentum):
     assert int(layers[0].num_batches_tracked) == 3
 
 
-@pytest.mark.serial
+@pytest.mark.mpi_skip
 def test_nccl_of_one_rank_can_be_captured(rng, gpu):
     try:
         group = NCCLProcessGroup()

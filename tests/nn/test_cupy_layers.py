@@ -181,7 +181,7 @@ class Tensor:
         self.array = array
 
 
-@pytest.mark.serial
+@pytest.mark.mpi_skip
 def test_cuda_array_interface_comes_in_without_a_copy(rng, cupy):
     x = cupy.asarray(random_batch(rng, SHAPE))
     tensor = Tensor(x, "__cuda_array_interface__")
@@ -191,7 +191,7 @@ def test_cuda_array_interface_comes_in_without_a_copy(rng, cupy):
     assert_close(layer.backward(tensor).get(), (layer(x), layer.backward(x))[1].get())
 
 
-@pytest.mark.serial
+@pytest.mark.mpi_skip
 def test_dlpack_comes_in_without_a_copy(monkeypatch, rng, cupy):
     x = cupy.asarray(random_batch(rng, SHAPE))
 
@@ -237,10 +237,9 @@ def test_mixed_arguments(world, rng, cupy):
         on_cpu(on_gpu)
 
 
+@pytest.mark.mpi(min_size=2)
 def test_one_rank_with_a_wrong_array(world, rng, cupy):
     """It hears what is wrong, the others which rank failed."""
-    if world.size == 1:
-        pytest.skip("there is no other rank")
     x = random_batch(rng, SHAPE)
     layer = SyncBatchNorm(4, device="cuda", name="stem")
     layer(cupy.asarray(x))
@@ -279,7 +278,7 @@ def test_overlapping_output(world, cupy):
     layer(buffer[0], out=buffer[1])
 
 
-@pytest.mark.serial
+@pytest.mark.mpi_skip
 @pytest.mark.parametrize(
     ("count", "match"),
     [
@@ -309,7 +308,7 @@ def test_no_gpu_to_compute_on(monkeypatch, cupy, count, match):
     assert isinstance(BatchNorm2d(4).weight.data, np.ndarray)
 
 
-@pytest.mark.serial
+@pytest.mark.mpi_skip
 def test_without_cupy(monkeypatch, cupy):
     monkeypatch.setitem(__import__("sys").modules, "cupy", None)
     arrays.why_no_gpu.cache_clear()

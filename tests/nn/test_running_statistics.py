@@ -244,10 +244,9 @@ def test_layers_without_statistics_or_data(world, rng):
     assert np.isnan(layer.running_var).all()
 
 
+@pytest.mark.mpi(min_size=2)
 def test_a_single_value(world):
     """Its variance is the biased one, 0."""
-    if world.size == 1:
-        pytest.skip("one process cannot train on one value")
     layer = SyncBatchNorm(C)
     recalibrate(layer, [np.full((int(world.rank == 0), C), 4, "f4")])
     np.testing.assert_array_equal(layer.running_mean, np.full(C, 4))
@@ -329,7 +328,7 @@ def test_error_of_the_module(world, rng):
     assert (layer.training, layer._frozen, layer._observe) == (True, 0, None)
 
 
-@pytest.mark.serial
+@pytest.mark.mpi_skip
 def test_errors_that_a_transport_defers(rng):
     """They are looked for before anything is changed."""
 

@@ -53,7 +53,7 @@ def test_round_trip(rng, dtypes):
         assert not np.shares_memory(own[name], array)
 
 
-@pytest.mark.serial
+@pytest.mark.mpi_skip
 def test_round_trip_through_a_file(rng, tmp_path):
     model = Sequential(trained_layer(rng), Sequential(trained_layer(rng, "float64")))
     np.savez(tmp_path / "model.npz", **model.state_dict())
@@ -64,7 +64,7 @@ def test_round_trip_through_a_file(rng, tmp_path):
         assert_identical(other.state_dict()[name], array)
 
 
-@pytest.mark.serial
+@pytest.mark.mpi_skip
 def test_exchange_with_torch(rng):
     torch = pytest.importorskip("torch", reason="compares with torch, which is not installed")
     layer, theirs = trained_layer(rng), torch.nn.SyncBatchNorm(5)

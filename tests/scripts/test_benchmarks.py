@@ -12,7 +12,7 @@ import pytest
 
 from support.launcher import REPOSITORY, clean_environment
 
-pytestmark = pytest.mark.serial
+pytestmark = pytest.mark.mpi_skip
 
 PLOTS = importlib.util.find_spec("matplotlib") is not None
 TORCH = importlib.util.find_spec("torch") is not None

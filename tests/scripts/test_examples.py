@@ -9,7 +9,7 @@ import pytest
 
 from support.launcher import OVERSUBSCRIBE, REPOSITORY, clean_environment, find_launcher, run, vendor_of
 
-pytestmark = pytest.mark.launch
+pytestmark = [pytest.mark.launch, pytest.mark.mpi_skip]
 
 DEADLINE = 60
 DIRECTORY = REPOSITORY / "scripts" / "examples"

@@ -8,7 +8,7 @@ import pytest
 
 from support.launcher import REPOSITORY, clean_environment
 
-pytestmark = pytest.mark.serial
+pytestmark = pytest.mark.mpi_skip
 
 FIGURES = REPOSITORY / "scripts" / "figures"
 

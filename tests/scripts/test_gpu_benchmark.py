@@ -18,7 +18,7 @@ import pytest
 
 from support.launcher import REPOSITORY, clean_environment
 
-pytestmark = pytest.mark.serial
+pytestmark = pytest.mark.mpi_skip
 
 FOLDER = REPOSITORY / "scripts" / "benchmarks"
 SHAPES = [(3, 6, 5, 7), (9, 16)]

@@ -15,7 +15,7 @@ import pytest
 from cupy_syncbn.backends.cuda import kernels
 from support.launcher import REPOSITORY, clean_environment
 
-pytestmark = pytest.mark.serial
+pytestmark = pytest.mark.mpi_skip
 
 
 # ---- scripts/sanitize.py ----

@@ -26,7 +26,7 @@ import pytest
 
 from support.launcher import REPOSITORY, clean_environment, other_python, run, vendor_of
 
-pytestmark = pytest.mark.launch
+pytestmark = [pytest.mark.launch, pytest.mark.mpi_skip]
 slurm = pytest.mark.slurm
 
 DEADLINE = 90

@@ -66,7 +66,7 @@ def check(status, output, picture, tolerance=1e-9):
     return rows
 
 
-@pytest.mark.serial
+@pytest.mark.mpi_skip
 def test_one_process(tmp_path):
     command = [sys.executable, "-W", "error", SCRIPT, *SMALL, "--plot", str(tmp_path / "curves.png")]
     status, output = run(command, environment(), DEADLINE)
@@ -77,6 +77,7 @@ def test_one_process(tmp_path):
 
 
 @pytest.mark.launch
+@pytest.mark.mpi_skip
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-9), ("float32", 1e-3)])
 def test_three_ranks(tmp_path, dtype, tolerance):
     picture = tmp_path / "curves.png"
@@ -89,6 +90,7 @@ def test_three_ranks(tmp_path, dtype, tolerance):
 
 
 @pytest.mark.launch
+@pytest.mark.mpi_skip
 def test_disagreement_is_an_error(tmp_path):
     program = tmp_path / "sabotaged.py"
     program.write_text(SABOTAGE)

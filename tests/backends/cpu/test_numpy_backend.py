@@ -14,7 +14,7 @@ from support.arrays import DTYPES, LAYOUTS, random_array, random_batch, random_c
 from support.compare import assert_close, assert_identical, relative_error
 from support.reference import BatchNorm
 
-pytestmark = pytest.mark.serial
+pytestmark = pytest.mark.mpi_skip
 
 ALONE = SingleProcessGroup()
 MIB = 1 << 20

@@ -5,7 +5,7 @@ import pytest
 
 from cupy_syncbn.backends.cpu import numpy_float16
 
-pytestmark = pytest.mark.serial
+pytestmark = pytest.mark.mpi_skip
 
 EVERY_FLOAT16 = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
 

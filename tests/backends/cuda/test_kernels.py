@@ -25,7 +25,7 @@ from support.arrays import DTYPES, random_array, random_batch, random_channels
 from support.compare import TOLERANCE, assert_close, assert_identical, relative_error
 from support.reference import BatchNorm
 
-pytestmark = pytest.mark.serial
+pytestmark = pytest.mark.mpi_skip
 
 ALONE = SingleProcessGroup()
 TRAILER = (0.0, 7.0, 49.0)

@@ -8,7 +8,7 @@ import pytest
 from cupy_syncbn.backends.cuda import kernels
 from cupy_syncbn.backends.cuda.launch import BLOCKS, MAX_ITEMS, MIN_ITEMS, THREADS, launch_for
 
-pytestmark = pytest.mark.serial
+pytestmark = pytest.mark.mpi_skip
 
 COMMON = kernels.source("common.cuh")
 MAX_GROUP = 256

@@ -14,7 +14,7 @@ import pytest
 from cupy_syncbn.backends.cuda import kernels
 from support import nvrtc
 
-pytestmark = pytest.mark.serial
+pytestmark = pytest.mark.mpi_skip
 
 THREADS = 256  # a block: common.cuh
 REGISTERS = 65536  # a multiprocessor's, on all architectures

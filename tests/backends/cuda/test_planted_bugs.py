@@ -31,7 +31,7 @@ from cuda_emulator import EmulatorError, schedule
 from cupy_syncbn.backends.cuda import kernels
 from support.compare import assert_close
 
-pytestmark = pytest.mark.serial
+pytestmark = pytest.mark.mpi_skip
 
 
 # ---- The checks: each is of one or two instances ----

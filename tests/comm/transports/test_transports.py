@@ -41,6 +41,7 @@ from support.reference import BatchNorm
 
 SHAPE = (18, 4, 3, 5)
 TRANSPORTS = ("mpi", "cuda-aware-mpi", "nccl")
+# As ids in capitals: a test with the id "mpi" has pytest-mpi's mark.
 
 
 @pytest.fixture
@@ -83,16 +84,11 @@ def eventually(condition, what, seconds=5.0):
         time.sleep(0.01)
 
 
-def needs_ranks(world, count=2):
-    if world.size < count:
-        pytest.skip(f"it takes {count} ranks")
-
-
 def communicator_of(group):
     return group._carrier._operations._communicator
 
 
-@pytest.fixture(params=TRANSPORTS)
+@pytest.fixture(params=TRANSPORTS, ids=str.upper)
 def group(request, world, streams):
     """Return the world by one of the transports."""
     if request.param == "nccl":
@@ -196,7 +192,7 @@ def test_data_parallel_training(world, rng, cupy, group):
         assert_close(actual, expected, tolerance=3e-6)
 
 
-@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("transport", TRANSPORTS, ids=str.upper)
 def test_subgroups(request, world, cupy, streams, transport):
     if transport == "nccl":
         request.getfixturevalue("nccl")
@@ -279,10 +275,10 @@ def test_host_waits_once_an_exchange(world, rng, cupy, streams):
     assert len(streams.synchronizations) == (2 if world.size > 1 else 0)
 
 
+@pytest.mark.mpi(min_size=2)
 @pytest.mark.parametrize("transport", ["mpi", "cuda-aware-mpi"])
 @pytest.mark.parametrize("longer", [5, 200_000])
 def test_lengths_that_differ(world, cupy, streams, transport, longer):
-    needs_ranks(world)
     group = new_group(transport=transport)
     for _ in range(2):
         vector = cupy.zeros(10 + longer * (world.rank == 1))
@@ -292,10 +288,10 @@ def test_lengths_that_differ(world, cupy, streams, transport, longer):
     assert group.exchange(vector)[-3] == world.size
 
 
+@pytest.mark.mpi(min_size=2)
 @pytest.mark.parametrize("transport", ["mpi", "cuda-aware-mpi"])
 @pytest.mark.parametrize("call", ["allreduce", "exchange", "broadcast"])
 def test_rank_that_never_comes_to_mpi(world, cupy, streams, transport, call):
-    needs_ranks(world)
     group = MPIProcessGroup(world.comm.Dup(), transport=transport, timeout=0.3)
     group.allreduce(cupy.ones(5))
     if world.rank > 0:
@@ -326,8 +322,8 @@ def test_stream_has_ended_when_mpi_reads(world, cupy, streams, call):
         assert (buffer.get() == (1 if call == "broadcast" else world.size)).all()
 
 
+@pytest.mark.mpi(min_size=2)
 def test_no_memory_for_the_vector_that_tells_of_it(world, rng, cupy, streams, monkeypatch):
-    needs_ranks(world)
     layer = SyncBatchNorm(4, device="cuda", process_group=new_group(transport="mpi", timeout=9), name="stem")
     x = cupy.asarray(random_batch(rng, SHAPE))
     layer(x)
@@ -375,8 +371,8 @@ def test_addresses_go_into_messages_between_two_ranks(world, rng, cupy, streams)
         assert (buffer.get() == world.size).all()
 
 
+@pytest.mark.mpi(min_size=2)
 def test_sizes_that_differ(world, cupy, streams):
-    needs_ranks(world)
     group = MPIProcessGroup(world.comm.Dup(), transport="cuda-aware-mpi")
     buffer = cupy.ones(10 + (world.rank % 2))
     if world.size == 2:
@@ -484,8 +480,8 @@ def share_gpus(world, monkeypatch, cupy):
     )
 
 
+@pytest.mark.mpi(min_size=2)
 def test_auto_is_mpi_where_ranks_share_a_gpu(world, cupy, nccl, monkeypatch):
-    needs_ranks(world)
     share_gpus(world, monkeypatch, cupy)
     nccl_stand_in.made.clear()
     assert carrier_of(new_group(transport="auto"), cupy) is transports.HostStaged
@@ -497,7 +493,7 @@ def test_auto_is_mpi_where_a_rank_has_no_nccl(world, cupy, nccl, monkeypatch):
     assert carrier_of(new_group(transport="auto"), cupy) is transports.HostStaged
 
 
-@pytest.mark.parametrize("kind", ["mpi", "cuda-aware-mpi", "nccl"])
+@pytest.mark.parametrize("kind", TRANSPORTS, ids=str.upper)
 def test_transport_by_the_environment(world, cupy, nccl, monkeypatch, kind):
     monkeypatch.setenv("CUPY_SYNCBN_TRANSPORT", kind)
     found = carrier_of(new_group(), cupy)
@@ -547,8 +543,8 @@ def test_cupy_missing_on_a_rank(world, nccl, monkeypatch):
         NCCLProcessGroup()
 
 
+@pytest.mark.mpi(min_size=2)
 def test_ranks_that_share_a_gpu(world, cupy, nccl, monkeypatch):
-    needs_ranks(world)
     share_gpus(world, monkeypatch, cupy)
     host = MPI.Get_processor_name()
     expect_on_all_ranks(f"ranks 0 and 1 share GPU 0000:00:00.0 of {host}.*bind_device", cupy)
@@ -570,10 +566,10 @@ def test_unique_id_that_cannot_be_made(world, cupy, nccl, monkeypatch):
     expect_on_all_ranks("rank 0: NCCL_ERROR_SYSTEM_ERROR", cupy)
 
 
+@pytest.mark.mpi(min_size=2)
 @pytest.mark.parametrize("fault", ["error", "wait"])
 def test_communicator_that_cannot_be_made(world, cupy, nccl, monkeypatch, fault):
     """Where a rank fails NCCL keeps the others waiting, longer than the timeout."""
-    needs_ranks(world)
     monkeypatch.setattr(nccl_stand_in, "PATIENCE", 2.0)
     proceed = threading.Event()
 
@@ -634,11 +630,11 @@ def assert_dead(group, error, match, cupy):
     assert len(caught.traceback) < 10
 
 
+@pytest.mark.mpi(min_size=2)
 @pytest.mark.parametrize("found_by", ["check_errors", "next call", "watching thread"])
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_fault_of_a_rank(world, rng, cupy, nccl, direction, found_by):
     """It raises its own error; the others hear of it when their GPU has, and nothing has changed by then."""
-    needs_ranks(world)
     layer = nccl_layer(momentum=None)
     group = layer.process_group
     x, dy = (cupy.asarray(random_batch(rng, SHAPE)) for _ in "12")
@@ -676,9 +672,9 @@ def test_fault_of_a_rank(world, rng, cupy, nccl, direction, found_by):
     world.comm.Barrier()
 
 
+@pytest.mark.mpi(min_size=2)
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_ranks_in_different_calls(world, rng, cupy, nccl, dtype):
-    needs_ranks(world)
     group = new_group(transport="nccl", timeout=20)
     layers = [
         SyncBatchNorm(4, device="cuda", dtype=dtype, process_group=group, name=name)
@@ -699,10 +695,10 @@ def test_ranks_in_different_calls(world, rng, cupy, nccl, dtype):
         assert_identical(actual, expected)
 
 
+@pytest.mark.mpi(min_size=2)
 @pytest.mark.parametrize("waits_in", ["check_errors", "next call", "a copy to the host"])
 def test_rank_that_never_comes(world, rng, cupy, nccl, waits_in):
     """The thread aborts the communicator in time, wherever the host is."""
-    needs_ranks(world)
     timeout = 0.5
     layer = nccl_layer(timeout)
     group = layer.process_group
@@ -728,8 +724,8 @@ def test_rank_that_never_comes(world, rng, cupy, nccl, waits_in):
     group.check_errors() if world.rank == 0 else None
 
 
+@pytest.mark.mpi(min_size=2)
 def test_operations_without_a_layer_are_watched(world, cupy, nccl):
-    needs_ranks(world)
     for name in "allreduce", "broadcast":
         group = new_group(transport="nccl", timeout=0.3)
         group.allreduce(cupy.ones(3))
@@ -741,9 +737,9 @@ def test_operations_without_a_layer_are_watched(world, cupy, nccl):
         world.comm.Barrier()
 
 
+@pytest.mark.mpi(min_size=2)
 def test_lengths_that_differ_by_nccl(world, cupy, nccl):
     """NCCL does not compare them: it hangs, until the timeout."""
-    needs_ranks(world)
     group = new_group(transport="nccl", timeout=0.3)
     group.exchange(cupy.zeros(10 + 5 * (world.rank == 1)))
     with pytest.raises(CollectiveTimeoutError):
@@ -875,7 +871,7 @@ def test_watching_thread_ends_with_its_group(world, rng, cupy, nccl, use):
         communicator.size()
 
 
-@pytest.mark.serial
+@pytest.mark.mpi_skip
 def test_process_ends_while_a_thread_watches():
     code = """
 import pytest, sys
@@ -939,9 +935,9 @@ def test_captured_steps(world, rng, cupy, nccl, streams):
             assert_close(layer.running_var.get(), reference.running_var)
 
 
+@pytest.mark.mpi(min_size=2)
 def test_captured_exchanges_tell_of_errors_after_a_replay(world, rng, cupy, nccl):
     """The ranks replay graphs of different layers."""
-    needs_ranks(world)
     group = new_group(transport="nccl", timeout=20)
     layers = [SyncBatchNorm(4, device="cuda", process_group=group, name=name) for name in ("stem", "head")]
     x = cupy.asarray(random_batch(rng, SHAPE))
@@ -958,8 +954,8 @@ def test_captured_exchanges_tell_of_errors_after_a_replay(world, rng, cupy, nccl
             assert_identical(actual, array)
 
 
+@pytest.mark.mpi(min_size=2)
 def test_replay_that_a_rank_does_not_make(world, rng, cupy, nccl):
-    needs_ranks(world)
     layer = nccl_layer(0.4)
     stream, graph, _ = capture(cupy, functools.partial(layer, cupy.asarray(random_batch(rng, SHAPE))))
     if world.rank > 0:
@@ -970,12 +966,11 @@ def test_replay_that_a_rank_does_not_make(world, rng, cupy, nccl):
     world.comm.Barrier()
 
 
-@pytest.mark.parametrize("transport", ["mpi", "cuda-aware-mpi"])
+@pytest.mark.mpi(min_size=2)
+@pytest.mark.parametrize("transport", ["mpi", "cuda-aware-mpi"], ids=str.upper)
 def test_other_transports_cannot_be_captured(world, rng, cupy, streams, transport):
     layer = SyncBatchNorm(4, device="cuda", process_group=new_group(transport=transport))
     x = cupy.asarray(random_batch(rng, SHAPE))
-    if world.size == 1:
-        pytest.skip("one rank exchanges nothing")
     with cupy.cuda.Stream() as stream:
         layer(x)
         stream.begin_capture()
@@ -1016,11 +1011,11 @@ def all_reduce(nccl, communicator, buffer, **changes):
     communicator.allReduce(buffer.data.ptr, buffer.data.ptr, *arguments.values())
 
 
+@pytest.mark.mpi(min_size=2)
 @pytest.mark.parametrize(
     "changes", [{"count": 2}, {"datatype": "NCCL_INT64"}, {"call": "broadcast"}], ids=lambda c: next(iter(c))
 )
 def test_stand_in_hangs_where_ranks_differ(world, cupy, nccl, changes):
-    needs_ranks(world)
     buffer = cupy.ones(3)
     with communicator(world, nccl) as made:
         if world.rank == 1 and "call" in changes:
@@ -1071,7 +1066,7 @@ def test_stand_in_refuses(world, emulator, cupy, nccl):
                 pass
 
 
-@pytest.mark.serial
+@pytest.mark.mpi_skip
 def test_stand_in_has_the_names_of_cupy():
     pytest.importorskip("cupy")
     from cupy.cuda import nccl as real
@@ -1108,8 +1103,8 @@ def test_check_of_cuda_aware_mpi(world, cupy, streams, check, capsys):
         assert ("equal to host-staged" in said) == (world.rank == 0)
 
 
+@pytest.mark.mpi(min_size=2)
 def test_check_finds_a_wrong_sum(world, cupy, streams, check, capsys, monkeypatch):
-    needs_ranks(world)
     add_up = transports.CUDAAware._add_up
 
     def wrong(self, buffer, **arguments):
@@ -1133,7 +1128,7 @@ def test_check_without_a_gpu(world, emulator, check, capsys):
     emulator.devices.count = world.size
 
 
-@pytest.mark.serial
+@pytest.mark.mpi_skip
 @pytest.mark.parametrize(
     ("codes", "status", "told"),
     [
@@ -1154,7 +1149,7 @@ def test_search_for_a_cuda_aware_mpi(cupy, check, capfd, monkeypatch, codes, sta
         assert re.search(pattern, output), output
 
 
-@pytest.mark.serial
+@pytest.mark.mpi_skip
 def test_libraries_that_are_searched(check, tmp_path, monkeypatch):
     for path in "bin/mpirun", "bin/mpiexec.hydra", "lib/libmpi.so.12", "site/libucx/lib/libucp.so":
         (tmp_path / path).parent.mkdir(exist_ok=True, parents=True)

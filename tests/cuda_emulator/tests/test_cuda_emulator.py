@@ -16,7 +16,7 @@ from cuda_emulator import EmulatorError, build, prepass
 from support.arrays import BFLOAT16
 from support.launcher import TESTS, clean_environment
 
-pytestmark = pytest.mark.serial
+pytestmark = pytest.mark.mpi_skip
 
 if emulator.available() and "CI" not in os.environ:
     pytest.skip(emulator.available(), allow_module_level=True)
