@@ -47,7 +47,7 @@ class Saved(NamedTuple):
     group: ProcessGroup | MPI.Intracomm | None
     synchronized: bool
     call: Call
-    intact: bool
+    input_kept: bool
     """False if the output was written over `x`."""
     sums: tuple[Array, Array | None] | None
     """The exchanged vectors: of all ranks, and squares for float64 data. None with running statistics."""
@@ -168,7 +168,7 @@ def sync_batch_norm(
     peers = as_group(process_group) if training else _LOCAL
     call = call or _call(x, weight, running_mean, channels_last)
     library = _library(x, weight, running_mean)
-    with call.faults_join(peers, 4 * call.channels + 4, library):
+    with call.preparing(peers, 4 * call.channels + 4, library):
         check_settings(eps, momentum)
         given, in_place = out, out is x
         x, residual, out = as_array(x), as_array(residual), as_array(out, host=False)
@@ -189,18 +189,18 @@ def sync_batch_norm(
             raise ValueError(
                 f"Expected more than 1 value per channel when training, got input size {x.shape}"
             )
-        tensor, target = backend.accessible(layout.as_3d(x)), backend.accessible(layout.as_3d(y))
-        added = None if residual is None else backend.accessible(layout.as_3d(residual))
+        tensor, target = backend.as_kernel_input(layout.as_3d(x)), backend.as_kernel_input(layout.as_3d(y))
+        added = None if residual is None else backend.as_kernel_input(layout.as_3d(residual))
         if use_batch:
             vector, local = backend.statistics(tensor, call.trailer(peers))
 
     if use_batch:
-        call.exchange(peers, vector)
+        call.allreduce_checked(peers, vector)
         squares = None
         if dtype.itemsize == 8:  # once more, about the mean of all: float64 data show what one vector loses
-            with call.faults_join(peers, call.channels + 3, library):
-                squares = backend.deviations(local, vector, call.trailer(peers))
-            call.exchange(peers, squares)
+            with call.preparing(peers, call.channels + 3, library):
+                squares = backend.centered_squares(local, vector, call.trailer(peers))
+            call.allreduce_checked(peers, squares)
         update = running if training else None
         normalization = backend.normalize(
             tensor, target, vector, squares, weight, bias, update, peers.size, eps, added, slope
@@ -223,7 +223,7 @@ def sync_batch_norm(
         group=process_group,
         synchronized=training,
         call=call,
-        intact=out is None or not backend.overlaps(out, x),
+        input_kept=out is None or not backend.overlaps(out, x),
         sums=(vector, squares) if use_batch else None,
     )
     return (given if isinstance(given, np.ndarray) else y), saved  # an array of a subclass stays one
@@ -273,11 +273,11 @@ def sync_batch_norm_backward(dy: Array, saved: Saved, *, grad_reduction: str = "
     x, normalization, layout = saved.x, saved.normalization, saved.layout
     peers = as_group(saved.group) if saved.synchronized or grad_reduction != "none" else _LOCAL
     call = Call(saved.call.name, saved.call.channels, "backward", saved.call.number)
-    with call.faults_join(peers, 2 * call.channels + 3, module_of(x)):
+    with call.preparing(peers, 2 * call.channels + 3, module_of(x)):
         dy = as_array(dy)
         backend = backend_of(x)
         check_output_gradient(backend, dy, layout.shape, x.dtype)
-        if not saved.intact:
+        if not saved.input_kept:
             raise RuntimeError("backward needs the input, but the forward wrote its result over it (out=)")
         check_grad_reduction(grad_reduction)
         scale = 1 / peers.size if grad_reduction == "mean" else 1.0
@@ -286,10 +286,10 @@ def sync_batch_norm_backward(dy: Array, saved: Saved, *, grad_reduction: str = "
         dresidual = backend.empty(layout, dtype) if saved.has_residual else None
         residual = None if dresidual is None else layout.as_3d(dresidual)
         total, own, gradient = backend.reduce_gradients(
-            backend.accessible(layout.as_3d(dy)), x, normalization, residual, call.trailer(peers)
+            backend.as_kernel_input(layout.as_3d(dy)), x, normalization, residual, call.trailer(peers)
         )
 
-    call.exchange(peers, total)
+    call.allreduce_checked(peers, total)
     weight, bias = backend.input_gradient(
         gradient,
         x,

@@ -141,7 +141,7 @@ def test_the_house_keeps(rule):
         (circle, "comm/errors.py", "def f(): from cupy_syncbn.comm import groups"),
         (circle, "comm/transports/base.py", "if TYPE_CHECKING: from cupy_syncbn.comm import groups"),
         (borrowed_names, "nn/module.py", "from cupy_syncbn.arrays import _is_torch"),
-        (borrowed_names, "nn/data_parallel.py", "def f(group): return group._carrier"),
+        (borrowed_names, "nn/data_parallel.py", "def f(group): return group._transport"),
     ],
 )  # fmt: skip
 def test_a_planted_fault_is_found(tmp_path, rule, file, line):

@@ -31,16 +31,16 @@ class Backend(Protocol):
     def overlaps(self, a: Array, b: Array) -> bool:
         """Tell whether two arrays share memory."""
 
-    def accessible(self, x: Array) -> Array:
+    def as_kernel_input(self, x: Array) -> Array:
         """Return a tensor that the other operations take: `x`, or a copy if they need one."""
 
     def check_device(self, x: Array) -> None:
         """Check that an array is where the operations compute; ValueError if not."""
 
     def statistics(self, x: Array, trailer: tuple[float, ...]) -> tuple[Array, Any]:
-        """Reduce `x` to the exchange vector of the forward; also return what `deviations` needs."""
+        """Reduce `x` to the exchange vector of the forward; also return what `centered_squares` needs."""
 
-    def deviations(self, local: Any, vector: Array, trailer: tuple[float, ...]) -> Array:
+    def centered_squares(self, local: Any, vector: Array, trailer: tuple[float, ...]) -> Array:
         """Return the vector of a second exchange, ``[Σ(x - mean)² (C) | trailer]``.
 
         The mean is that of the exchanged `vector` of the first.

@@ -1,4 +1,4 @@
-"""One exchange between the ranks: the vector they add up, and what it tells about their faults."""
+"""One collective call: its name and number, its sum over the ranks, and the faults that the sum tells of."""
 
 from __future__ import annotations
 
@@ -13,21 +13,22 @@ import numpy as np
 from cupy_syncbn.arrays import Array
 from cupy_syncbn.comm.errors import CollectiveTimeoutError, RankMismatchError, RemoteRankError
 from cupy_syncbn.comm.groups import ProcessGroup
+from cupy_syncbn.comm.schedules import FAULT
 
 _NAMED_RANKS = 50
 """Groups up to this size tell each faulty rank: the sum of 2**rank is exact in a float64."""
 
 
 class Call(NamedTuple):
-    """A collective call of a layer: all ranks that are in step make the same."""
+    """A collective step of a layer: all ranks that are in step make the same call."""
 
     name: str
     channels: int
-    """0 if it is none of a layer's."""
+    """0 if the call is none of a layer's."""
     direction: str
     """"forward" or "backward"."""
     number: int
-    """How many exchanges the layer had made before; a backward has the number of its forward."""
+    """How many calls the layer had made before; a backward has the number of its forward."""
 
     def __str__(self) -> str:
         count = f" ({self.channels} channels)" if self.channels else ""
@@ -38,8 +39,8 @@ class Call(NamedTuple):
 
         The sums of tag and tag² satisfy ``size Σtag² = (Σtag)²`` exactly if all tags are equal (equality
         in Cauchy and Schwarz's inequality), and in float64 exactly for 12-bit tags of up to 2^14 ranks.
-        Calls of a layer in one direction have the same only if their numbers differ by a multiple of 4096,
-        as the factor is odd; others have if 12 bits of a hash happen to be equal.
+        Calls of a layer in one direction have equal tags only if their numbers differ by a multiple of 4096,
+        as the factor is odd; other calls collide with probability 2^-12.
         """
         if group.size == 1:
             return 0.0, 0.0, 0.0
@@ -47,14 +48,14 @@ class Call(NamedTuple):
         tag = _hash(name, channels, direction) + 0x9E5 * number & 0xFFF
         return 0.0, tag, tag * tag
 
-    def faults_join(self, group: ProcessGroup, length: int, library: ModuleType = np) -> _FaultsJoin:
-        """Let a rank that fails inside join the exchange of `length` numbers: the others hear of it.
+    def preparing(self, group: ProcessGroup, length: int, library: ModuleType = np) -> _Preparing:
+        """Return a context for all that can fail on one rank alone: the other ranks hear of an error in it.
 
-        They bring arrays of `library`, and so will it.
+        They wait in a sum of vectors of `length` numbers, which are arrays of `library`.
         """
-        return _FaultsJoin(self, group, length, library)
+        return _Preparing(self, group, length, library)
 
-    def exchange(self, group: ProcessGroup, vector: Array) -> None:
+    def allreduce_checked(self, group: ProcessGroup, vector: Array) -> None:
         """Replace `vector` by its sum over the ranks (**collective**).
 
         Raises
@@ -69,42 +70,57 @@ class Call(NamedTuple):
         if group.size == 1:
             return
         try:
-            trailer = group.exchange(vector)[-3:]
+            trailer = group.allreduce_checked(vector)[-3:]
         except CollectiveTimeoutError as error:
-            self._name(error)
+            self._name_in(error)
             raise
         if not isinstance(trailer, np.ndarray):
-            self._defer(group, trailer)
+            self._raise_fault_later(group, trailer)
             return
         try:
-            self._check(group, trailer.tolist())
+            self._raise_fault(group, trailer.tolist())
         except (RemoteRankError, RankMismatchError) as error:
-            _known_to(group, error)
+            _note_hearers(error, group)
             raise
 
-    def _defer(self, group: ProcessGroup, trailer: Array) -> None:
-        group.defer(trailer, functools.partial(self._check, group), self)
+    def tell_others(self, group: ProcessGroup, error: Exception, length: int, library: ModuleType) -> None:
+        """Join the sum that the other ranks wait in, with a fault flag: they raise RemoteRankError."""
+        vector = np.zeros(length)
+        vector[-3:] = self.trailer(group)
+        vector[FAULT] = _fault_code(group)
+        try:
+            total = group.allreduce_checked(group.match_peers(vector, library))
+            _note_hearers(error, group)
+            if not isinstance(total, np.ndarray):  # by NCCL, where the others may end the sum by an error
+                with contextlib.suppress(RemoteRankError, RankMismatchError):
+                    self._raise_fault_later(group, total[-3:])
+        except Exception as late:  # a timeout, or no memory on the GPU for the vector
+            self._name_in(late)
+            error.add_note(f"The other ranks did not hear of it: {str(late) or type(late).__name__}")
 
-    def _check(self, group: ProcessGroup, trailer: list[float]) -> None:
+    def _raise_fault(self, group: ProcessGroup, trailer: list[float]) -> None:
         """Raise the error that the trailer of a sum tells of, if it does."""
         fault, tag, tag_square = trailer
         if fault == 0 and group.size * tag_square == tag * tag:
             return
         if fault > 0:
-            raise RemoteRankError(f"{_faulty(fault, group)} failed before {self}: see the error there")
+            raise RemoteRankError(f"{_faulty_ranks(fault, group)} failed before {self}: see the error there")
         raise RankMismatchError(
             f"rank {group.rank} is in {self}, while another rank is in another call: "
             "all ranks must call the same layers in the same order"
         )
 
-    def _name(self, error: Exception) -> None:
-        """Let a timeout tell of this call, unless it is one of an earlier call that shows only now."""
+    def _raise_fault_later(self, group: ProcessGroup, trailer: Array) -> None:
+        group.defer(trailer, functools.partial(self._raise_fault, group), self)
+
+    def _name_in(self, error: Exception) -> None:
+        """Let a timeout tell of this call, unless it is that of an earlier call which shows only now."""
         if isinstance(error, CollectiveTimeoutError):
             error.call = error.call or self
 
 
-class _FaultsJoin:
-    """The context of `Call.faults_join`."""
+class _Preparing:
+    """The context of `Call.preparing`."""
 
     __slots__ = ("call", "group", "length", "library")
 
@@ -116,33 +132,22 @@ class _FaultsJoin:
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         if isinstance(error, Exception) and self.group.size > 1:
-            vector = np.zeros(self.length)
-            vector[-3:] = self.call.trailer(self.group)
-            vector[-3] = _fault_code(self.group)
-            try:
-                sum_ = self.group.exchange(self.group.alike(vector, self.library))
-                _known_to(self.group, error)
-                if not isinstance(sum_, np.ndarray):  # an exchange of NCCL: the others may end it by an error
-                    with contextlib.suppress(RemoteRankError, RankMismatchError):
-                        self.call._defer(self.group, sum_[-3:])
-            except Exception as late:  # a timeout, or no memory on the GPU for the vector
-                self.call._name(late)
-                error.add_note(f"The other ranks did not hear of it: {str(late) or type(late).__name__}")
+            self.call.tell_others(self.group, error, self.length, self.library)
 
 
-def _known_to(group: ProcessGroup, error: Exception) -> None:
-    """Note that all ranks of a group raise an error now."""
-    vars(error).setdefault("_known_to", []).append(group)
+def _note_hearers(error: Exception, group: ProcessGroup) -> None:
+    """Note in an error that all ranks of a group raise one now."""
+    vars(error).setdefault("_heard_by", []).append(group)
 
 
-def is_known_to(group: ProcessGroup, error: Exception) -> bool:
+def was_heard_by(group: ProcessGroup, error: Exception) -> bool:
     """Tell whether all ranks of a group have heard of an error."""
-    return any(group.has_same_ranks(known) for known in vars(error).get("_known_to", ()))
+    return any(group.has_same_ranks(hearers) for hearers in vars(error).get("_heard_by", ()))
 
 
 @functools.cache
 def _hash(name: str, channels: int, direction: str) -> int:
-    """Return what the tags of a layer's calls in one direction are counted from."""
+    """Return the number that the tags of a layer's calls in one direction are counted from."""
     return zlib.crc32(repr((name, channels, direction)).encode())
 
 
@@ -150,7 +155,7 @@ def _fault_code(group: ProcessGroup) -> float:
     return 2.0**group.rank if group.size <= _NAMED_RANKS else 1.0
 
 
-def _faulty(code: float, group: ProcessGroup) -> str:
+def _faulty_ranks(code: float, group: ProcessGroup) -> str:
     if group.size > _NAMED_RANKS:
         return f"{code:.0f} of {group.size} ranks"
     ranks = [str(rank) for rank in range(group.size) if int(code) >> rank & 1]

@@ -1,11 +1,11 @@
-"""The sum of a vector over ranks that may be out of step: those too must get an answer, not a crash.
+"""The sum of a NumPy vector over ranks that may be out of step: those too get an answer, not a crash.
 
 MPI's own allreduce demands that all ranks bring the same length, and some libraries crash if they do not.
 Here the length of each message is looked at when it arrives: ranks that meet with different lengths mark the
-sum and go on, and so every rank ends in the same call, and knows.
+sum and go on. So every rank ends in the same call, and knows.
 
-No message may be longer than the place it is received in: MPI calls that an error, but Open MPI (5.0.11, at
-more than 4 KiB between processes of a host) writes all of it before it says so.
+No message may be longer than its receive buffer: MPI calls that an error, but Open MPI (5.0.11, at more than
+4 KiB between processes of a host) writes all of it before it says so.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
     from mpi4py import MPI
 
 LONGEST = 1 << 17
-"""Numbers in a message: what is longer is announced by a message of one number, its length."""
+"""Numbers in a message: a longer one is announced by a message of one number, its length."""
 
 _TAG = 1
 
 
 class _Messages(NamedTuple):
-    """The requests of one step, to be started for each sum, and what they send."""
+    """The requests of one step, to be started for each sum, and the memory that they send."""
 
     partner: int
     incoming: MPI.Prequest | None
@@ -51,19 +51,19 @@ class CheckedSum:
         Of `comm`.
     length : int
         At least 3: the trailer.
-    place : array
-        LONGEST float64, to receive in; for the exchanges of all lengths.
+    receive_buffer : array
+        LONGEST float64, shared by the sums of all lengths.
     """
 
-    def __init__(self, comm: MPI.Comm, rank: int, size: int, length: int, place: Array) -> None:
-        self._comm, self._place = comm, place
-        self._nbytes = length * place.itemsize
-        self._short = place[:length]
-        self._long = place
+    def __init__(self, comm: MPI.Comm, rank: int, size: int, length: int, receive_buffer: Array) -> None:
+        self._comm, self._receive_buffer = comm, receive_buffer
+        self._nbytes = length * receive_buffer.itemsize
+        self._expected = receive_buffer[:length]
+        self._long = receive_buffer
         self._messages: list[_Messages] = []
         self._outgoing: list[tuple[MPI.Prequest, int]] = []
         for partner, sends, receives, replaces in steps(rank, size):
-            incoming = comm.Recv_init(place, partner, _TAG) if receives else None
+            incoming = comm.Recv_init(receive_buffer, partner, _TAG) if receives else None
             sent = np.empty(length)
             parts = [sent] if length <= LONGEST else [np.array([length], np.float64), sent]
             outgoing = [comm.Send_init(part, partner, _TAG) for part in parts if sends]
@@ -89,9 +89,9 @@ class CheckedSum:
                     request.Start()
             if incoming is None:
                 continue
-            received, nbytes = self._short, wait(incoming, partner).count
-            if nbytes == self._place.itemsize:
-                received = self._long = np.empty(int(self._place[0]))
+            received, nbytes = self._expected, wait(incoming, partner).count
+            if nbytes == self._receive_buffer.itemsize:
+                received = self._long = np.empty(int(self._receive_buffer[0]))
                 nbytes = wait(self._comm.Irecv(received, partner, _TAG), partner).count
             if nbytes != self._nbytes:
                 vector[FAULT] = math.nan

@@ -41,10 +41,10 @@ def local_rank(comm: MPI.Intracomm | None = None) -> int:
         return 0
     from mpi4py import MPI
 
-    return number_on_node(MPIProcessGroup(MPI.COMM_WORLD if comm is None else comm, transport="mpi"))
+    return local_rank_in(MPIProcessGroup(MPI.COMM_WORLD if comm is None else comm, transport="mpi"))
 
 
-def number_on_node(group: MPIProcessGroup) -> int:
+def local_rank_in(group: MPIProcessGroup) -> int:
     """Return this process's number among those of a group on the same node (**collective**)."""
     return group.gather_objects(_node())[: group.rank].count(_node())
 

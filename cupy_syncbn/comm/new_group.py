@@ -8,13 +8,13 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from cupy_syncbn.comm.errors import RankMismatchError, RemoteRankError
-from cupy_syncbn.comm.groups import MPIProcessGroup, ProcessGroup, Unusable, transport_name
+from cupy_syncbn.comm.groups import MPIProcessGroup, ProcessGroup, UnusableGroup, transport_name
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
 
-def _meet(group: MPIProcessGroup, request: str, error: Exception | None) -> None:
+def _agree(group: MPIProcessGroup, request: str, error: Exception | None) -> None:
     """Compare what all ranks ask for, and wait for them before MPI does, for ever (**collective**).
 
     Raises
@@ -97,11 +97,11 @@ def new_group(
         error = TypeError(f"expected ranks to be integers, or None for all (got {ranks!r})")
     except Exception as wrong:  # also what an iterable raises
         error = wrong
-    _meet(parent, f"new_group({members}, transport={transport!r})", error)
+    _agree(parent, f"new_group({members}, transport={transport!r})", error)
     is_member = comm.rank in members
     part = comm.Split(0 if is_member else MPI.UNDEFINED, members.index(comm.rank) if is_member else 0)
     if not is_member:
-        return Unusable(f"this process is not a member of the group of ranks {members}")
+        return UnusableGroup(f"this process is not a member of the group of ranks {members}")
     return MPIProcessGroup(part, transport=transport, timeout=timeout)
 
 
@@ -156,6 +156,6 @@ def split_group(
             raise ValueError(f"expected a group_size that divides {comm.size} ranks (got {group_size})")
     except (TypeError, ValueError) as wrong:
         error = wrong
-    _meet(parent, f"split_group({group_size}, transport={transport!r})", error)
+    _agree(parent, f"split_group({group_size}, transport={transport!r})", error)
     part = comm.Split(comm.rank // group_size, comm.rank)
     return MPIProcessGroup(part, transport=transport, timeout=timeout)

@@ -1,13 +1,15 @@
-"""The private communicator: the duplicate of a communicator that messages travel on."""
+"""The private communicator: a duplicate on which only messages of this package travel."""
 
 from __future__ import annotations
 
 import functools
+import math
 import os
 import sys
 import threading
+import time
 import weakref
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Self, cast
 
 import numpy as np
 
@@ -18,44 +20,110 @@ from cupy_syncbn.comm.errors import CollectiveTimeoutError
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-SPINS_BEFORE_YIELD = range(50)
+FREED = "the communicator of this group was freed: make another group, and assign it to its layers"
+
+_FORKED = (
+    "this process was forked from a rank, and MPI does not go on in it: leave the exchanges to the rank, or "
+    "use process_group=SingleProcessGroup() here"
+)
+
+_SPINS_BEFORE_YIELD = range(50)
 """Tests of a request before the core is offered to others, such as ranks that share it."""
 
 
 class PrivateComm:
-    """The one duplicate of a communicator, and what MPI uses for its messages; the context of an exchange."""
+    """The one duplicate of a communicator, its memory, and the wait for its messages.
 
-    def __init__(self, comm: MPI.Comm) -> None:
+    A collective operation takes it, and releases it in the end. All waits in between have one deadline.
+
+    Parameters
+    ----------
+    comm : mpi4py.MPI.Comm
+        The duplicate, which may still be under way.
+    rank, size : int
+        Of the communicator.
+    """
+
+    def __init__(self, comm: MPI.Comm, rank: int, size: int) -> None:
         from mpi4py import MPI
 
-        self.comm = comm
-        self.status = MPI.Status()
-        self.place = np.empty(LONGEST)
-        self.exchanges: dict[int, CheckedSum] = {}
-        """By the length of the vector."""
-        self.unusable: tuple[type[RuntimeError], str] | None = None
+        self.comm, self.rank, self.size = comm, rank, size
+        self._unusable: tuple[type[RuntimeError], str] | None = None
         """The error that tells why no more messages can travel here, if so."""
-        self.lock = threading.Lock()
+        self._lock = threading.Lock()
+        self._timeout = math.inf
+        self._deadline: float | None = None
+        self._status = MPI.Status()
+        self._receive_buffer = np.empty(LONGEST)
+        self._sums: dict[int, CheckedSum] = {}
+        """By the length of the vector."""
         _private_comms.add(self)
 
-    def take(self) -> None:
-        """Keep other threads out, until the lock is released."""
-        if not self.lock.acquire(False):
+    def take(self, timeout: float) -> Self:
+        """Keep other threads out until `release`, and give all waits until then so many seconds together."""
+        if self._unusable:
+            kind, reason = self._unusable
+            raise kind(reason)
+        if not self._lock.acquire(False):
             raise RuntimeError(
                 "two threads of this process exchange on one communicator at a time: the other ranks cannot "
                 "tell whose turn it is. Give each thread a group of its own, new_group()"
             )
-
-    def __enter__(self) -> Self:
-        self.take()
+        self._timeout, self._deadline = timeout, None
         return self
 
-    def __exit__(self, kind: object, error: object, traceback: object) -> None:
-        self.lock.release()
+    def release(self) -> None:
+        """Let other threads take it."""
+        self._lock.release()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._lock.release()
+
+    def sum(self, vector: Array) -> None:
+        """Replace a NumPy vector by its sum over the ranks; see `CheckedSum`."""
+        checked_sum = self._sums.get(vector.size)
+        try:
+            if checked_sum is None:
+                checked_sum = CheckedSum(self.comm, self.rank, self.size, vector.size, self._receive_buffer)
+                self._sums[vector.size] = checked_sum
+            checked_sum.sum(vector, self.wait)
+        except BaseException as error:
+            self.give_up(error)
+            raise
+
+    def complete(self, request: MPI.Request, *needed: Array) -> None:
+        """Wait for a collective request, which needs some arrays to live as long as it does."""
+        try:
+            self.wait(request)
+        except BaseException as error:
+            self.give_up(error, *needed)
+            raise
+
+    def wait(self, request: MPI.Request, partner: int | None = None) -> MPI.Status:
+        """Wait for a request to or from a rank, or to all, until the deadline."""
+        status, test = self._status, request.Test
+        for _ in _SPINS_BEFORE_YIELD:
+            if test(status):
+                return status
+        while not test(status):
+            os.sched_yield()
+            now = time.monotonic()
+            if self._deadline is None:
+                self._deadline = now + self._timeout
+            elif now > self._deadline:
+                whom = "the other ranks" if partner is None else f"rank {partner}"
+                raise CollectiveTimeoutError(
+                    f"rank {self.rank} of {self.size} waited {self._timeout:g} s for {whom}: "
+                    "a rank ended, is stuck, or did not make this call"
+                )
+        return status
 
     def give_up(self, error: BaseException, *needed: Array) -> None:
-        """Use the channel no more, after an error in the middle of an exchange that needed some arrays."""
-        self.unusable = (
+        """Use it no more, after an error in the middle of an operation that needed some arrays."""
+        self._unusable = (
             CollectiveTimeoutError,
             "an earlier exchange on this communicator was given up, and its ranks are out of step: "
             + (str(error) or type(error).__name__),
@@ -63,50 +131,73 @@ class PrivateComm:
         _left_to_mpi.append((self, needed))
 
     def free(self) -> None:
-        """Free the duplicate with the communicator that it is of, unless MPI may still use it."""
+        """Free the duplicate together with the communicator that it is of, unless MPI may still use it."""
         from mpi4py import MPI
 
-        if not self.unusable and not MPI.Is_finalized():
-            self.unusable = RuntimeError, FREED
-            for exchange in self.exchanges.values():
-                exchange.free()
+        if not self._unusable and not MPI.Is_finalized():
+            self._unusable = RuntimeError, FREED
+            for checked_sum in self._sums.values():
+                checked_sum.free()
             self.comm.Free()
 
+    def forbid_in_child(self) -> None:
+        """Keep a forked process from using the duplicate of its parent."""
+        self._unusable = RuntimeError, _FORKED
 
-opening = threading.Lock()
-"""Held while a communicator gets its channel."""
+
+def private_comm_of(comm: MPI.Comm, timeout: float) -> PrivateComm:
+    """Return the duplicate of a communicator, made when it is first asked for (**collective**).
+
+    The communicator keeps it as an attribute, so that all groups on it share the one.
+    """
+    from mpi4py import MPI
+
+    if comm == MPI.COMM_NULL:
+        raise RuntimeError(FREED)
+    if _forked:
+        raise RuntimeError(_FORKED)
+    request = None
+    with _opening:
+        private = cast("PrivateComm | None", comm.Get_attr(_keyval()))
+        if private is None:
+            # Not Dup, which would wait for ever for a rank that never comes to its first sum.
+            duplicate, request = comm.Idup()
+            private = PrivateComm(duplicate, comm.rank, comm.size).take(timeout)
+            comm.Set_attr(_keyval(), private)
+    if request is not None:
+        with private:
+            private.complete(request)
+            # Messages of other lengths are errors to catch, whatever the caller's communicator does.
+            private.comm.Set_errhandler(MPI.ERRORS_RETURN)
+    return private
+
+
+@functools.cache
+def _keyval() -> int:
+    """Key of the attribute in which a communicator keeps its duplicate."""
+    from mpi4py import MPI
+
+    return MPI.Comm.Create_keyval(delete_fn=lambda comm, keyval, private: private.free())
+
+
+_opening = threading.Lock()
+"""Held while a communicator is duplicated: two threads would make two duplicates."""
+
 _private_comms: weakref.WeakSet[PrivateComm] = weakref.WeakSet()
-_left_to_mpi: list[tuple[PrivateComm, tuple[Array, ...]]] = []
-"""What exchanges needed that were given up: kept for ever, as MPI may still read and write it."""
 
-FREED = "the communicator of this group was freed: make another group, and assign it to its layers"
-FORKED = (
-    "this process was forked from a rank, and MPI does not go on in it: leave the exchanges to the rank, or "
-    "use process_group=SingleProcessGroup() here"
-)
-forked: list[bool] = []
+_left_to_mpi: list[tuple[PrivateComm, tuple[Array, ...]]] = []
+"""The memory of operations that were given up: kept for ever, as MPI may still read and write it."""
+
+_forked: list[bool] = []
 """Not empty in a process that was forked from one with MPI."""
 
 
 def _after_fork() -> None:
-    """Keep a child from using what belongs to its parent."""
     if "mpi4py.MPI" in sys.modules:
-        forked.append(True)
-    for channel in _private_comms:
-        channel.unusable = RuntimeError, FORKED
+        _forked.append(True)
+    for private in _private_comms:
+        private.forbid_in_child()
 
 
 if hasattr(os, "register_at_fork"):  # not on Windows
     os.register_at_fork(after_in_child=_after_fork)
-
-
-@functools.cache
-def keyval_for(purpose: str) -> int:
-    """Key of an attribute in which a communicator keeps what belongs to it: its channel, its group."""
-    from mpi4py import MPI
-
-    def freed(comm: MPI.Comm, keyval: int, value: object) -> None:
-        if isinstance(value, PrivateComm):
-            value.free()
-
-    return MPI.Comm.Create_keyval(delete_fn=freed)

@@ -21,7 +21,7 @@ import numpy as np
 from cupy_syncbn._version import __version__
 from cupy_syncbn.arrays import array_module, import_cupy
 from cupy_syncbn.comm import groups, launcher
-from cupy_syncbn.comm.devices import number_on_node
+from cupy_syncbn.comm.devices import local_rank_in
 from cupy_syncbn.comm.groups import MPIProcessGroup, ProcessGroup, SingleProcessGroup
 from cupy_syncbn.comm.transports import TRANSPORTS, nccl
 from cupy_syncbn.nn.batch_norm import SyncBatchNorm
@@ -169,7 +169,7 @@ _SINGLE = SingleProcessGroup()
 # ---- What is here ----
 def _own_row(group: ProcessGroup, timeout: float | str, bind: bool) -> _Row:
     # Collective, so before anything that may fail.
-    number = number_on_node(group) if isinstance(group, MPIProcessGroup) else 0
+    number = local_rank_in(group) if isinstance(group, MPIProcessGroup) else 0
     gpu = pci = device = None
     device_error = why_no_gpu = ""
     try:

@@ -41,7 +41,7 @@ class BatchNormBase(Module):
     running_var: Array | None
     num_batches_tracked: Array | None
     process_group: ProcessGroup | None
-    _exchanges: int
+    _calls_made: int
     _introduced: bool
     _frozen: int = 0
     """How many `frozen_statistics` the layer is in."""
@@ -117,10 +117,10 @@ class BatchNormBase(Module):
         if self.training and not self._introduced:
             # Vectors of other lengths must never meet: a fixed-size one tells first.
             introduction = self._call(f"introduction with {self.dtype} parameters")
-            introduction.exchange(peers, np.array(introduction.trailer(peers)))
+            introduction.allreduce_checked(peers, np.array(introduction.trailer(peers)))
             self._introduced = True
         call = self._call("forward")
-        with call.faults_join(peers, 4 * self.num_features + 4, module_of(self._array(x))):
+        with call.preparing(peers, 4 * self.num_features + 4, module_of(self._array(x))):
             if not isinstance(x, np.ndarray):  # with one of a subclass, `out` may still be the same object
                 x = as_array(x)
             self._check(x)
@@ -142,7 +142,7 @@ class BatchNormBase(Module):
             out=out,
             call=call,
         )
-        self._exchanges += self.training
+        self._calls_made += self.training
         if self._observe is not None:
             self._observe(self._saved)
         return y
@@ -153,7 +153,7 @@ class BatchNormBase(Module):
             """See `forward`."""
 
     def _call(self, direction: str) -> Call:
-        return Call(self.name or type(self).__name__, self.num_features, direction, self._exchanges)
+        return Call(self.name or type(self).__name__, self.num_features, direction, self._calls_made)
 
     def _array(self, x: Array) -> Array:
         """Return an array of the layer's, or `x` if it has none."""
@@ -209,7 +209,7 @@ class BatchNormBase(Module):
         exchanges = (self.training if saved is None else saved.synchronized) or self.grad_reduction != "none"
         peers = _peers(self.process_group if saved is None else saved.group, exchanges)
         library = module_of(self._array(dy) if saved is None else saved.x)
-        with call.faults_join(peers, 2 * self.num_features + 3, library):
+        with call.preparing(peers, 2 * self.num_features + 3, library):
             if saved is None:
                 raise RuntimeError("backward needs a forward before it: each forward serves one backward")
             for name, parameter in (("weight", self.weight), ("bias", self.bias)):
@@ -217,7 +217,7 @@ class BatchNormBase(Module):
                     check_gradient(name, parameter)
         gradients = sync_batch_norm_backward(dy, saved, grad_reduction=self.grad_reduction)
         # A rank that fails after the exchange has another number than the others, and they find out.
-        self._exchanges += exchanges
+        self._calls_made += exchanges
         self._saved = None
         for parameter, gradient in ((self.weight, gradients.weight), (self.bias, gradients.bias)):
             if parameter is not None and gradient is not None:
@@ -274,7 +274,7 @@ class BatchNormBase(Module):
 
 def restart_calls(layer: BatchNormBase) -> None:
     """Count a layer's calls from here on: all ranks do so at the same time."""
-    layer._exchanges = 0
+    layer._calls_made = 0
     layer._introduced = False
 
 

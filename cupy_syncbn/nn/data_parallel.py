@@ -82,10 +82,10 @@ class DistributedDataParallel(Module):
         # Each array once, by its last name, so that ranks which share others of their arrays differ too.
         state = dict({id(array): (name, array) for name, array in module.state_dict().items()}.values())
         call = Call("DistributedDataParallel", 0, "construction", 0)
-        with call.faults_join(group, 3):
+        with call.preparing(group, 3):
             for name, array in state.items():
                 _check_array(name, array)
-        call.exchange(group, np.array(call.trailer(group)))
+        call.allreduce_checked(group, np.array(call.trailer(group)))
         _check_alike(group, self._description(state))
         for array in state.values():
             values = module_of(array).ascontiguousarray(array)
@@ -161,12 +161,12 @@ class DistributedDataParallel(Module):
             code = zlib.crc32(repr(self._description({name: p.data for name, p in named})).encode())
             caller += f" with parameters of code {code:08x}"
         call = Call(caller, 0, "gradients", self._reductions)
-        with call.faults_join(group, len(named) + 3):
+        with call.preparing(group, len(named) + 3):
             for name, parameter in named:
                 check_gradient(name, parameter)
             present = np.array([parameter.grad is not None for _, parameter in named] + [0] * 3, np.float64)
             present[-3:] = call.trailer(group)
-        call.exchange(group, present)
+        call.allreduce_checked(group, present)
         self._reductions += 1
         if group.size > 1:
             parameters = [p for (_, p), ranks in zip(named, present[:-3], strict=True) if ranks]

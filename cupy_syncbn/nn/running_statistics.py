@@ -11,7 +11,7 @@ import numpy as np
 
 from cupy_syncbn.arrays import Array, check_writeable, module_of, move
 from cupy_syncbn.backends.vector import moments, round_to_12_bits
-from cupy_syncbn.comm.call import Call, is_known_to
+from cupy_syncbn.comm.call import Call, was_heard_by
 from cupy_syncbn.comm.groups import ProcessGroup, SingleProcessGroup, as_group
 from cupy_syncbn.functional import Saved
 from cupy_syncbn.nn.batch_norm import BatchNormBase, FrozenStatistics, observing
@@ -108,8 +108,8 @@ def recalibrate(module: Module, batches: Iterable[Any]) -> None:
             try:
                 module(*arguments)
             except Exception as error:
-                if not is_known_to(group, error):  # the others are in this batch, or wait for the next
-                    with _call(layers, number + 1).faults_join(group, 4):
+                if not was_heard_by(group, error):  # the others are in this batch, or wait for the next
+                    with _call(layers, number + 1).preparing(group, 4):
                         raise
                 raise
         for each in groups:
@@ -170,7 +170,7 @@ def _in_step(
     end = object()
     for number in itertools.count():
         call = _call(layers, number)
-        with call.faults_join(group, 4):
+        with call.preparing(group, 4):
             if number == 0:
                 for layer in layers:
                     check_writeable("running_mean", layer.running_mean)
@@ -182,7 +182,7 @@ def _in_step(
                     "expected at least one batch (got none): give [x[:0]] on a rank without data"
                 )
         votes = np.array([batch is not end, *call.trailer(group)])
-        call.exchange(group, votes)
+        call.allreduce_checked(group, votes)
         if not votes[0]:
             return
         if batch is not end:

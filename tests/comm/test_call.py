@@ -41,7 +41,7 @@ def test_equal_calls_pass(size):
     pair = Others(np.zeros(3))
     group = Others(*[trailer(CALL, pair)] * (size - 1))
     vector = trailer(CALL, group)
-    CALL.exchange(group, vector)
+    CALL.allreduce_checked(group, vector)
     assert vector[0] == 0
     assert vector[1] == size * trailer(CALL, pair)[1]
 
@@ -57,7 +57,7 @@ def test_one_other_call_is_noticed(size, other):
     pair = Others(np.zeros(3))
     group = Others(*[trailer(CALL, pair)] * (size - 2), trailer(other, pair))
     with pytest.raises(RankMismatchError, match="stem"):
-        CALL.exchange(group, trailer(CALL, group))
+        CALL.allreduce_checked(group, trailer(CALL, group))
 
 
 @pytest.mark.parametrize(
@@ -70,9 +70,9 @@ def test_faulty_ranks_are_named_or_counted(size, faulty, named):
         member = Others(*[np.zeros(3)] * (size - 1))
         member.rank = rank
         member.allreduce = lambda vector: sent.append(vector.copy()) or vector
-        with pytest.raises(ValueError, match="odd batch"), CALL.faults_join(member, 3):
+        with pytest.raises(ValueError, match="odd batch"), CALL.preparing(member, 3):
             raise ValueError("odd batch")
     pair = Others(np.zeros(3))
     group = Others(*[trailer(CALL, pair)] * (size - 1 - len(faulty)), *sent)
     with pytest.raises(RemoteRankError, match=named):
-        CALL.exchange(group, trailer(CALL, group))
+        CALL.allreduce_checked(group, trailer(CALL, group))

@@ -137,7 +137,7 @@ def test_freed_communicator(world, rng):
         group.allreduce(np.ones(3))
         comm.Free()
         unused._comm.Free()
-        assert group._channel.comm == MPI.COMM_NULL
+        assert group._private_comm.comm == MPI.COMM_NULL
         for each in group, unused:
             with pytest.raises(RuntimeError, match="was freed"):
                 each.allreduce(np.ones(3))
@@ -169,7 +169,7 @@ def test_two_threads(world):
             group.allreduce(vector)
         seen.append(str(caught.value))
 
-    with group._opened():
+    with group._taken():
         thread = threading.Thread(target=call)
         thread.start()
         thread.join()

@@ -98,11 +98,11 @@ class NcclCommunicator:
         self.asynchronous_error = 0  # for tests to set
         gpu = sys.modules["cupy.cuda.runtime"].deviceGetPCIBusId(self._device)  # which tests may replace
         mine = (rank, ndev, MPI.Get_processor_name(), gpu)
-        self._worlds = self._meet(creator, mine, ndev)
+        self._worlds = self._agree(creator, mine, ndev)
         self._is_open = True
         made.append(f"rank {rank} of {ndev} on {gpu}")
 
-    def _meet(self, creator, mine, ndev):
+    def _agree(self, creator, mine, ndev):
         """Return the ranks in the world of all ranks; or raise what is wrong, on all."""
         world, tag = _messages(), self._tag + 1
         if world.rank != creator:

@@ -34,7 +34,7 @@ def overlaps(a: Array, b: Array) -> bool:
     return np.shares_memory(a, b)
 
 
-def accessible(x: Array) -> Array:
+def as_kernel_input(x: Array) -> Array:
     """Return `x`: strides do not matter here."""
     return x
 
@@ -138,7 +138,7 @@ def _exchange_vector(local: _Local, trailer: tuple[float, ...]) -> Array:
     return result
 
 
-def deviations(local: _Local, vector: Array, trailer: tuple[float, ...]) -> Array:
+def centered_squares(local: _Local, vector: Array, trailer: tuple[float, ...]) -> Array:
     """Return the vector [Σ(x - mean)² (C) | trailer] about the mean over all ranks, for float64 data."""
     mean, _, _ = moments(vector, local.sum.size)
     distance = mean if local.shift is None else mean - local.shift

@@ -54,7 +54,7 @@ def _bounds(array: Array) -> tuple[int, int]:
     return start, end + array.itemsize
 
 
-def accessible(x: Array) -> Array:
+def as_kernel_input(x: Array) -> Array:
     """Return `x`, or a contiguous copy of it if it is not contiguous."""
     return x if x.flags.c_contiguous else cupy.ascontiguousarray(x)
 
@@ -160,7 +160,7 @@ def _or_null(array: Array | None) -> Any:
 
 
 class _Local(NamedTuple):
-    """What `deviations` needs of a rank's statistics; for float64 data only."""
+    """What `centered_squares` needs of a rank's statistics; for float64 data only."""
 
     sums: Array
     """(3, C): pivot, Σ(x - pivot), Σ(x - pivot)²."""
@@ -185,11 +185,11 @@ def statistics(x: Array, trailer: tuple[float, ...]) -> tuple[Array, _Local | No
     return vector, local
 
 
-def deviations(local: _Local, vector: Array, trailer: tuple[float, ...]) -> Array:
+def centered_squares(local: _Local, vector: Array, trailer: tuple[float, ...]) -> Array:
     """Return the vector [Σ(x - mean)² (C) | trailer] about the mean over all ranks, for float64 data."""
     C = local.sums.shape[1]
     squares = cupy.empty(C + len(trailer), "float64")
-    _kernel(*kernels.deviations())(
+    _kernel(*kernels.centered_squares())(
         (-(-C // THREADS),), (THREADS,), (local.sums, vector, local.n, C, squares, *map(float, trailer))
     )
     return squares
@@ -273,7 +273,7 @@ def _normalize(
     for bit, values in ((_WEIGHT, weight), (_BIAS, bias), (_MEAN, mean), (_VAR, var)):
         types |= _is_float(x.dtype, bit, None if values is None else values.dtype)
     weight, bias, means, variances = (
-        None if values is None else accessible(values) for values in (weight, bias, mean, var)
+        None if values is None else as_kernel_input(values) for values in (weight, bias, mean, var)
     )
     flags = launch.columns, residual is not None, slope is not None
     instance = _instance(kernels.normalize, x.dtype, launch.width, *flags)

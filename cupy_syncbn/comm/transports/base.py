@@ -26,7 +26,7 @@ class HostGroup(Protocol):
     def allreduce(self, buffer: Array) -> Array:
         """See `ProcessGroup`."""
 
-    def exchange(self, vector: Array) -> Array:
+    def allreduce_checked(self, vector: Array) -> Array:
         """See `ProcessGroup`."""
 
     def broadcast(self, buffer: Array, root: int = 0) -> None:
@@ -58,14 +58,14 @@ class Transport(ABC):
         """Replace a buffer by its sum; return it, or a copy of the sum in memory of the host."""
 
     @abstractmethod
-    def exchange(self, vector: Array) -> Array:
+    def allreduce_checked(self, vector: Array) -> Array:
         """Do the same to a vector that ends in a trailer, and return what ends in its sum."""
 
     @abstractmethod
     def broadcast(self, buffer: Array, root: int) -> None:
         """Replace a buffer by that of a rank."""
 
-    def alike(self, vector: Array) -> Array:
+    def match_peers(self, vector: Array) -> Array:
         """Turn a NumPy vector into one that meets the CuPy vectors of the other ranks."""
         return import_cupy().asarray(vector)
 

@@ -39,7 +39,7 @@ class CUDAAware(Transport):
             raise RankMismatchError("the ranks add up arrays of different sizes")
         return buffer
 
-    def exchange(self, vector: Array) -> Array:
+    def allreduce_checked(self, vector: Array) -> Array:
         """Do the same to a vector that ends in a trailer, and return the trailer in memory of the host."""
         self._add_up(vector, marks_mismatch=True)
         trailer: Array = vector[-3:].get()

@@ -26,14 +26,14 @@ class HostStaged(Transport):
         buffer.set(host)
         return host
 
-    def exchange(self, vector: Array) -> Array:
+    def allreduce_checked(self, vector: Array) -> Array:
         """Do the same to a vector that ends in a trailer."""
         host = _on_host(vector)
-        self._group.exchange(host)
+        self._group.allreduce_checked(host)
         vector.set(host)
         return host
 
-    def alike(self, vector: Array) -> Array:
+    def match_peers(self, vector: Array) -> Array:
         """Return `vector` itself: those of the others come by memory of the host too."""
         return vector
 

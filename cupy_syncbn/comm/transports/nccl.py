@@ -80,7 +80,7 @@ class NCCL(Transport):
         self._enqueue(enqueue, buffer)
         return buffer
 
-    def exchange(self, vector: Array) -> Array:
+    def allreduce_checked(self, vector: Array) -> Array:
         """Do the same to a vector that ends in a trailer."""
         return self.allreduce(vector)
 

@@ -279,7 +279,7 @@ class Combination(NamedTuple):
     def instances(self):
         """The kernels of a training step."""
         rest = self.dtype, self.width, self.columns
-        found = [kernels.statistics(*rest)] + [kernels.deviations()] * (self.dtype == "float64")
+        found = [kernels.statistics(*rest)] + [kernels.centered_squares()] * (self.dtype == "float64")
         for kernel in kernels.normalize, kernels.reduce_gradients, kernels.input_gradient:
             found.append(kernel(*rest, self.residual, self.activation))
         return [name for _, name in found]
@@ -626,7 +626,7 @@ def test_ranks(cupy, dtypes, channels_last):
         vectors, squares = add_up(vectors), [None] * len(parts)
         if dtype == np.float64:
             squares = add_up(
-                [backend.deviations(*pair, TRAILER) for pair in zip(local, vectors, strict=True)]
+                [backend.centered_squares(*pair, TRAILER) for pair in zip(local, vectors, strict=True)]
             )
         ys, dxs, dresiduals = ([cupy.empty(x.shape, dtype) for x in xs] for _ in range(3))
         weight, bias = cupy.asarray(step.weight), cupy.asarray(step.bias)
@@ -879,7 +879,7 @@ def test_traffic(cupy, dtype, activation, residual):
             "reduce_gradients": (2 * tensor + mask, tensor * residual),
             "input_gradient": (2 * tensor + mask, tensor),
         }
-        assert first.keys() - expected.keys() <= {"deviations"}
+        assert first.keys() - expected.keys() <= {"centered_squares"}
         for kernel, bytes_ in expected.items():
             more = second[kernel].read - first[kernel].read, second[kernel].written - first[kernel].written
             assert more == bytes_, kernel
@@ -916,7 +916,7 @@ def test_number_of_launches(cupy):
             step = make_step((5, 33, 7), dtypes, activation="relu", residual=True, training=training)
             with recorded() as done:
                 compute(cupy, step)
-            forward = ["statistics"] * training + ["deviations"] * (training and dtypes == "float64")
+            forward = ["statistics"] * training + ["centered_squares"] * (training and dtypes == "float64")
             expected = [*forward, "normalize", "reduce_gradients", "input_gradient"]
             assert [launch.name.partition("<")[0] for launch in done] == expected
 

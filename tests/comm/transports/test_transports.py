@@ -85,7 +85,7 @@ def eventually(condition, what, seconds=5.0):
 
 
 def communicator_of(group):
-    return group._carrier._operations._communicator
+    return group._transport._operations._communicator
 
 
 @pytest.fixture(params=TRANSPORTS, ids=str.upper)
@@ -133,10 +133,10 @@ def test_broadcast(world, cupy, group, dtype):
 def test_exchange(world, rng, cupy, group):
     parts = [np.array([*random_array(rng, 20, "f8"), 0, 3, 9]) for _ in range(world.size)]
     vector, expected = cupy.asarray(parts[world.rank]), parts[world.rank].copy()
-    ending = group.exchange(vector)
-    MPIProcessGroup(world.comm).exchange(expected)
+    ending = group.allreduce_checked(vector)
+    MPIProcessGroup(world.comm).allreduce_checked(expected)
     assert_close(vector.get(), expected)
-    if isinstance(group._carrier, transports.HostStaged):
+    if isinstance(group._transport, transports.HostStaged):
         assert_identical(vector.get(), expected)  # it is the same sum
     ending = ending if isinstance(ending, np.ndarray) else ending.get()
     np.testing.assert_array_equal(ending[-3:], world.size * np.array([0, 3, 9]))
@@ -282,15 +282,15 @@ def test_lengths_that_differ(world, cupy, streams, transport, longer):
     group = new_group(transport=transport)
     for _ in range(2):
         vector = cupy.zeros(10 + longer * (world.rank == 1))
-        assert np.isnan(group.exchange(vector)[-3])
+        assert np.isnan(group.allreduce_checked(vector)[-3])
         assert np.isnan(vector.get()[-3])
     vector = cupy.ones(100)
-    assert group.exchange(vector)[-3] == world.size
+    assert group.allreduce_checked(vector)[-3] == world.size
 
 
 @pytest.mark.mpi(min_size=2)
 @pytest.mark.parametrize("transport", ["mpi", "cuda-aware-mpi"])
-@pytest.mark.parametrize("call", ["allreduce", "exchange", "broadcast"])
+@pytest.mark.parametrize("call", ["allreduce", "allreduce_checked", "broadcast"])
 def test_rank_that_never_comes_to_mpi(world, cupy, streams, transport, call):
     group = MPIProcessGroup(world.comm.Dup(), transport=transport, timeout=0.3)
     group.allreduce(cupy.ones(5))
@@ -308,7 +308,7 @@ def test_rank_that_never_comes_to_mpi(world, cupy, streams, transport, call):
 
 
 # ---- MPI that takes addresses on the GPU ----
-@pytest.mark.parametrize("call", ["allreduce", "broadcast", "exchange"])
+@pytest.mark.parametrize("call", ["allreduce", "broadcast", "allreduce_checked"])
 def test_stream_has_ended_when_mpi_reads(world, cupy, streams, call):
     """MPI gets the address: what the stream has not written yet, it would not see."""
     group = new_group(transport="cuda-aware-mpi")
@@ -359,8 +359,8 @@ class BetweenTwoRanks:
 
 def test_addresses_go_into_messages_between_two_ranks(world, rng, cupy, streams):
     group = new_group(transport="cuda-aware-mpi")
-    channel = group._opened()
-    channel.comm = BetweenTwoRanks(channel.comm, cupy)
+    private = group._opened()
+    private.comm = BetweenTwoRanks(private.comm, cupy)
     layer = SyncBatchNorm(4, device="cuda", process_group=group)
     x = cupy.asarray(random_batch(rng, SHAPE))
     layer(x)
@@ -454,7 +454,7 @@ def carrier_of(group, cupy):
     buffer = cupy.ones(3)
     group.allreduce(buffer)
     assert buffer.tolist() == [group.size] * 3
-    return type(group._carrier)
+    return type(group._transport)
 
 
 @pytest.mark.parametrize("asked", ["argument", "variable", "default"])
@@ -626,7 +626,7 @@ def assert_dead(group, error, match, cupy):
     for use in group.check_errors, lambda: group.allreduce(cupy.ones(3)):
         with pytest.raises(error, match=match) as caught:
             use()
-        assert caught.value is group._carrier._operations._error
+        assert caught.value is group._transport._operations._error
     assert len(caught.traceback) < 10
 
 
@@ -741,7 +741,7 @@ def test_operations_without_a_layer_are_watched(world, cupy, nccl):
 def test_lengths_that_differ_by_nccl(world, cupy, nccl):
     """NCCL does not compare them: it hangs, until the timeout."""
     group = new_group(transport="nccl", timeout=0.3)
-    group.exchange(cupy.zeros(10 + 5 * (world.rank == 1)))
+    group.allreduce_checked(cupy.zeros(10 + 5 * (world.rank == 1)))
     with pytest.raises(CollectiveTimeoutError):
         group.check_errors()
 
@@ -771,7 +771,7 @@ def test_abort_waits_for_the_host_to_leave_nccl(world, cupy, nccl, monkeypatch):
     def all_reduce(*arguments):
         inside.append(True)
         communicator.asynchronous_error = 6
-        eventually(lambda: group._carrier._operations._error, "the error was not noticed")
+        eventually(lambda: group._transport._operations._error, "the error was not noticed")
         time.sleep(0.05)
         inside.clear()
 
@@ -837,7 +837,7 @@ def test_check_errors_waits_for_all(world, rng, cupy, nccl, streams):
     layer.process_group.check_errors()
     assert streams.synchronizations == []  # it looks, so that it can stop
     if world.size > 1:
-        assert not layer.process_group._carrier._operations._pending
+        assert not layer.process_group._transport._operations._pending
     for result in results:
         assert np.isfinite(result.get()).all()
 
@@ -1213,7 +1213,7 @@ def test_nccl_of_one_rank(request, cupy):
     if missing := transports.nccl.missing_for_nccl()[0]:
         pytest.skip(missing)
     group = NCCLProcessGroup(MPI.COMM_SELF, timeout=30)
-    carrier, aborted, seen = group._carrier, threading.Event(), []
+    carrier, aborted, seen = group._transport, threading.Event(), []
     communicator = communicator_of(group)
 
     class Watched:
@@ -1233,7 +1233,7 @@ def test_nccl_of_one_rank(request, cupy):
     for fault, expectation in (0, contextlib.nullcontext()), (1, pytest.raises(RemoteRankError, match="bad")):
         expected = np.array([3.5, -1, fault, 7, 49])
         vector = cupy.asarray(expected)
-        carrier.exchange(vector)
+        carrier.allreduce_checked(vector)
         carrier.defer(vector[-3:], check, "a call")
         with expectation:
             group.check_errors()
@@ -1241,4 +1241,4 @@ def test_nccl_of_one_rank(request, cupy):
     assert seen == [[0, 7, 49], [1, 7, 49]]
     assert aborted.wait(30)
     with pytest.raises(RemoteRankError, match="bad"):
-        carrier.exchange(vector)
+        carrier.allreduce_checked(vector)

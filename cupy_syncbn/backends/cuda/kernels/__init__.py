@@ -55,9 +55,9 @@ def statistics(dtype: str, width: int, columns: bool) -> tuple[str, str]:
     return "statistics.cu", _instance("statistics", TYPES[dtype], width, columns)
 
 
-def deviations() -> tuple[str, str]:
+def centered_squares() -> tuple[str, str]:
     """Return the file and the name of the kernel."""
-    return "statistics.cu", "deviations"
+    return "statistics.cu", "centered_squares"
 
 
 def normalize(dtype: str, width: int, columns: bool, residual: bool, activation: bool) -> tuple[str, str]:
@@ -85,7 +85,7 @@ def instances(file: str, dtype: str) -> tuple[str, ...]:
     """Return the names of all instances of a file for a type of data."""
     itemsize = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}[dtype]
     widths, both = (vector_width(itemsize), 1), (False, True)
-    found = [deviations()] if dtype == "float64" else []
+    found = [centered_squares()] if dtype == "float64" else []
     for width, columns in itertools.product(widths, both):
         found.append(statistics(dtype, width, columns))
         for residual, activation in itertools.product(both, both):

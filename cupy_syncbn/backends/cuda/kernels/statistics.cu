@@ -215,7 +215,7 @@ __global__ void __launch_bounds__(THREADS, MIN_BLOCKS<V>)
 // squares   [C + 3]
 // Launch: a thread a channel.
 __global__ void __launch_bounds__(THREADS)
-    deviations(const double* __restrict__ local, const double* __restrict__ vector, double n, long long C,
+    centered_squares(const double* __restrict__ local, const double* __restrict__ vector, double n, long long C,
                double* __restrict__ squares, double fault, double tag, double tag_square)
 {
     const long long c = static_cast<long long>(blockIdx.x) * THREADS + threadIdx.x;
