@@ -76,10 +76,6 @@ class Job(NamedTuple):
         return f"{self.file}-{self.dtype}-sm_{self.architecture}"
 
 
-# The file that takes longest first: at the end, no processor is left to work alone.
-JOBS = [Job(*job) for job in product(reversed(kernels.FILES), kernels.TYPES, ARCHITECTURES)]
-
-
 def missing() -> str | None:
     """Return what is missing here to compile, or None."""
     for package in PACKAGES:

@@ -4,6 +4,7 @@ What a launch depends on is in the assembler's report: registers, shared memory,
 that spilled registers are written to. What the accesses to memory are is in the PTX.
 """
 
+import dataclasses
 import os
 import re
 from concurrent.futures import ThreadPoolExecutor
@@ -69,6 +70,53 @@ def float_atomics(kernel):
     return [access for access in kernel.accesses if re.search(r"^(atom|red)\..*\.b?f\d", access)]
 
 
+def offences(job, compiled):
+    """Yield (instance, fact) for all that is not as it must be."""
+    expected = set(kernels.instances(job.file, job.dtype))
+    yield from ((name, "is not among what was compiled") for name in expected - compiled.kernels.keys())
+    yield from ((str(job), warning) for warning in compiled.warnings)
+    for name, kernel in compiled.kernels.items():
+        instance = Instance.parse(name)
+        yield from ((name, fact) for fact in facts_of_resources(kernel, instance, job.architecture))
+        yield from ((name, fact) for fact in facts_of_accesses(kernel, instance))
+
+
+def facts_of_resources(kernel, instance, architecture):
+    """Yield what a kernel has too much of: local memory, registers, shared memory."""
+    if kernel.stack:
+        yield f"has {kernel.stack} bytes of stack"
+    if kernel.spill_stores or kernel.spill_loads:
+        yield f"spills {kernel.spill_stores} bytes and loads {kernel.spill_loads}"
+    cap = kernels.REGISTERS[instance.width]
+    if kernel.registers > cap:
+        yield f"takes {kernel.registers} registers, where {cap} are the cap"
+    # Shared memory leaves room for as many blocks as the cap on registers is for.
+    blocks, reserved = REGISTERS // (THREADS * cap), 1024 if architecture >= 80 else 0
+    if blocks * (kernel.shared + reserved) > SHARED[architecture] * 1024:
+        yield f"has {kernel.shared} bytes of shared memory, which leave no room for {blocks} blocks"
+
+
+def facts_of_accesses(kernel, instance):
+    """Yield what is wrong with the instructions: accesses to vectors, atomics, how pivots are split."""
+    loads, stores = (count_accesses(kernel, kind, 16) for kind in ("ld", "st"))
+    if instance.width == 1:
+        if loads or stores:
+            yield f"has {loads} loads and {stores} stores of 16 bytes for single elements"
+    else:
+        if loads < LOADS:
+            yield f"has {loads} loads of 16 bytes, where {LOADS} are under way"
+        if stores < instance.vector_stores():
+            yield f"has {stores} stores of 16 bytes, of {instance.vector_stores()}"
+        if not instance.columns and not count_accesses(kernel, "ld", 16 // instance.width):
+            yield "has no loads for the edges of rows"
+    if atomics := float_atomics(kernel):
+        yield f"has atomics on floating point: {atomics}"
+    # A mul.f64 may become part of an fma, which does not have the rounding that splits a pivot.
+    splittings = {"mul.rn.f64"} if instance.kernel in ("statistics", "deviations", "normalize") else set()
+    if set(kernel.splittings) != splittings:
+        yield f"splits pivots by {set(kernel.splittings) or 'nothing'}, not {splittings or 'nothing'}"
+
+
 @pytest.fixture(scope="session")
 def compiler():
     if reason := nvrtc.missing():
@@ -77,84 +125,73 @@ def compiler():
 
 @pytest.fixture(scope="session")
 def compilations(request, compiler):
-    """Return the results of all jobs, which come while the tests are at work on the first."""
-    parameters = (item.callspec.params for item in request.session.items if hasattr(item, "callspec"))
-    jobs = dict.fromkeys(p["compiled"] for p in parameters if "compiled" in p)
+    """Return the results of the jobs of all tests chosen, which come while the first test is at work."""
+    jobs = [
+        job
+        for item in request.session.items
+        if getattr(item, "function", None) is test_instances
+        for job in jobs_of(item.callspec.params["file"], item.callspec.params["architecture"])
+    ]
     pool = ThreadPoolExecutor(os.cpu_count())
     yield {job: pool.submit(nvrtc.compile_job, job) for job in jobs}
     pool.shutdown(cancel_futures=True)
 
 
-@pytest.fixture(scope="session", params=nvrtc.JOBS, ids=str)
-def compiled(request, compilations):
-    return compilations[request.param].result()
+def jobs_of(file, architecture):
+    return [nvrtc.Job(file, dtype, architecture) for dtype in kernels.TYPES]
 
 
-@pytest.fixture
-def job(request):
-    return request.node.callspec.params["compiled"]
+# The file that takes longest first: at the end, no processor is left to work alone.
+@pytest.mark.parametrize("architecture", nvrtc.ARCHITECTURES)
+@pytest.mark.parametrize("file", reversed(kernels.FILES))
+def test_instances(compilations, file, architecture):
+    """All compile without a warning, within the resources of a launch, and access memory as they should."""
+    found = [
+        f"{name} {fact}"
+        for job in jobs_of(file, architecture)
+        for name, fact in offences(job, compilations[job].result())
+    ]
+    assert not found, "\n".join([f"{len(found)} offences on sm_{architecture}", *found])
 
 
-def test_all_instances_compile_without_a_warning(compiled, job):
-    assert set(compiled.kernels) == set(kernels.instances(job.file, job.dtype))
-    assert compiled.warnings == []
+# That the test can fail.
 
 
-def test_nothing_is_in_local_memory(compiled):
-    local = {
-        name: f"{kernel.stack} bytes of stack, {kernel.spill_stores} spilled"
-        for name, kernel in compiled.kernels.items()
-        if kernel.stack or kernel.spill_stores or kernel.spill_loads
-    }
-    assert local == {}
+@pytest.mark.parametrize(
+    ("change", "fact"),
+    [
+        ({"stack": 8}, "has 8 bytes of stack"),
+        ({"spill_stores": 4}, "spills 4 bytes and loads 0"),
+        ({"registers": 255}, "takes 255 registers"),
+        ({"shared": 100_000}, "has 100000 bytes of shared memory"),
+        ({"accesses": {}}, "has 0 loads of 16 bytes"),
+        ({"accesses": {"atom.global.add.f32": 1}}, "has atomics on floating point"),
+        ({"splittings": ["fma.rn.f64"]}, "splits pivots by {'fma.rn.f64'}"),
+        ({"splittings": []}, "splits pivots by nothing"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_each_offence_is_told(compiler, change, fact):
+    job = nvrtc.Job("statistics.cu", "float32", 90)
+    compiled = nvrtc.compile_job(job)
+    assert list(offences(job, compiled)) == []
+    name = next(name for name in compiled.kernels if Instance.parse(name).width > 1)
+    changed = compiled.kernels | {name: dataclasses.replace(compiled.kernels[name], **change)}
+    found = list(offences(job, dataclasses.replace(compiled, kernels=changed)))
+    assert {who for who, _ in found} == {name}
+    assert any(told.startswith(fact) for _, told in found), found
 
 
-def test_registers_are_under_the_cap(compiled):
-    above = {
-        name: kernel.registers
-        for name, kernel in compiled.kernels.items()
-        if kernel.registers > kernels.REGISTERS[Instance.parse(name).width]
-    }
-    assert above == {}
-
-
-def test_shared_memory_leaves_room_for_the_blocks(compiled, job):
-    # As many as the cap on registers is for.
-    reserved = 1024 if job.architecture >= 80 else 0
-    excess = {}
-    for name, kernel in compiled.kernels.items():
-        blocks = REGISTERS // (THREADS * kernels.REGISTERS[Instance.parse(name).width])
-        if blocks * (kernel.shared + reserved) > SHARED[job.architecture] * 1024:
-            excess[name] = f"{blocks} blocks of {kernel.shared} bytes"
-    assert excess == {}
-
-
-def test_vectors_are_accessed_by_16_bytes(compiled):
-    for name, kernel in compiled.kernels.items():
-        instance = Instance.parse(name)
-        loads, stores = (count_accesses(kernel, kind, 16) for kind in ("ld", "st"))
-        if instance.width == 1:
-            assert (loads, stores) == (0, 0), name
-        else:
-            assert loads >= LOADS, name
-            assert stores >= instance.vector_stores(), name
-            edges = count_accesses(kernel, "ld", 16 // instance.width)
-            assert instance.columns or edges > 0, name
-
-
-def test_no_atomic_is_floating_point(compiled):
-    for name, kernel in compiled.kernels.items():
-        assert float_atomics(kernel) == [], name
-
-
-def test_the_splitting_of_pivots_keeps_its_roundings(compiled):
-    """A mul.f64 may become part of an fma, which has none."""
-    for name, kernel in compiled.kernels.items():
-        has_pivots = Instance.parse(name).kernel in ("statistics", "centered_squares", "normalize")
-        assert set(kernel.splittings) == ({"mul.rn.f64"} if has_pivots else set()), name
-
-
-# That these tests can fail.
+def test_what_is_missing_or_warned_of_is_told(compiler):
+    job = nvrtc.Job("statistics.cu", "float32", 90)
+    compiled = nvrtc.compile_job(job)
+    missing, *others = compiled.kernels
+    kept = {name: compiled.kernels[name] for name in others}
+    changed = dataclasses.replace(compiled, kernels=kept, warnings=["line 3: warning: unused"])
+    assert list(offences(job, changed)) == [
+        (missing, "is not among what was compiled"),
+        (str(job), "line 3: warning: unused"),
+    ]
 
 
 def compile_planted(body, arguments="float* x", bounds=""):
