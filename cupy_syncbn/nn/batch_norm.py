@@ -22,7 +22,7 @@ from cupy_syncbn.checks import (
 from cupy_syncbn.comm.call import Call
 from cupy_syncbn.comm.groups import ProcessGroup, SingleProcessGroup, as_group
 from cupy_syncbn.functional import Saved, sync_batch_norm, sync_batch_norm_backward
-from cupy_syncbn.nn.module import Module, Parameter, check_gradient
+from cupy_syncbn.nn.module import Module, Parameter, Tree, check_gradient
 from cupy_syncbn.nn.replace import replace_within
 
 if TYPE_CHECKING:
@@ -226,9 +226,10 @@ class BatchNormBase(Module):
 
     def __getstate__(self) -> Any:
         """Return what copies and pickles have: not the forward that waits for its backward."""
-        state = {name: value for name, value in vars(self).items() if name not in ("_frozen", "_observe")}
+        whole = super().__getstate__()  # `(dict, slots)` if a subclass has slots
+        attributes = whole[0] if isinstance(whole, tuple) else whole
+        state = {name: value for name, value in attributes.items() if name not in ("_frozen", "_observe")}
         state["_saved"] = None
-        whole = super().__getstate__()  # a pair where a subclass has slots
         return (state, whole[1]) if isinstance(whole, tuple) else state
 
     def reset_running_stats(self) -> None:
@@ -575,4 +576,4 @@ def convert_sync_batchnorm(module: Any, process_group: ProcessGroup | MPI.Intrac
         new.process_group = group
         return new
 
-    return replace_within(module, synchronized, opaque=(Parameter, ProcessGroup))
+    return replace_within(module, synchronized, opaque=(Parameter, ProcessGroup, Tree))

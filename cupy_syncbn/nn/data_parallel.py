@@ -15,7 +15,7 @@ from cupy_syncbn.comm.call import Call
 from cupy_syncbn.comm.errors import RankMismatchError
 from cupy_syncbn.comm.groups import ProcessGroup, as_group
 from cupy_syncbn.nn.batch_norm import BatchNormBase, SyncBatchNorm, restart_calls
-from cupy_syncbn.nn.module import Module, Parameter, check_gradient, leaves_of
+from cupy_syncbn.nn.module import Module, Parameter, check_gradient, tree_of
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -190,14 +190,14 @@ class DistributedDataParallel(Module):
         """Return the parameters whose gradients come from layers alone that reduce them over these ranks."""
         reduced: set[int] = set()
         others: set[int] = set()
-        for _, module in self.module.named_modules():
+        tree = tree_of(self.module)
+        for module, parameters in ((self.module, tree.root_parameters), *(each[1:] for each in tree.within)):
             is_reducing = (
                 isinstance(module, BatchNormBase)
                 and module.grad_reduction != "none"
                 and as_group(module.process_group).has_same_ranks(self.process_group)
             )
-            own = {id(leaf) for _, leaf in leaves_of(module) if isinstance(leaf, Parameter)}
-            (reduced if is_reducing else others).update(own)
+            (reduced if is_reducing else others).update(map(id, parameters))
         return reduced - others
 
     def _buckets(self, parameters: list[Parameter]) -> list[list[Parameter]]:

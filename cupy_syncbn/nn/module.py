@@ -89,6 +89,8 @@ class Module:
 
     training: bool = True
     _buffer_names: tuple[str, ...] = ()
+    _tree: Tree
+    """See `tree_of`."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Compute the output.
@@ -134,6 +136,17 @@ class Module:
         """Call `forward`."""
         return self.forward(*args, **kwargs)
 
+    def __getstate__(self) -> Any:
+        """Return the state that copies and pickles have: without the `_tree`, which they make anew."""
+        state: Any = (
+            super().__getstate__()
+        )  # `(dict, slots)` if a subclass has slots, None without attributes
+        attributes = state[0] if isinstance(state, tuple) else state
+        if not attributes or "_tree" not in attributes:
+            return state
+        attributes = {name: value for name, value in attributes.items() if name != "_tree"}
+        return (attributes, state[1]) if isinstance(state, tuple) else attributes
+
     def register_buffer(self, name: str, array: Array | None) -> None:
         """Set an attribute that is part of the state, but not trained.
 
@@ -162,16 +175,8 @@ class Module:
         module : Module
             The module.
         """
-        pending: list[tuple[str, Module]] = [("", self)]
-        seen: set[int] = set()
-        while pending:
-            prefix, module = pending.pop()
-            if id(module) in seen:
-                continue
-            seen.add(id(module))
-            yield prefix, module
-            children = [(_join(prefix, name), leaf) for name, leaf in leaves_of(module)]
-            pending += [(name, leaf) for name, leaf in children[::-1] if isinstance(leaf, Module)]
+        yield "", self
+        yield from ((name, module) for name, module, _ in tree_of(self).within)
 
     def named_parameters(self) -> Iterator[tuple[str, Parameter]]:
         """Go through all parameters, each once.
@@ -183,12 +188,7 @@ class Module:
         parameter : Parameter
             The parameter.
         """
-        seen: set[int] = set()
-        for prefix, module in self.named_modules():
-            for name, leaf in leaves_of(module):
-                if isinstance(leaf, Parameter) and id(leaf) not in seen:
-                    seen.add(id(leaf))
-                    yield _join(prefix, name), leaf
+        yield from tree_of(self).named_parameters
 
     def parameters(self) -> Iterator[Parameter]:
         """Go through all parameters, each once.
@@ -198,7 +198,7 @@ class Module:
         iterator of Parameter
             In the order of `named_parameters`.
         """
-        return (parameter for _, parameter in self.named_parameters())
+        return iter(tree_of(self).parameters)
 
     def named_buffers(self) -> Iterator[tuple[str, Array]]:
         """Go through all buffers, each once.
@@ -257,7 +257,7 @@ class Module:
 
     def zero_grad(self) -> None:
         """Set the gradients of all parameters to None."""
-        for parameter in self.parameters():
+        for parameter in tree_of(self).parameters:
             parameter.grad = None
 
     def state_dict(self) -> dict[str, Array]:
@@ -356,17 +356,127 @@ class Module:
         return self
 
 
-def leaves_of(module: Module) -> Iterator[tuple[str, Parameter | Module]]:
-    """Yield the parameters and modules of a module that are not within another one."""
-    pending = list(module._members())[::-1]
-    seen: set[int] = set()
-    while pending:
-        name, value = pending.pop()
-        if isinstance(value, Parameter | Module):
-            yield name, value
-        elif isinstance(value, list | tuple | dict) and id(value) not in seen:
-            seen.add(id(value))
-            pending += [(f"{name}.{key}", item) for key, item in _items(value)][::-1]
+class _Seen(NamedTuple):
+    """The values of a module's attributes, or of a list or dict: their types, and those that matter.
+
+    The others may be large arrays, which a later comparison must not keep alive.
+    """
+
+    values: Any
+    """A dict or list; None for the attributes of the root."""
+    types: list[type]
+    held: list[tuple[Any, Any]]
+    """(key, value) of parameters, modules and containers."""
+
+    @classmethod
+    def of(cls, values: dict[Any, Any] | list[Any]) -> _Seen:
+        items = values.items() if isinstance(values, dict) else enumerate(values)
+        held = [(key, value) for key, value in items if isinstance(value, _HOLDERS)]
+        return cls(values, [type(value) for value in _values(values)], held)
+
+    def is_same(self, values: Any) -> bool:
+        types, held = self.types, self.held
+        if list(map(type, _values(values))) != types:
+            return False
+        try:
+            return all(values[key] is value for key, value in held)
+        except KeyError:
+            return False
+
+
+class Tree:
+    """All that is within a module, as long as nothing changes there: see `tree_of`.
+
+    It does not refer to the module itself, which refers to it: both go with the last other reference.
+    """
+
+    def __init__(self, root: Module | None = None) -> None:
+        self.within: list[tuple[str, Module, list[Parameter]]] = []
+        """Name, module and its own parameters of all modules but the root, each once."""
+        self.root_parameters: list[Parameter] = []
+        """The root's own."""
+        self.named_parameters: list[tuple[str, Parameter]] = []
+        """Each once."""
+        self._root: _Seen | None = None
+        self._modules: list[_Seen] = []
+        self._containers: list[_Seen] = []
+        if root is not None:
+            self._walk(root)
+        self.parameters = [parameter for _, parameter in self.named_parameters]
+
+    def _walk(self, root: Module) -> None:
+        pending: list[tuple[str, Module]] = [("", root)]
+        met: set[int] = set()
+        while pending:
+            prefix, module = pending.pop()
+            if id(module) in met:
+                continue
+            met.add(id(module))
+            own: list[Parameter] = []
+            modules: list[tuple[str, Module]] = []
+            for name, leaf in self._leaves(module, met):
+                dotted = _join(prefix, name)
+                if isinstance(leaf, Module):
+                    modules.append((dotted, leaf))
+                    continue
+                own.append(leaf)
+                if id(leaf) not in met:
+                    met.add(id(leaf))
+                    self.named_parameters.append((dotted, leaf))
+            pending += modules[::-1]
+            attributes = _Seen.of(vars(module))
+            if module is root:
+                self.root_parameters, self._root = own, attributes._replace(values=None)
+            else:
+                self.within.append((prefix, module, own))
+                self._modules.append(attributes)
+
+    def _leaves(self, module: Module, met: set[int]) -> Iterator[tuple[str, Parameter | Module]]:
+        """Yield the parameters and modules of a module that are not within another one."""
+        for value in vars(module).values():
+            if isinstance(value, list | dict) and id(value) not in met:
+                self._containers.append(_Seen.of(value))
+        pending = list(module._members())[::-1]
+        within: set[int] = set()
+        while pending:
+            name, value = pending.pop()
+            if isinstance(value, Parameter | Module):
+                yield name, value
+            elif isinstance(value, list | tuple | dict) and id(value) not in within:
+                within.add(id(value))
+                pending += [(f"{name}.{key}", item) for key, item in _items(value)][::-1]
+                if isinstance(value, list | dict):
+                    self._containers.append(_Seen.of(value))
+
+    def is_current(self, root: Module) -> bool:
+        """Tell whether all modules and containers hold what they did: a comparison, without a walk."""
+        if self._root is None or not self._root.is_same(vars(root)):
+            return False
+        for attributes, types, held in self._modules:  # as _Seen.is_same, without a call for each
+            if list(map(type, attributes.values())) != types:
+                return False
+            for name, value in held:
+                if attributes.get(name) is not value:
+                    return False
+        return all(seen.is_same(seen.values) for seen in self._containers)
+
+    def __reduce__(self) -> Any:
+        """Let a copy see for itself."""
+        return Tree, ()
+
+
+def tree_of(module: Module) -> Tree:
+    """Return all that is within a module: walked once, and again when something has changed there."""
+    tree: Tree | None = vars(module).get("_tree")
+    if tree is None or not tree.is_current(module):
+        # Not by setattr, which a frozen dataclass refuses; and before the walk, which sees all attributes.
+        vars(module)["_tree"] = Tree()
+        vars(module)["_tree"] = tree = Tree(module)
+    return tree
+
+
+def _values(holder: Any) -> Iterable[Any]:
+    return holder.values() if isinstance(holder, dict) else holder
 
 
 def _items(holder: list[Any] | tuple[Any, ...] | dict[Any, Any]) -> Iterable[tuple[Any, Any]]:
@@ -398,6 +508,9 @@ def _can_cast(values: Array, target: np.dtype[Any]) -> bool:
     return is_data_type(values.dtype) and (
         is_data_type(target) or (target.kind == "i" and bool((values.astype(target) == values).all()))
     )
+
+
+_HOLDERS = (Parameter, Module, list, tuple, dict)
 
 
 def _join(prefix: str, name: str) -> str:
