@@ -224,13 +224,13 @@ describe() { # part: sets COMMAND and LIMIT, or MISSING to what it lacks
             COMMAND=(bash -c 'nvidia-smi && "$PYTHON" -m cupy_syncbn; "$PYTHON" -c "$ENVIRONMENT"') LIMIT=90
             ;;
         compile) COMMAND=("$PYTHON" scripts/sanitize.py --compile) LIMIT=240 ;;
-        tests) pytest_command -m 'not launch' -k 'not nccl and not graph' && LIMIT=480 ;;
+        tests) pytest_command -m 'not launch and not long' -k 'not nccl and not graph' && LIMIT=480 ;;
         graphs) pytest_command -k graph && LIMIT=120 ;;
         nccl) pytest_command -k nccl && LIMIT=120 ;;
         ranks-*)
             # They share the GPU: their messages go through the host.
             if ! launcher="$(find_launcher)"; then MISSING="mpirun, beside $PYTHON or on the PATH" && return; fi
-            pytest_command -x --with-mpi -m 'not mpi_skip'
+            pytest_command -x --with-mpi -m 'not mpi_skip and not long'
             COMMAND=("$launcher" -n "${part#*-}" "$PYTHON" -m mpi4py "${COMMAND[@]:1}")
             vendor="$("$PYTHON" -c 'from mpi4py import MPI; print(MPI.get_vendor()[0])' 2>/dev/null || true)"
             [ "$vendor" != "Open MPI" ] || COMMAND=("$launcher" --oversubscribe "${COMMAND[@]:1}")

@@ -45,7 +45,7 @@ def pytest_sessionstart(session):
     if expected is not None and size != int(expected):
         pytest.exit(f"expected {expected} ranks, got {size}: is this the mpirun of this Python's MPI?", 3)
     if size > 1 and not session.config.getoption("--with-mpi"):
-        pytest.exit('ranks take --with-mpi -m "not mpi_skip"', 3)
+        pytest.exit('ranks take --with-mpi -m "not mpi_skip and not long"', 3)
 
 
 @pytest.fixture(scope="session")

@@ -1,29 +1,30 @@
-"""The faults of test_faults.py. Each rank runs this file, and writes what came of them to a file of its own.
+"""What one rank does wrong, and what every rank must raise then: a case is its deed beside its outcome.
 
     fault_cases.py FOLDER         all cases after which the ranks go on, one after the other
     fault_cases.py FOLDER NAME    one that ends the ranks
 
-The last rank is the faulty one, unless a case says otherwise. What ranks should raise is in test_faults.py.
+Each rank runs this file, and writes what came of it to a file of its own, which test_faults.py compares with
+the attempts told here. The last rank is the faulty one, unless a case says otherwise.
 """
 
 import _thread
 import contextlib
-import copy
-import json
 import os
 import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from types import EllipsisType
+from typing import NamedTuple
 from unittest import mock
 
 import numpy as np
-from mpi4py import MPI
+from trial import FATAL_TIMEOUT, PATIENCE, SHORT, TIMEOUT, C, Trial, meet, outcome, start_anew, world_of_ranks
 
 from cupy_syncbn import (
     DistributedDataParallel,
-    MPIProcessGroup,
     Sequential,
     SyncBatchNorm,
     new_group,
@@ -32,202 +33,149 @@ from cupy_syncbn import (
 )
 from cupy_syncbn.backends.cpu import operations as cpu_operations
 from cupy_syncbn.comm.checked_sum import LONGEST
-from support.compare import assert_identical, assert_unchanged, snapshot
 
-WORLD = MPI.COMM_WORLD
-C = 4
-
-PATIENCE = 10.0
-"""Timeout where no rank is late."""
-TIMEOUT = 0.5
-"""Where one is, or does not come."""
-SHORT = 0.2
-"""Where those that come need not be in time."""
-FATAL_TIMEOUT = 1.5
-"""Where the launcher may take a moment to notice that a rank has ended."""
+# ---- What a case is, and what it should come to ----
 
 
-class Trial:
-    """One case on this rank: a communicator and layers of its own, and what came of it."""
+class Error(NamedTuple):
+    """What a rank raises; in the pattern, {last} is the number of the last rank."""
 
-    def __init__(self, file, name):
-        self.file, self.name = file, name
-        self.comm = WORLD.Dup()
-        self.group = MPIProcessGroup(self.comm, timeout=PATIENCE)
-        self.rank, self.size = WORLD.rank, WORLD.size
-        self.role = "faulty" if self.rank == self.size - 1 else "other"
-        self.rng = np.random.default_rng(self.rank)
-        self.subjects = []  # (layer, its twin, its batch)
-        self.owes_backward = False
-
-    @property
-    def faulty(self):
-        return self.role == "faulty"
-
-    def report(self, **line):
-        """Write a line of JSON at once: what follows may hang or be killed."""
-        self.file.write(json.dumps({"case": self.name, "role": self.role} | line) + "\n")
-        self.file.flush()
-
-    def watch(self, layer):
-        """Return a batch for a layer, whose state is compared before and after each attempt."""
-        x = self.rng.normal(size=(3 + self.rank, layer.num_features, 2)).astype(layer.dtype)
-        twin = copy.deepcopy(layer)
-        self.subjects.append((layer, twin, x))
-        return x
-
-    def trained(self, num_features=C, name="stem", **arguments):
-        """Return a layer that has state and gradients to lose, and a batch."""
-        layer = SyncBatchNorm(num_features, name=name, **({"process_group": self.group} | arguments))
-        x = self.watch(layer)
-        for each in self.subjects[-1][:2]:
-            each.backward(each(x))
-        return layer, x
-
-    def layers(self):
-        return [layer for layer, _, _ in self.subjects]
-
-    def forward(self):
-        """Call the forwards, of the twins too, so that the backwards are next."""
-        for layer, twin, x in self.subjects:
-            layer(x), twin(x)
-        self.owes_backward = True
-
-    def attempt(self, call):
-        """Call something at the same time on all ranks, and write down what came of it."""
-        meet()
-        before = [snapshot(layer) for layer in self.layers()]
-        self.report(starts=time.time(), timeout=self.group.timeout)
-        start, error = time.monotonic(), None
-        try:
-            call()
-        except (Exception, KeyboardInterrupt) as caught:
-            error = caught
-        seconds = time.monotonic() - start
-        self.report(
-            error=None if error is None else type(error).__name__,
-            message="\n".join([str(error), *getattr(error, "__notes__", [])]),
-            seconds=seconds,
-            timeout=self.group.timeout,
-            changed=any(
-                differ(layer, state) for (layer, _, _), state in zip(self.subjects, before, strict=True)
-            ),
-        )
-        return error
-
-    def go_on(self):
-        """Train on, as the twins do, to which nothing happened."""
-        for layer, twin, x in self.subjects:
-            if self.owes_backward:
-                assert_identical(layer.backward(x), twin.backward(x))
-            assert_identical(layer(x), twin(x))
-            assert_identical(layer.backward(x), twin.backward(x))
-            assert_unchanged(layer, snapshot(twin))
+    kind: str
+    pattern: str = ""
 
 
-def differ(layer, state):
-    try:
-        assert_unchanged(layer, state)
-    except AssertionError:
-        return True
-    return False
+class Attempt(NamedTuple):
+    """What the ranks raise in one call, or None, by their role; where they raise, nothing has changed."""
+
+    faulty: Error | None
+    other: Error | None
+    spared: Error | None = None
+    absent: Error | None = None
+    late: Error | None = None
+    after_changes: bool = False
+    """Whether earlier steps of the same attempt have changed something."""
 
 
-def meet():
-    """Wait for all ranks, without keeping the core from those that are late."""
-    request = WORLD.Ibarrier()
-    while not request.Test():
-        time.sleep(1e-3)
+def remote(call):
+    return Error("RemoteRankError", rf"^rank {{last}} failed before {call}: see the error there$")
 
 
-def start_anew():
-    """Train in a new group."""
-    layer = SyncBatchNorm(C, process_group=MPIProcessGroup(WORLD.Dup(), timeout=PATIENCE))
-    x = np.full((2, C), WORLD.rank, "f4")
-    layer.backward(layer(x))
-    np.testing.assert_allclose(layer.running_mean, 0.1 * (WORLD.size - 1) / 2, rtol=1e-6)
+def mismatch(call):
+    return Error("RankMismatchError", f"is in {call}, while another rank is in another call")
 
 
-def outcome(call):
-    """Return what a call raises, as text."""
-    try:
-        call()
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return "fine"
+def timeout(call):
+    return Error("CollectiveTimeoutError", f"{call}.*waited .* s for .* a rank ended, is stuck")
+
+
+GIVEN_UP = Error("CollectiveTimeoutError", "an earlier exchange on this communicator was given up")
+NO_MEMORY = Error("MemoryError", "none left")
+STEM = r"stem \(4 channels\)"
+FORWARD = f"forward 2 of {STEM}"
+BACKWARD = f"backward 2 of {STEM}"
+
+
+class Case(NamedTuple):
+    """What the ranks do, and what they raise in each attempt of it."""
+
+    run: Callable
+    attempts: tuple[Attempt, ...]
+    goes_on: bool
+    """Whether the same layers train on afterwards, or only new ones."""
+    ranks: int
+    """How many it takes."""
+    prompt: bool
+    """Whether errors have to come at once."""
+
+
+class Ending(NamedTuple):
+    """What the ranks raise before the launcher or mpi4py's runner ends them."""
+
+    faulty: Error | None
+    other: Error | EllipsisType | None
+    """... is what may be, as it depends on the launcher."""
+    runner: bool
+    """Whether they were started by `python -m mpi4py`."""
+    ranks: int = 2
+    """4, to save time, where two ranks would show the same."""
 
 
 CASES = {}
 FATAL = {}
 
 
-def case(goes_on=True, ranks=2):
-    """Register a case for at least so many ranks, after which the same layers train on, or only new ones."""
+def case(*attempts, goes_on=True, ranks=2, prompt=True, name=None):
+    """Register a case of what the ranks survive, by the name of its function or another."""
 
     def register(run):
-        CASES[run.__name__] = run, goes_on, ranks
+        CASES[name or run.__name__] = Case(run, attempts, goes_on, ranks, prompt)
         return run
 
     return register
 
 
-def fatal(run):
-    FATAL[run.__name__] = run
-    return run
+def fatal(*endings):
+    """Register a case of what ends the ranks."""
+
+    def register(run):
+        FATAL[run.__name__] = run, endings
+        return run
+
+    return register
 
 
 # Something wrong with what one rank brings
 
 
-def bad_input(make):
+def bad_input(name, make, error):
+    """Register a case in which the faulty rank's forward is given what `make` makes of the batch."""
+
+    @case(Attempt(error, remote(FORWARD)), name=name)
     def run(t):
         layer, x = t.trained()
         t.attempt(lambda: layer(make(x) if t.faulty else x))
 
-    return run
 
+def bad_gradient(name, make, error):
+    """Register a case in which the faulty rank's backward is given what `make` makes of the gradient."""
 
-def bad_gradient(make):
+    @case(Attempt(error, remote(BACKWARD)), name=name)
     def run(t):
         layer, x = t.trained()
         t.forward()
         t.attempt(lambda: layer.backward(make(x) if t.faulty else x))
 
-    return run
+
+bad_input("channels", lambda x: x[:, :3], Error("ValueError", "expected 4 channels"))
+bad_input("dtype", lambda x: x.astype("f8"), Error("TypeError", "float64"))
+bad_input("no_array", lambda x: x.tolist(), Error("TypeError", "list"))
+bad_input("one_dimension", lambda x: x[:, 0, 0], Error("ValueError", "1D input"))
+bad_gradient("gradient_shape", lambda dy: dy[:1], Error("ValueError", "output's size"))
+bad_gradient("gradient_dtype", lambda dy: dy.astype("f2"), Error("TypeError", "float16"))
 
 
-CASES |= {
-    "channels": (bad_input(lambda x: x[:, :3]), True, 2),
-    "dtype": (bad_input(lambda x: x.astype("f8")), True, 2),
-    "no_array": (bad_input(lambda x: x.tolist()), True, 2),
-    "one_dimension": (bad_input(lambda x: x[:, 0, 0]), True, 2),
-    "gradient_shape": (bad_gradient(lambda dy: dy[:1]), True, 2),
-    "gradient_dtype": (bad_gradient(lambda dy: dy.astype("f2")), True, 2),
-}
-
-
-@case()
+@case(Attempt(Error("ValueError", "expected 4 channels"), remote(f"forward 0 of {STEM}")))
 def first_call(t):
     layer = SyncBatchNorm(C, process_group=t.group, name="stem")
     x = t.watch(layer)
     t.attempt(lambda: layer(x[:, :3] if t.faulty else x))
 
 
-@case()
+@case(Attempt(Error("ValueError", "channels"), Error("RemoteRankError", "^ranks 0, {last} failed")))
 def two_ranks(t):
     layer, x = t.trained()
     t.role = "faulty" if t.rank in (0, t.size - 1) else "other"
     t.attempt(lambda: layer(x[:, :3] if t.faulty else x))
 
 
-@case()
+@case(Attempt(Error("TypeError", "list"), remote("forward 0 of sync_batch_norm .*")))
 def weight_is_a_list(t):
     x = t.rng.normal(size=(3, C)).astype("f4")
     weight = np.ones(C, "f4")
     t.attempt(lambda: sync_batch_norm(x, weight.tolist() if t.faulty else weight, process_group=t.group))
 
 
-@case()
+@case(Attempt(Error("ValueError", "momentum"), remote(FORWARD)))
 def momentum(t):
     layer, x = t.trained()
     if t.faulty:
@@ -236,14 +184,18 @@ def momentum(t):
     layer.momentum = 0.1
 
 
-@case(goes_on=False)
+@case(
+    Attempt(Error("ValueError", "expected 4 channels.*\nThe other ranks did not hear.*waited"), None),
+    goes_on=False,
+)
 def bad_input_and_the_others_absent(t):
+    """The rank has its own error, though nobody hears of it."""
     layer, x = t.trained()
     t.group.timeout = SHORT
     t.attempt(lambda: layer(x[:, :3]) if t.faulty else None)
 
 
-@case(ranks=4)
+@case(Attempt(Error("ValueError", "4 channels"), Error("RemoteRankError", "^rank 1 failed")), ranks=4)
 def bad_input_in_one_of_two_groups(t):
     half = split_group(t.size // 2, comm=t.comm, timeout=PATIENCE)
     if t.rank < t.size // 2:
@@ -265,21 +217,21 @@ def broken(t, operation, error=MemoryError):
     return mock.patch.object(cpu_operations, operation, side_effect=error("none left"))
 
 
-@case()
+@case(Attempt(NO_MEMORY, remote(FORWARD)))
 def memory_in_statistics(t):
     layer, x = t.trained()
     with broken(t, "statistics"):
         t.attempt(lambda: layer(x))
 
 
-@case()
+@case(Attempt(NO_MEMORY, remote(FORWARD)))
 def memory_between_two_exchanges(t):
     layer, x = t.trained(dtype="float64")
     with broken(t, "centered_squares"):
         t.attempt(lambda: layer(x))
 
 
-@case()
+@case(Attempt(NO_MEMORY, remote(BACKWARD)))
 def memory_in_reduce_gradients(t):
     layer, x = t.trained()
     t.forward()
@@ -287,9 +239,14 @@ def memory_in_reduce_gradients(t):
         t.attempt(lambda: layer.backward(x))
 
 
-@case(goes_on=False)
+@case(
+    Attempt(NO_MEMORY, None),
+    Attempt(mismatch(FORWARD), mismatch(f"forward 3 of {STEM}")),
+    Attempt(mismatch(FORWARD), mismatch(f"forward 3 of {STEM}")),
+    goes_on=False,
+)
 def memory_in_normalize(t):
-    """After the exchange nobody hears of it, but the layer's ranks part at the next."""
+    """After its last sum a rank cannot tell the others, which go on: from the next sum on all know."""
     layer, x = t.trained()
     with broken(t, "normalize"):
         t.attempt(lambda: layer(x))
@@ -297,7 +254,11 @@ def memory_in_normalize(t):
     t.attempt(lambda: layer(x))
 
 
-@case(goes_on=False)
+@case(
+    Attempt(NO_MEMORY, None),
+    Attempt(mismatch(f"forward 3 of {STEM}"), mismatch(f"forward 4 of {STEM}")),
+    goes_on=False,
+)
 def memory_in_input_gradient(t):
     layer, x = t.trained(grad_reduction="mean")
     t.forward()
@@ -306,7 +267,12 @@ def memory_in_input_gradient(t):
     t.attempt(lambda: layer(x))
 
 
-@case(goes_on=False)
+@case(
+    Attempt(NO_MEMORY, timeout("")),
+    # The construction of DistributedDataParallel lets its layers count anew.
+    Attempt(timeout("introduction .* 0 of stem"), GIVEN_UP),
+    goes_on=False,
+)
 def memory_in_averaging(t):
     layer, x = t.trained()
     model = DistributedDataParallel(layer, t.group)
@@ -317,7 +283,7 @@ def memory_in_averaging(t):
     t.attempt(lambda: layer(x))
 
 
-@case(goes_on=False)
+@case(Attempt(Error("KeyboardInterrupt"), timeout(FORWARD)), goes_on=False)
 def interrupted_in_statistics(t):
     layer, x = t.trained()
     t.group.timeout = SHORT
@@ -325,7 +291,12 @@ def interrupted_in_statistics(t):
         t.attempt(lambda: layer(x))
 
 
-@case(goes_on=False)
+@case(
+    Attempt(Error("KeyboardInterrupt"), timeout(FORWARD)),
+    # The messages of the first attempt may be enough for one step.
+    Attempt(GIVEN_UP, GIVEN_UP, absent=timeout("forward"), after_changes=True),
+    goes_on=False,
+)
 def interrupted_in_an_exchange(t):
     """The first rank, which the others wait for, comes when the last has gone."""
     layer, x = t.trained()
@@ -346,7 +317,7 @@ def interrupted_in_an_exchange(t):
 # Ranks in different calls
 
 
-@case()
+@case(Attempt(mismatch(r"introduction .* stem \(5.*"), mismatch(r"introduction .* stem \(4.*")))
 def num_features(t):
     layer = SyncBatchNorm(C + t.faulty, process_group=t.group, name="stem")
     x = t.watch(layer)
@@ -354,7 +325,7 @@ def num_features(t):
     t.subjects.clear()  # they can never meet
 
 
-@case()
+@case(Attempt(mismatch("introduction with float64 .*"), mismatch("introduction with float32 .*")))
 def layer_dtype(t):
     layer = SyncBatchNorm(C, process_group=t.group, name="stem", dtype="float64" if t.faulty else "float32")
     x = t.watch(layer)
@@ -362,24 +333,23 @@ def layer_dtype(t):
     t.subjects.clear()
 
 
-def skipped_layer(other_features):
+def skipped_layer(name, other_features, other):
+    """Register a case in which the faulty rank goes to a second layer at once."""
+
+    @case(Attempt(mismatch(f"forward 2 of {other}"), mismatch(FORWARD)), name=name)
     def run(t):
         stem, x = t.trained()
         head, x_head = t.trained(other_features, "head")
         t.attempt(lambda: head(x_head) if t.faulty else stem(x))
 
-    return run
+
+skipped_layer("skipped_layer_of_equal_size", C, r"head \(4.*")
+skipped_layer("skipped_layer_of_other_size", 7, r"head \(7.*")
+skipped_layer("skipped_layer_of_large_size", 30000, r"head \(30000.*")  # of another protocol of MPI
+skipped_layer("skipped_layer_of_larger_size", 40000, r"head \(40000.*")  # of more than one message
 
 
-CASES |= {
-    "skipped_layer_of_equal_size": (skipped_layer(C), True, 2),
-    "skipped_layer_of_other_size": (skipped_layer(7), True, 2),
-    "skipped_layer_of_large_size": (skipped_layer(30000), True, 2),  # of another protocol of MPI
-    "skipped_layer_of_larger_size": (skipped_layer(40000), True, 2),  # of more than one message
-}
-
-
-@case()
+@case(Attempt(mismatch(f"forward 3 of {STEM}"), mismatch(BACKWARD)))
 def skipped_backward(t):
     """So do a forward called twice, and an error between forward and backward that is caught."""
     layer, x = t.trained()
@@ -387,13 +357,13 @@ def skipped_backward(t):
     t.attempt(lambda: layer(x) if t.faulty else layer.backward(x))
 
 
-@case()
+@case(Attempt(Error("RuntimeError", "needs a forward"), mismatch(FORWARD)))
 def skipped_forward(t):
     layer, x = t.trained()
     t.attempt(lambda: layer.backward(x) if t.faulty else layer(x))
 
 
-@case()
+@case(Attempt(Error("RuntimeError", "needs a forward"), remote(BACKWARD)))
 def skipped_forward_in_eval(t):
     """Nothing is exchanged in evaluation, but by the backward if it reduces gradients."""
     layer, x = t.trained(grad_reduction="sum")
@@ -404,22 +374,29 @@ def skipped_forward_in_eval(t):
     layer.train()
 
 
-@case()
+@case(Attempt(mismatch("forward 2 of head .*"), mismatch(FORWARD)))
 def swapped_layers(t):
     stem, x = t.trained()
     head, _ = t.trained(name="head")
     t.attempt(lambda: (head if t.faulty else stem)(x))
 
 
-@case(goes_on=False)
+@case(Attempt(None, None), goes_on=False)
 def swapped_layers_without_names(t):
-    """They have the same tag: nothing tells these ranks that they add up different things."""
+    """Nothing tells layers of one size apart that have no names, before their numbers of calls do."""
     a, x = t.trained(name=None)
     b, _ = t.trained(name=None)
     t.attempt(lambda: [layer(x) for layer in ((b, a) if t.faulty else (a, b))])
 
 
-@case(goes_on=False)
+@case(
+    Attempt(
+        mismatch("forward 2 of SyncBatchNorm .*"),
+        mismatch("forward 3 of SyncBatchNorm .*"),
+        after_changes=True,
+    ),
+    goes_on=False,
+)
 def skipped_layer_without_name(t):
     """Layers without names pass for each other until their numbers of calls differ."""
     a, x = t.trained(name=None)
@@ -427,7 +404,7 @@ def skipped_layer_without_name(t):
     t.attempt(lambda: [layer(x) for layer in ((b, a, b, a) if t.faulty else (a, a, b, b))])
 
 
-@case()
+@case(Attempt(mismatch("forward 2 of head .*"), mismatch(FORWARD)))
 def one_layer_in_eval(t):
     stem, x = t.trained()
     head, _ = t.trained(name="head")
@@ -436,7 +413,7 @@ def one_layer_in_eval(t):
     stem.train()
 
 
-@case(goes_on=False)
+@case(Attempt(None, timeout(FORWARD)), goes_on=False)
 def all_layers_in_eval(t):
     layer, x = t.trained()
     t.group.timeout = SHORT
@@ -444,7 +421,7 @@ def all_layers_in_eval(t):
     t.attempt(lambda: layer(x))
 
 
-@case()
+@case(Attempt(mismatch("gradients 0 of DistributedDataParallel .*"), mismatch(f"backward 0 of {STEM}")))
 def gradients_reduced_during_a_backward(t):
     layer, x = t.trained()
     model = DistributedDataParallel(layer, t.group)
@@ -452,12 +429,17 @@ def gradients_reduced_during_a_backward(t):
     t.attempt(lambda: model.reduce_gradients() if t.faulty else model.backward(x))
 
 
-@case()
+@case(Attempt(*2 * [Error("RankMismatchError", r"asks for new_group\(.*, but rank")]))
 def different_groups(t):
     t.attempt(lambda: new_group([t.size - 1] if t.faulty else [0, t.size - 1], comm=t.comm, timeout=PATIENCE))
 
 
-@case()
+@case(
+    Attempt(
+        Error("RankMismatchError", r"weight: shape \(5,\), .* here, weight: shape \(4,\), .* there"),
+        Error("RankMismatchError", "^rank {last} has another module than rank 0"),
+    )
+)
 def different_modules(t):
     layer = SyncBatchNorm(C + t.faulty, process_group=t.group)
     t.watch(layer)
@@ -465,13 +447,23 @@ def different_modules(t):
     t.subjects.clear()
 
 
-@case()
+@case(
+    Attempt(
+        Error("RankMismatchError", "bucket_cap_mb: 1e-06 here, bucket_cap_mb: 25.0 there"),
+        Error("RankMismatchError", "^rank {last} has another module than rank 0"),
+    )
+)
 def different_buckets(t):
     layer, _ = t.trained()
     t.attempt(lambda: DistributedDataParallel(layer, t.group, bucket_cap_mb=1e-6 if t.faulty else 25))
 
 
-@case()
+@case(
+    Attempt(
+        Error("TypeError", r"bias\.grad in floating point"),
+        remote("gradients 0 of DistributedDataParallel .*"),
+    )
+)
 def gradient_of_integers(t):
     layer, _ = t.trained()
     model = DistributedDataParallel(layer, t.group)
@@ -482,7 +474,7 @@ def gradient_of_integers(t):
     layer.bias.grad = good
 
 
-@case()
+@case(Attempt(Error("RuntimeError", "not a member of the group"), None))
 def no_member(t):
     """A rank that is not in the group is told so, and disturbs nobody."""
     group = new_group(range(t.size - 1), comm=t.comm, timeout=PATIENCE)
@@ -495,31 +487,16 @@ def no_member(t):
 # A rank that does not come
 
 
-def absent(call, **arguments):
+def absent(name, call, error):
+    """Register a case in which the faulty rank does not come to a call of the others."""
+
+    @case(Attempt(None, error), Attempt(None, GIVEN_UP), goes_on=False, name=name)
     def run(t):
-        layer, x = t.trained(**arguments)
+        layer, x = t.trained()
         t.group.timeout = SHORT
         t.attempt(lambda: None if t.faulty else call(t, layer, x))
         # The others need not wait once more. The rank itself may: its messages are answered no more.
         t.attempt(lambda: None if t.faulty else layer(x))
-
-    return run
-
-
-CASES |= {
-    "absent_in_forward": (absent(lambda t, layer, x: layer(x)), False, 2),
-    "absent_in_construction": (absent(lambda t, layer, x: DistributedDataParallel(layer, t.group)), False, 2),
-    "absent_in_reduce_gradients": (
-        absent(lambda t, layer, x: model_of(layer, t.group).reduce_gradients()),
-        False,
-        2,
-    ),
-    "absent_in_broadcast": (
-        absent(lambda t, layer, x: t.group.broadcast(np.zeros(3), root=t.size - 1)),
-        False,
-        2,
-    ),
-}
 
 
 def model_of(layer, group):
@@ -529,7 +506,23 @@ def model_of(layer, group):
     return model
 
 
-@case(goes_on=False)
+absent("absent_in_forward", lambda t, layer, x: layer(x), timeout(FORWARD))
+absent(
+    "absent_in_construction",
+    lambda t, layer, x: DistributedDataParallel(layer, t.group),
+    timeout("construction 0"),
+)
+absent(
+    "absent_in_reduce_gradients",
+    lambda t, layer, x: model_of(layer, t.group).reduce_gradients(),
+    timeout("gradients 0"),
+)
+absent(
+    "absent_in_broadcast", lambda t, layer, x: t.group.broadcast(np.zeros(3), root=t.size - 1), timeout("")
+)
+
+
+@case(Attempt(None, timeout(BACKWARD)), goes_on=False)
 def absent_in_backward(t):
     layer, x = t.trained()
     t.forward()
@@ -537,7 +530,7 @@ def absent_in_backward(t):
     t.attempt(lambda: None if t.faulty else layer.backward(x))
 
 
-@case(goes_on=False)
+@case(Attempt(None, timeout("introduction .* of stem")), goes_on=False)
 def absent_in_first_call(t):
     layer = SyncBatchNorm(C, process_group=t.group, name="stem")
     x = t.watch(layer)
@@ -545,26 +538,26 @@ def absent_in_first_call(t):
     t.attempt(lambda: None if t.faulty else layer(x))
 
 
-@case(goes_on=False)
+@case(Attempt(None, timeout("")), goes_on=False)
 def absent_in_new_group(t):
     t.group.timeout = SHORT
     t.attempt(lambda: None if t.faulty else new_group(comm=t.comm, timeout=SHORT))
 
 
-@case(goes_on=False)
+@case(Attempt(None, timeout("")), goes_on=False)
 def absent_in_split_group(t):
     t.group.timeout = SHORT
     t.attempt(lambda: None if t.faulty else split_group(t.size, comm=t.comm, timeout=SHORT))
 
 
-@case(goes_on=False)
+@case(Attempt(None, timeout(f"forward 6 of {STEM}"), after_changes=True), goes_on=False)
 def leaves_early(t):
     layer, x = t.trained()
     t.group.timeout = TIMEOUT
     t.attempt(lambda: [layer.backward(layer(x)) for _ in range(2 if t.faulty else 3)])
 
 
-@case(goes_on=False, ranks=4)
+@case(Attempt(None, timeout(FORWARD), late=timeout(FORWARD)), goes_on=False, ranks=4)
 def absent_and_another_late(t):
     """Those that wait for the late rank first do not wait another timeout for the absent one."""
     layer, x = t.trained()
@@ -580,7 +573,7 @@ def absent_and_another_late(t):
     t.attempt(lambda: None if t.faulty else step())
 
 
-@case(goes_on=False, ranks=4)
+@case(Attempt(None, timeout(FORWARD)), goes_on=False, ranks=4)
 def absent_in_one_of_two_groups(t):
     t.group = split_group(t.size // 2, comm=t.comm, timeout=PATIENCE)
     if t.rank < t.size // 2:
@@ -593,7 +586,7 @@ def absent_in_one_of_two_groups(t):
 # What is legal
 
 
-@case()
+@case(Attempt(None, None))
 def vectors_of_all_lengths(t):
     def add_up():
         for length in 3, 4, 1000, LONGEST - 1, LONGEST, LONGEST + 1, 3 * LONGEST:
@@ -604,7 +597,7 @@ def vectors_of_all_lengths(t):
     t.attempt(add_up)
 
 
-@case()
+@case(Attempt(None, None))
 def late(t):
     layer, x = t.trained()
 
@@ -618,19 +611,19 @@ def late(t):
     twin.backward(twin(x))
 
 
-@case(goes_on=False)
+@case(Attempt(None, None), goes_on=False)
 def no_samples(t):
     layer, x = t.trained()
     t.attempt(lambda: layer.backward(layer(x[:0] if t.faulty else x)))
 
 
-@case(goes_on=False)
+@case(Attempt(None, None), goes_on=False)
 def not_a_number(t):
     layer, x = t.trained()
     t.attempt(lambda: layer.backward(layer(x * np.nan if t.faulty else x)))
 
 
-@case(goes_on=False)
+@case(Attempt(None, None), goes_on=False, prompt=False)
 def any_legal_training(t):
     """Accumulated gradients, repeated layers, evaluation in between: what all ranks do, all draw alike."""
     common = np.random.default_rng(5)
@@ -672,6 +665,8 @@ def any_legal_training(t):
 
 # What ends a rank
 
+USER_ERROR = Error("LookupError", "no such file")
+
 
 def run_to_the_end(t, fault, where):
     """Train until something ends this rank, as a user's program would."""
@@ -702,37 +697,46 @@ def user_error():
     raise LookupError("no such file")
 
 
-@fatal
+@fatal(
+    Ending(USER_ERROR, None, runner=True, ranks=4),
+    Ending(USER_ERROR, timeout("forward 6 of stem"), runner=False),
+)
 def error_before_forward(t):
     run_to_the_end(t, user_error, "before")
 
 
-@fatal
+@fatal(
+    Ending(USER_ERROR, None, runner=True, ranks=4),
+    Ending(USER_ERROR, timeout("backward 6 of stem"), runner=False),
+)
 def error_before_backward(t):
     run_to_the_end(t, user_error, "between")
 
 
-@fatal
+@fatal(
+    Ending(USER_ERROR, None, runner=True, ranks=4),
+    Ending(USER_ERROR, timeout("forward 4 of stem"), runner=False, ranks=4),
+)
 def error_in_loader(t):
     run_to_the_end(t, user_error, "loader")
 
 
-@fatal
+@fatal(Ending(None, ..., runner=True))
 def ends(t):
     run_to_the_end(t, lambda: os._exit(0), "before")
 
 
-@fatal
+@fatal(Ending(None, timeout("backward 6 of stem"), runner=True))
 def sleeps(t):
     run_to_the_end(t, lambda: time.sleep(3600), "between")
 
 
-@fatal
+@fatal(Ending(None, ..., runner=True))
 def killed(t):
     run_to_the_end(t, lambda: os.kill(os.getpid(), signal.SIGKILL), "before")
 
 
-@fatal
+@fatal(Ending(None, ..., runner=True))
 def killed_in_an_exchange(t):
     """The first rank comes late, so that the others wait in an exchange."""
     if t.rank == 0:
@@ -752,16 +756,19 @@ def killed_in_an_exchange(t):
 
 
 def main(folder, name=None):
-    with Path(folder, f"{WORLD.rank}.jsonl").open("w") as file:
+    world = world_of_ranks()
+    with Path(folder, f"{world.rank}.jsonl").open("w") as file:
         if name is not None:
-            FATAL[name](Trial(file, name))
+            run, _ = FATAL[name]
+            run(Trial(file, name))
             return
-        for name, (run, goes_on, ranks) in CASES.items():
-            if ranks <= WORLD.size:
+        for name, case in CASES.items():
+            if case.ranks <= world.size:
                 t = Trial(file, name)
-                run(t)
+                case.run(t)
                 meet()
-                t.report(goes_on=outcome(t.go_on) if goes_on else None, new_group=outcome(start_anew))
+                goes_on = outcome(t.go_on) if case.goes_on else None
+                t.report(goes_on=goes_on, new_group=outcome(start_anew))
 
 
 if __name__ == "__main__":
