@@ -10,6 +10,7 @@ Tests of the CUDA engine take the fixture `cupy`: CuPy itself where it sees a GP
 
 import functools
 import os
+import re
 import sys
 
 import numpy as np
@@ -29,6 +30,13 @@ REQUIRE_GPU = os.environ.get("CUPY_SYNCBN_REQUIRE_GPU") == "1"
 
 def pytest_addoption(parser):
     parser.addoption("--fuzz-cases", type=int, help="cases that test_fuzz.py draws for each engine")
+
+
+def pytest_ignore_collect(collection_path):
+    """Do not even import, on ranks, a module that is left out as a whole."""
+    if World().size > 1 and collection_path.match("test_*.py"):
+        return bool(re.search(r"^pytestmark = .*mpi_skip", collection_path.read_text(), re.MULTILINE)) or None
+    return None
 
 
 @pytest.hookimpl(tryfirst=True)

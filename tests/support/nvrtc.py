@@ -76,6 +76,11 @@ class Job(NamedTuple):
         return f"{self.file}-{self.dtype}-sm_{self.architecture}"
 
 
+def jobs_of(file: str, architecture: int) -> list[Job]:
+    """Return the jobs that compile a file for an architecture, for all types of data."""
+    return [Job(file, dtype, architecture) for dtype in kernels.TYPES]
+
+
 def missing() -> str | None:
     """Return what is missing here to compile, or None."""
     for package in PACKAGES:
