@@ -10,6 +10,7 @@ def pairwise(*factors):
 
     They are chosen one after the other, each to hold the most pairs that those before it do not.
     """
+    factors = [list(factor) for factor in factors]
     cases = list(product(*(range(len(factor)) for factor in factors)))
     pairs = {case: set(combinations(enumerate(case), 2)) for case in cases}
     missing, chosen = set().union(*pairs.values()), []
@@ -22,6 +23,7 @@ def pairwise(*factors):
 
 def sweep(names, *factors):
     """Parametrize a test with all cases, of which those that `pairwise` does not choose are marked `long`."""
+    factors = [list(factor) for factor in factors]
     usual = pairwise(*factors)
     cases = [
         pytest.param(*case, marks=() if case in usual else pytest.mark.long, id="-".join(map(name_of, case)))
