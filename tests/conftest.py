@@ -139,6 +139,43 @@ def fast_cupy(monkeypatch):
     _forget()
 
 
+@pytest.fixture
+def emulator(world, cupy):
+    """Return the emulator, as a node with a GPU for each rank, which is its current device."""
+    if "StandIn" not in type(cupy).__name__:
+        pytest.skip("there is no emulator beside a real GPU")
+    import cuda_emulator
+
+    cuda_emulator.devices.count = world.size
+    cupy.cuda.Device(world.rank).use()
+    yield cuda_emulator
+    cupy.cuda.Device(0).use()
+    cuda_emulator.devices.count = 1
+
+
+@pytest.fixture
+def streams(emulator):
+    """Let streams work late, and count how often the host waits for them."""
+    found = emulator.streams
+    found.at_once = False
+    found.synchronizations.clear()
+    yield found
+    found.at_once = True
+    found.finish_all()  # the groups are gone now
+
+
+@pytest.fixture
+def nccl(monkeypatch, streams, cupy):
+    """Return the stand-in for NCCL."""
+    from mpi4py import MPI
+
+    from support import nccl_stand_in
+
+    if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
+        pytest.skip("this MPI may not be called by several threads")
+    return nccl_stand_in.install(monkeypatch, cupy)
+
+
 def _forget():
     from cupy_syncbn import arrays
     from cupy_syncbn.backends.cuda import operations as cuda_operations

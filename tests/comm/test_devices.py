@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 
+import cupy_syncbn
 from cupy_syncbn import local_rank
 from support.launcher import clean_environment
 
@@ -30,3 +31,19 @@ except ModuleNotFoundError as error:
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60,
                              env=clean_environment())  # fmt: skip
     assert "pip install 'cupy-cuda13x[ctk]' nvidia-nccl-cu13" in process.stdout, process.stderr
+
+
+def test_bind_device(world, emulator, cupy):
+    for count, expected in ((1, 0), (2, world.rank % 2), (world.size, world.rank), (9, world.rank)):
+        emulator.devices.count = count
+        assert cupy_syncbn.bind_device() == expected
+        assert cupy.cuda.runtime.getDevice() == expected
+        assert cupy.zeros(3).device.id == expected
+
+
+def test_local_rank_counts_the_ranks_of_the_node(world, emulator, cupy, monkeypatch):
+    """As on nodes of two ranks each."""
+    monkeypatch.setattr(cupy_syncbn.comm.devices, "_node", lambda: f"node {world.rank // 2}")
+    assert cupy_syncbn.local_rank() == world.rank % 2
+    emulator.devices.count = 2
+    assert cupy_syncbn.bind_device() == world.rank % 2
