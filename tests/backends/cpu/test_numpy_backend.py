@@ -11,6 +11,7 @@ from cupy_syncbn.backends.cpu import memory
 from cupy_syncbn.backends.cpu import operations as cpu_operations
 from cupy_syncbn.backends.vector import moments
 from support.arrays import DTYPES, LAYOUTS, random_array, random_batch, random_channels
+from support.cases import sweep
 from support.compare import assert_close, assert_identical, relative_error
 from support.reference import BatchNorm
 
@@ -48,9 +49,7 @@ def step(x, dy, *, channel_axis=1, residual=None, out=None, expected=None, **arg
     return y, gradients
 
 
-@pytest.mark.parametrize("C", [1, 3, 31, 33, 257])
-@pytest.mark.parametrize("S", [1, 3, 31, 33, 257])
-@pytest.mark.parametrize("channel_axis", [1, -1], ids=["channels_first", "channels_last"])
+@sweep(("C", "S", "channel_axis"), [1, 3, 31, 33, 257], [1, 3, 31, 33, 257], [1, -1])
 def test_odd_sizes(rng, C, S, channel_axis):
     shape = (5, C, S) if channel_axis == 1 else (5, S, C)
     x, dy = random_batch(rng, shape, channel_axis=channel_axis), random_array(rng, shape)
@@ -61,9 +60,7 @@ LARGE = [(2, 3, 70000), (70000, 3), (1, 1, 200003), (3, 2, 9001)]
 LARGE += [(300, 5, 7), (24, 257, 49), (6000, 1, 2), (30001, 1)]
 
 
-@pytest.mark.parametrize("shape", LARGE, ids=str)
-@pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
-@pytest.mark.parametrize("channel_axis", [1, -1], ids=["channels_first", "channels_last"])
+@sweep(("shape", "dtype", "channel_axis"), LARGE, ["float32", "float64", "float16"], [1, -1])
 def test_large_sizes(rng, shape, dtype, channel_axis):
     if channel_axis == -1:
         shape = (shape[0], *shape[2:], shape[1])
@@ -228,9 +225,12 @@ def ramp(x):
     x += np.linspace(0, 1e4, x.size, dtype=x.dtype).reshape(x.shape)
 
 
-@pytest.mark.parametrize("disturb", [outlier_first, outlier_last, outliers_everywhere, jump, ramp])
-@pytest.mark.parametrize("offset", [0, 1e3])
-@pytest.mark.parametrize("shape", ["pixels", "maps", "samples"])
+@sweep(
+    ("shape", "offset", "disturb"),
+    ["pixels", "maps", "samples"],
+    [0, 1e3],
+    [outlier_first, outlier_last, outliers_everywhere, jump, ramp],
+)
 def test_variance_of_disturbed_data(rng, shape, offset, disturb):
     """No single value is a good shift for all of these."""
     x = rng.standard_normal(MILLIONS[shape], np.float32) + np.float32(offset)
@@ -323,9 +323,12 @@ def test_released_outputs_are_used_again(rng):
     assert len(memory._free) <= memory.KEPT_OUTPUTS
 
 
-@pytest.mark.parametrize("shape", [(64, 64, 28, 28), (8192, 512), (16, 1024, 7, 7, 4)], ids=str)
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("dtypes", list(DTYPES)[:4])
+@sweep(
+    ("shape", "layout", "dtypes"),
+    [(64, 64, 28, 28), (8192, 512), (16, 1024, 7, 7, 4)],
+    ["contiguous", "channels_last"],
+    list(DTYPES)[:4],
+)
 def test_forward_needs_no_memory_but_the_output(rng, shape, layout, dtypes):
     dtype, parameter_dtype = DTYPES[dtypes]
     x = LAYOUTS[layout](random_array(rng, shape, dtype))

@@ -22,6 +22,7 @@ from cupy_syncbn.backends.cuda import launch as launches
 from cupy_syncbn.backends.cuda.launch import THREADS, launch_for
 from cupy_syncbn.backends.interface import Running
 from support.arrays import DTYPES, random_array, random_batch, random_channels
+from support.cases import sweep
 from support.compare import TOLERANCE, assert_close, assert_identical, relative_error
 from support.reference import BatchNorm
 
@@ -857,9 +858,7 @@ def test_large_step(cupy, shape, dtypes):
 # ---- Memory ----
 
 
-@pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
-@pytest.mark.parametrize("activation", [None, "relu"])
-@pytest.mark.parametrize("dtype", kernels.TYPES)
+@sweep(("dtype", "activation", "residual"), kernels.TYPES, [None, "relu"], [False, True])
 def test_traffic(cupy, dtype, activation, residual):
     """Each kernel reads and writes an element once: what twice the samples in as many blocks add tells."""
     needs_emulator(cupy, "counts bytes")
