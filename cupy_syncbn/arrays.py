@@ -173,6 +173,12 @@ def module_of(array: object) -> ModuleType:
     return sys.modules["cupy"] if is_cupy(array) else np
 
 
+def current_device() -> int:
+    """Return the number of the GPU that CuPy works on."""
+    number: int = sys.modules["cupy"].cuda.runtime.getDevice()
+    return number
+
+
 def check_writeable(name: str, array: object) -> None:
     """Check that an array can be written to.
 

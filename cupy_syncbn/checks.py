@@ -7,11 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from cupy_syncbn.arrays import Array, check_writeable
+from cupy_syncbn.arrays import Array, check_writeable, module_of
 from cupy_syncbn.backends import backend_of
-from cupy_syncbn.backends.interface import Backend, Running
+from cupy_syncbn.backends.interface import Backend
 from cupy_syncbn.backends.layout import Layout
-from cupy_syncbn.comm.call import Call
 
 Activation = str | tuple[str, float] | None
 
@@ -113,41 +112,51 @@ def check_backend(backend: Backend, name: str, array: Array) -> None:
     backend.check_device(array)
 
 
-def check_parameter(backend: Backend, name: str, values: Array, x_type: Any, call: Call) -> None:
+def check_layer(
+    x: Array, own: Array | None, dimensions: tuple[int, ...] | None, dtype: np.dtype[Any]
+) -> None:
+    """Check that `x` is on a layer's device, as its array `own` is, has its number of axes, and its type.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If it does not.
+    """
+    if own is not None and backend_of(x) is not backend_of(own):
+        here, there = ("cpu", "cuda") if module_of(own) is np else ("cuda", "cpu")
+        raise TypeError(
+            f"expected the input on the layer's device, {here} (got {module_of(x).__name__}.ndarray): "
+            f"move the layer by .to({there!r}), or the input by cupy.asarray or .get()"
+        )
+    backend_of(x)
+    if dimensions and x.ndim not in dimensions:
+        wanted = " or ".join(f"{n}D" for n in dimensions)
+        raise ValueError(f"expected {wanted} input (got {x.ndim}D input)")
+    check_types("the layer", dtype, x.dtype)
+
+
+def check_parameter(backend: Backend, name: str, values: Array, x_type: Any, channels: int) -> None:
     """Check that an array has a value per channel, of a type that goes with the data."""
     check_backend(backend, name, values)
-    if values.shape != (call.channels,):
-        raise ValueError(f"expected {name} of shape ({call.channels},) (got {values.shape})")
+    if values.shape != (channels,):
+        raise ValueError(f"expected {name} of shape ({channels},) (got {values.shape})")
     check_types(name, values.dtype, x_type)
 
 
 def check_running(
-    backend: Backend,
-    mean: Array | None,
-    var: Array | None,
-    tracked: Array | None,
-    momentum: float | None,
-    x_type: Any,
-    training: bool,
-    call: Call,
-) -> Running | None:
-    """Check the running statistics; None if there are none."""
+    backend: Backend, mean: Array | None, var: Array | None, tracked: Array | None, momentum: float | None
+) -> None:
+    """Check which of the running statistics are there, and the counter; they are also parameters."""
     if mean is None or var is None:
         if mean is not var:
             raise ValueError("expected running_mean and running_var together (got one of them)")
-        return None
-    check_parameter(backend, "running_mean", mean, x_type, call)
-    check_parameter(backend, "running_var", var, x_type, call)
+        return
     if tracked is None and momentum is None:
         raise ValueError("expected num_batches_tracked with momentum=None, the average over all batches")
     if tracked is not None:
         check_backend(backend, "num_batches_tracked", tracked)
-    if tracked is not None and (tracked.shape != () or tracked.dtype != np.int64):
-        raise ValueError(f"expected num_batches_tracked to be a 0-d int64 array (got {tracked!r})")
-    for name, buffer in (("running_mean", mean), ("running_var", var), ("num_batches_tracked", tracked)):
-        if training:
-            check_writeable(name, buffer)
-    return Running(mean, var, tracked, momentum)
+        if tracked.shape != () or tracked.dtype != np.int64:
+            raise ValueError(f"expected num_batches_tracked to be a 0-d int64 array (got {tracked!r})")
 
 
 def check_like(name: str, array: Array, x: Array) -> None:
@@ -159,20 +168,8 @@ def check_like(name: str, array: Array, x: Array) -> None:
         raise TypeError(f"expected {name} of the input's type {x.dtype.name} (got {array.dtype})")
 
 
-def check_output(
-    backend: Backend,
-    x: Array,
-    residual: Array | None,
-    out: Array | None,
-    layout: Layout,
-    training: bool,
-) -> Array:
-    """Check what has the shape of `x`, and return the array to write y to."""
-    if residual is not None:
-        check_like("residual", residual, x)
-    if out is None:
-        return backend.empty(layout, x.dtype.newbyteorder("="))
-    check_like("out", out, x)
+def check_out(backend: Backend, out: Array, x: Array, residual: Array | None, training: bool) -> None:
+    """Check that a result can be written to `out` while the other arrays are read."""
     check_writeable("out", out)
     if backend.overlaps(out, x) and (training or out is not x):
         raise ValueError(
@@ -180,7 +177,6 @@ def check_output(
         )
     if residual is not None and backend.overlaps(out, residual):
         raise ValueError("expected out to share no memory with residual")
-    return out
 
 
 def activation_slope(activation: Activation) -> float | None:

@@ -1,56 +1,40 @@
-"""The algorithm: statistics, exchange, normalize; reduce, exchange, apply."""
+"""The algorithm: prepare, statistics, sum over the ranks, normalize; forward and backward."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from types import ModuleType
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from cupy_syncbn.arrays import Array, as_array, module_of
-from cupy_syncbn.backends import backend_of
-from cupy_syncbn.backends.layout import Layout
-from cupy_syncbn.checks import (
-    Activation,
-    activation_slope,
-    check_grad_reduction,
-    check_input,
-    check_output,
-    check_output_gradient,
-    check_parameter,
-    check_running,
-    check_settings,
-)
-from cupy_syncbn.comm.call import Call
-from cupy_syncbn.comm.groups import ProcessGroup, SingleProcessGroup, as_group
+from cupy_syncbn.arrays import Array
+from cupy_syncbn.backends.interface import Affine, BatchSums, Epilogue, ParameterSums
+from cupy_syncbn.checks import Activation
+from cupy_syncbn.comm.call import Call, Preparing
+from cupy_syncbn.comm.groups import SINGLE, ProcessGroup, as_group
+from cupy_syncbn.plan import Arguments, Plan, Settings, prepare, prepare_gradient
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
 
 class Saved(NamedTuple):
-    """What a forward keeps for its backward. `x` is kept as it is, not copied."""
+    """The record of a forward, for its backward. `x` is kept as it is, not copied."""
 
+    plan: Plan
     x: Array
     """(outer, C, inner), see `Layout`."""
-    has_residual: bool
-    layout: Layout
     normalization: Any
     """The backend's: what it did to each element."""
-    weight_type: Any
-    """None if there was no weight."""
-    bias_type: Any
-    constant_statistics: bool
-    """Whether running statistics were used, which do not depend on x."""
     group: ProcessGroup | MPI.Intracomm | None
-    synchronized: bool
+    peers: ProcessGroup
+    """The ranks whose batches were one: in evaluation this one alone."""
     call: Call
     input_kept: bool
     """False if the output was written over `x`."""
-    sums: tuple[Array, Array | None] | None
-    """The exchanged vectors: of all ranks, and squares for float64 data. None with running statistics."""
+    batch: BatchSums | None
+    """The sums over all ranks; None with running statistics."""
 
 
 class Gradients(NamedTuple):
@@ -72,7 +56,6 @@ class Gradients(NamedTuple):
     residual: Array | None
 
 
-@np.errstate(all="ignore")  # infinities and NaN are the data's, and pass through
 def sync_batch_norm(
     x: Array,
     weight: Array | None = None,
@@ -165,71 +148,48 @@ def sync_batch_norm(
     array([[0., 0.],
            [0., 0.]])
     """
-    peers = as_group(process_group) if training else _LOCAL
-    call = call or _call(x, weight, running_mean, channels_last)
-    library = _library(x, weight, running_mean)
-    with call.preparing(peers, 4 * call.channels + 4, library):
-        check_settings(eps, momentum)
-        given, in_place = out, out is x
-        x, residual, out = as_array(x), as_array(residual), as_array(out, host=False)
-        if in_place and isinstance(out, np.ndarray):  # of a subclass, it has become two views
-            out = x
-        backend, layout = check_input(x, channels_last, call.channels)
-        dtype = x.dtype.newbyteorder("=")
-        running = check_running(
-            backend, running_mean, running_var, num_batches_tracked, momentum, dtype, training, call
-        )
-        for name, values in (("weight", weight), ("bias", bias)):
-            if values is not None:
-                check_parameter(backend, name, values, dtype, call)
-        slope = activation_slope(activation)
-        y = check_output(backend, x, residual, out, layout, training)
-        use_batch = training or running is None
-        if use_batch and peers.size == 1 and layout.shape_3d[0] * layout.shape_3d[2] == 1:
-            raise ValueError(
-                f"Expected more than 1 value per channel when training, got input size {x.shape}"
-            )
-        tensor, target = backend.as_kernel_input(layout.as_3d(x)), backend.as_kernel_input(layout.as_3d(y))
-        added = None if residual is None else backend.as_kernel_input(layout.as_3d(residual))
-        if use_batch:
-            vector, local = backend.statistics(tensor, call.trailer(peers))
+    arguments = Arguments(weight, bias, running_mean, running_var, num_batches_tracked, residual, out)
+    settings = Settings(training, momentum, eps, channels_last, activation)
+    return forward(x, arguments, settings, process_group, call or _call(x, arguments, channels_last))
 
-    if use_batch:
+
+@np.errstate(all="ignore")  # infinities and NaN are the data's, and pass through
+def forward(
+    x: Any,
+    arguments: Arguments,
+    settings: Settings,
+    group: ProcessGroup | MPI.Intracomm | None,
+    call: Call,
+) -> tuple[Array, Saved]:
+    """See `sync_batch_norm`; the shapes are those of one rank's tensors and of the vectors."""
+    peers = as_group(group) if settings.training else SINGLE
+    channels, arrays = call.channels, (x, *arguments)
+    with Preparing(call, peers, 4 * channels + 4, arrays):
+        plan, x, y, residual, running, result, is_copy, input_kept = prepare(
+            x, arguments, settings, channels, peers.size == 1
+        )  # (N, C, *spatial) -> (outer, C, inner)
+        backend = plan.backend
+        if plan.uses_batch:
+            vector, local_sums = backend.statistics(x, call.trailer(peers))  # -> (4C + 4,)
+
+    batch = None
+    if plan.uses_batch:
         call.allreduce_checked(peers, vector)
         squares = None
-        if dtype.itemsize == 8:  # once more, about the mean of all: float64 data show what one vector loses
-            with call.preparing(peers, call.channels + 3, library):
-                squares = backend.centered_squares(local, vector, call.trailer(peers))
+        if plan.has_squares:  # once more, about the mean of all ranks
+            with Preparing(call, peers, channels + 3, arrays):
+                squares = backend.centered_squares(local_sums, vector, call.trailer(peers))  # -> (C + 3,)
             call.allreduce_checked(peers, squares)
-        update = running if training else None
-        normalization = backend.normalize(
-            tensor, target, vector, squares, weight, bias, update, peers.size, eps, added, slope
-        )
-    else:
-        assert running is not None
-        normalization = backend.normalize_fixed(
-            tensor, target, running.mean, running.var, weight, bias, eps, added, slope
-        )
-    if out is not None and not backend.overlaps(target, out):  # its strides allowed no 3-D view
-        out[...] = layout.as_batch(target)
-    saved = Saved(
-        x=tensor,
-        has_residual=residual is not None,
-        layout=layout,
-        normalization=normalization,
-        weight_type=None if weight is None else weight.dtype,
-        bias_type=None if bias is None else bias.dtype,
-        constant_statistics=not use_batch,
-        group=process_group,
-        synchronized=training,
-        call=call,
-        input_kept=out is None or not backend.overlaps(out, x),
-        sums=(vector, squares) if use_batch else None,
-    )
-    return (given if isinstance(given, np.ndarray) else y), saved  # an array of a subclass stays one
+        batch = BatchSums(vector, squares, peers.size)
+
+    affine = Affine(arguments.weight, arguments.bias, settings.eps)
+    normalization = backend.normalize(x, y, batch, running, affine, Epilogue(residual, plan.slope))
+    if is_copy:
+        result[...] = plan.layout.as_batch(y)
+    out = arguments.out if isinstance(arguments.out, np.ndarray) else result  # one of a subclass stays one
+    return out, Saved(plan, x, normalization, group, peers, call, input_kept, batch)
 
 
-@np.errstate(all="ignore")
 def sync_batch_norm_backward(dy: Array, saved: Saved, *, grad_reduction: str = "none") -> Gradients:
     """Compute the gradients of `sync_batch_norm`.
 
@@ -270,61 +230,56 @@ def sync_batch_norm_backward(dy: Array, saved: Saved, *, grad_reduction: str = "
     -----
     **Collective** if the forward was. One allreduce of 16C + 24 bytes.
     """
-    x, normalization, layout = saved.x, saved.normalization, saved.layout
-    peers = as_group(saved.group) if saved.synchronized or grad_reduction != "none" else _LOCAL
-    call = Call(saved.call.name, saved.call.channels, "backward", saved.call.number)
-    with call.preparing(peers, 2 * call.channels + 3, module_of(x)):
-        dy = as_array(dy)
-        backend = backend_of(x)
-        check_output_gradient(backend, dy, layout.shape, x.dtype)
-        if not saved.input_kept:
+    return backward(dy, saved, grad_reduction)
+
+
+@np.errstate(all="ignore")
+def backward(
+    dy: Any, saved: Saved, grad_reduction: str, check: Callable[[], None] | None = None
+) -> Gradients:
+    """See `sync_batch_norm_backward`; `check` is a further one, of which the other ranks hear too."""
+    plan, x, normalization, group, peers, forward_call, input_kept, batch = saved
+    backend, layout = plan.backend, plan.layout
+    if grad_reduction != "none" and not plan.training:
+        peers = as_group(group)
+    call = Call(forward_call.name, forward_call.channels, "backward", forward_call.number)
+    with Preparing(call, peers, 2 * call.channels + 3, (x,)):
+        if check is not None:
+            check()
+        dy = prepare_gradient(dy, plan, grad_reduction)  # (N, C, *spatial) -> (outer, C, inner)
+        if not input_kept:
             raise RuntimeError("backward needs the input, but the forward wrote its result over it (out=)")
-        check_grad_reduction(grad_reduction)
+        dx = backend.empty(layout.shape_3d, plan.dtype)
+        dresidual = backend.empty(layout.shape_3d, plan.dtype) if plan.has_residual else None
+        global_sums, local_sums, gradient = backend.reduce_gradients(
+            dy, x, normalization, dresidual, call.trailer(peers)
+        )  # -> (2C + 3,)
+
+    call.allreduce_checked(peers, global_sums)
+    if grad_reduction == "none":
+        parameters = ParameterSums(local_sums, 1.0, plan.weight_type, plan.bias_type)
+    else:
         scale = 1 / peers.size if grad_reduction == "mean" else 1.0
-        dtype = x.dtype.newbyteorder("=")
-        dx = backend.empty(layout, dtype)
-        dresidual = backend.empty(layout, dtype) if saved.has_residual else None
-        residual = None if dresidual is None else layout.as_3d(dresidual)
-        total, own, gradient = backend.reduce_gradients(
-            backend.as_kernel_input(layout.as_3d(dy)), x, normalization, residual, call.trailer(peers)
-        )
-
-    call.allreduce_checked(peers, total)
-    weight, bias = backend.input_gradient(
-        gradient,
-        x,
-        normalization,
-        layout.as_3d(dx),
-        sums=None if saved.constant_statistics else total if saved.synchronized else own,
-        parameter_sums=own if grad_reduction == "none" else total,
-        parameter_scale=scale,
-        weight_type=saved.weight_type,
-        bias_type=saved.bias_type,
+        parameters = ParameterSums(global_sums, scale, plan.weight_type, plan.bias_type)
+    sums = None if batch is None else global_sums if plan.training else local_sums
+    weight, bias = backend.input_gradient(gradient, x, normalization, dx, sums, parameters)
+    return Gradients(
+        layout.as_batch(dx), weight, bias, None if dresidual is None else layout.as_batch(dresidual)
     )
-    return Gradients(dx, weight, bias, dresidual)
 
 
-_LOCAL = SingleProcessGroup()
-
-
-def _call(x: Array, weight: Array | None, running_mean: Array | None, channels_last: bool) -> Call:
+def _call(x: Any, arguments: Arguments, channels_last: bool) -> Call:
     """Return the call of a forward outside a layer."""
-    # A rank with float64 data exchanges once more than others: by the name they find out before.
+    # A rank with float64 data adds up once more than others: by the name they find out before.
     dtype = getattr(x, "dtype", "")
     is_float64 = "float64" in str(getattr(dtype, "name", dtype))  # in any byte order, or of torch
     name = "sync_batch_norm in float64" if is_float64 else "sync_batch_norm"
-    return Call(name, _channels(x, weight, running_mean, channels_last), "forward", 0)
+    return Call(name, _channels(x, arguments, channels_last), "forward", 0)
 
 
-def _library(*arrays: object) -> ModuleType:
-    """Return the library whose arrays the other ranks exchange, whatever is wrong with this one's `x`."""
-    libraries = [module_of(array) for array in arrays if array is not None]
-    return next((library for library in libraries if library is not np), np)
-
-
-def _channels(x: object, weight: Array | None, running_mean: Array | None, channels_last: bool) -> int:
+def _channels(x: Any, arguments: Arguments, channels_last: bool) -> int:
     """Return the number of channels that the other ranks expect, whatever is wrong with this one's `x`."""
-    for known in (weight, running_mean):
+    for known in (arguments.weight, arguments.running_mean):
         if known is not None:
             return math.prod(known.shape if hasattr(known, "shape") else np.shape(known))
     shape: Sequence[int] = getattr(x, "shape", ())

@@ -121,7 +121,7 @@ def _use(monkeypatch, mode):
     from cupy_syncbn.backends.cuda import operations as cuda_operations
 
     monkeypatch.setattr(cuda_operations, "cupy", found)
-    cuda_operations._kernel.cache_clear()
+    cuda_operations.forget()
     return found
 
 
@@ -181,5 +181,4 @@ def _forget():
     from cupy_syncbn.backends.cuda import operations as cuda_operations
 
     arrays.why_no_gpu.cache_clear()
-    cuda_operations._kernel.cache_clear()
-    cuda_operations._workspaces._of.clear()
+    cuda_operations.forget()

@@ -21,9 +21,10 @@ ALLOWED = {
     "arrays": set(),
     "backends": {"arrays"},
     "comm": {"arrays"},
-    "checks": {"comm", "backends", "arrays"},
-    "functional": {"checks", "comm", "backends", "arrays"},
-    "nn": {"functional", "checks", "comm", "backends", "arrays"},
+    "checks": {"backends", "arrays"},
+    "plan": {"checks", "backends", "arrays"},
+    "functional": {"plan", "checks", "comm", "backends", "arrays"},
+    "nn": {"functional", "plan", "checks", "comm", "backends", "arrays"},
     "diagnosis": {"nn", "comm", "arrays", "_version"},
     "__main__": {"diagnosis"},
 }

@@ -1,32 +1,73 @@
-"""What a backend offers: the operations of batch normalization on the arrays of one library."""
+"""A backend's operations, and the nouns they take: batch normalization on the arrays of one library."""
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple, Protocol
 
 from cupy_syncbn.arrays import Array
-from cupy_syncbn.backends.layout import Layout
 
 
 class Running(NamedTuple):
-    """The running statistics, which a training forward updates in place."""
+    """The running statistics: a training forward updates them in place, an evaluation takes them as given."""
 
     mean: Array
     var: Array
-    num_batches_tracked: Array | None
-    momentum: float | None
+    num_batches_tracked: Array | None = None
+    momentum: float | None = None
     """None for the cumulative average."""
+
+
+class BatchSums(NamedTuple):
+    """The sums that the ranks have added up of their batches; see `vector`."""
+
+    vector: Array
+    squares: Array | None = None
+    """The second vector, of float64 data."""
+    ranks: int = 1
+
+
+class Affine(NamedTuple):
+    """The step ``(x - mean) / sqrt(var + eps) * weight + bias``."""
+
+    weight: Array | None = None
+    bias: Array | None = None
+    eps: float = 1e-5
+
+
+class Epilogue(NamedTuple):
+    """The rest of the same pass: ``activation(y + residual)``."""
+
+    residual: Array | None = None
+    slope: float | None = None
+    """Of the activation below zero: 0 for ReLU, None for no activation."""
+
+
+class Reduced(NamedTuple):
+    """The sums that the backward starts with."""
+
+    global_sums: Array
+    """The vector of the backward: this rank's sums, until the ranks have added them up in place."""
+    local_sums: Array
+    """A copy that stays this rank's; its trailer may be missing."""
+    gradient: Any
+    """The gradient of the output, as `input_gradient` takes it."""
+
+
+class ParameterSums(NamedTuple):
+    """The sums that the gradients of weight and bias are made of."""
+
+    vector: Array
+    scale: float = 1.0
+    weight_type: Any = None
+    """None if there is no weight to have a gradient; so is `bias_type`."""
+    bias_type: Any = None
 
 
 class Backend(Protocol):
     """The operations of a backend; shapes are (outer, C, inner) for tensors and (C,) for the rest.
 
-    `residual` is added before the activation, whose slope below zero is `slope`: 0 for ReLU, None for no
-    activation. `trailer` ends a vector.
+    A trailer ends a vector: it is the caller's.
     """
-
-    def empty(self, layout: Layout, dtype: Any) -> Array:
-        """Allocate a batch of a layout, contiguous in its memory order."""
 
     def overlaps(self, a: Array, b: Array) -> bool:
         """Tell whether two arrays share memory."""
@@ -37,50 +78,32 @@ class Backend(Protocol):
     def check_device(self, x: Array) -> None:
         """Check that an array is where the operations compute; ValueError if not."""
 
+    def empty(self, shape: tuple[int, int, int], dtype: Any) -> Array:
+        """Allocate a tensor, contiguous."""
+
     def statistics(self, x: Array, trailer: tuple[float, ...]) -> tuple[Array, Any]:
-        """Reduce `x` to the exchange vector of the forward; also return what `centered_squares` needs."""
+        """Reduce `x` to the vector of the forward; also return the argument of `centered_squares`."""
 
-    def centered_squares(self, local: Any, vector: Array, trailer: tuple[float, ...]) -> Array:
-        """Return the vector of a second exchange, ``[Σ(x - mean)² (C) | trailer]``.
+    def centered_squares(self, local_sums: Any, vector: Array, trailer: tuple[float, ...]) -> Array:
+        """Return the second vector of float64 data, ``[Σ(x - mean)² (C) | trailer]``.
 
-        The mean is that of the exchanged `vector` of the first.
+        The mean is that of the `vector` which the ranks have added up.
         """
 
     def normalize(
         self,
         x: Array,
         y: Array,
-        vector: Array,
-        squares: Array | None,
-        weight: Array | None,
-        bias: Array | None,
+        batch: BatchSums | None,
         running: Running | None,
-        ranks: int,
-        eps: float,
-        residual: Array | None,
-        slope: float | None,
+        affine: Affine,
+        epilogue: Epilogue,
     ) -> Any:
-        """Write y by the statistics in the exchanged vectors, and update the running statistics.
+        """Write y by the statistics of the batch, and update the running ones; without a batch, by these.
 
-        `squares` is that of the second exchange, or None if there was none. A trailer that the host has not
-        seen may tell of a fault: the running statistics of the `ranks` ranks are not updated then.
-
-        What it returns is for the backward: of the backend's own type.
+        A trailer that the host has not seen may tell of a fault: nothing is updated then. The result is for
+        the backward, of a type of the backend's own.
         """
-
-    def normalize_fixed(
-        self,
-        x: Array,
-        y: Array,
-        mean: Array,
-        var: Array,
-        weight: Array | None,
-        bias: Array | None,
-        eps: float,
-        residual: Array | None,
-        slope: float | None,
-    ) -> Any:
-        """Write y by given statistics."""
 
     def reduce_gradients(
         self,
@@ -89,12 +112,8 @@ class Backend(Protocol):
         normalization: Any,
         dresidual: Array | None,
         trailer: tuple[float, ...],
-    ) -> tuple[Array, Array, Any]:
-        """Reduce `dy` and `x` to the exchange vector of the backward, and write dresidual.
-
-        Returns the vector, a copy of it that stays this rank's (its trailer may be missing), and what
-        `input_gradient` takes for the gradient of the output.
-        """
+    ) -> Reduced:
+        """Reduce `dy` and `x` to the vector of the backward, and write dresidual."""
 
     def input_gradient(
         self,
@@ -103,13 +122,9 @@ class Backend(Protocol):
         normalization: Any,
         dx: Array,
         sums: Array | None,
-        parameter_sums: Array,
-        parameter_scale: float,
-        weight_type: Any,
-        bias_type: Any,
+        parameters: ParameterSums,
     ) -> tuple[Array | None, Array | None]:
         """Write dx by the vector `sums`, None where the statistics were constants.
 
-        Returns the gradients of weight and bias by the vector `parameter_sums`, times `parameter_scale`, in
-        the types asked for; None for None.
+        Returns the gradients of weight and bias in the types asked for, None for None.
         """

@@ -22,8 +22,12 @@ class Layout(NamedTuple):
     """The caller's axes in memory order."""
     inverse: tuple[int, ...]
     """The memory's axes in the caller's order."""
+    is_in_order: bool
+    """Whether these are all in order."""
+    memory_shape: tuple[int, ...]
+    """Shape of the batch in memory order."""
     shape_3d: tuple[int, int, int]
-    """Shape (outer, C, inner) of the batch in memory order."""
+    """The same as (outer, C, inner)."""
 
     @classmethod
     def of(cls, x: Array, channels_last: bool) -> Layout:
@@ -35,11 +39,12 @@ class Layout(NamedTuple):
 
     def as_3d(self, array: Array) -> Array:
         """`array`, of this layout's shape, as (outer, C, inner): a view wherever its strides permit."""
-        return array.transpose(self.axes).reshape(self.shape_3d)
+        return (array if self.is_in_order else array.transpose(self.axes)).reshape(self.shape_3d)
 
     def as_batch(self, array: Array) -> Array:
         """Undo `as_3d`."""
-        return array.reshape([self.shape[axis] for axis in self.axes]).transpose(self.inverse)
+        batch = array.reshape(self.memory_shape)
+        return batch if self.is_in_order else batch.transpose(self.inverse)
 
 
 @functools.lru_cache(maxsize=256)
@@ -52,5 +57,8 @@ def _layout(shape: tuple[int, ...], strides: tuple[int, ...], channels_last: boo
         innermost = abs(strides[channel]) < min(steps)
     axes = (0, *spatial, channel) if innermost else (0, channel, *spatial)
     inverse = tuple(axes.index(axis) for axis in range(len(axes)))
+    memory_shape = tuple(shape[axis] for axis in axes)
     N, C, S = shape[0], shape[channel], math.prod(shape[axis] for axis in spatial)
-    return Layout(shape, axes, inverse, (N * S, C, 1) if innermost else (N, C, S))
+    is_in_order = axes == tuple(range(len(axes)))
+    shape_3d = (N * S, C, 1) if innermost else (N, C, S)
+    return Layout(shape, axes, inverse, is_in_order, memory_shape, shape_3d)

@@ -29,10 +29,10 @@ def round_to_12_bits(values: Array) -> Array:
     return result
 
 
-def moments(exchanged: Array, channels: int) -> tuple[Array, Array, float]:
-    """Return mean, Σ(x - mean)² and count from the exchanged vector of the forward."""
-    pivot_sum, pivot_square, sum_, square = exchanged[: 4 * channels].reshape(4, channels)
-    count = float(exchanged[4 * channels])
+def moments(global_sums: Array, channels: int) -> tuple[Array, Array, float]:
+    """Return mean, Σ(x - mean)² and count from the vector that the ranks have added up."""
+    pivot_sum, pivot_square, sum_, square = global_sums[: 4 * channels].reshape(4, channels)
+    count = float(global_sums[4 * channels])
     n = max(count, 1.0)
     # Pivots of several ranks may add up to zero. Their squares cannot, but those of the smallest underflow.
     if not (pivot_square.any() or pivot_sum.any()):

@@ -5,12 +5,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import zlib
-from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from cupy_syncbn.arrays import Array
+from cupy_syncbn.arrays import Array, module_of
 from cupy_syncbn.comm.errors import CollectiveTimeoutError, RankMismatchError, RemoteRankError
 from cupy_syncbn.comm.groups import ProcessGroup
 from cupy_syncbn.comm.schedules import FAULT
@@ -48,13 +47,6 @@ class Call(NamedTuple):
         tag = _hash(name, channels, direction) + 0x9E5 * number & 0xFFF
         return 0.0, tag, tag * tag
 
-    def preparing(self, group: ProcessGroup, length: int, library: ModuleType = np) -> _Preparing:
-        """Return a context for all that can fail on one rank alone: the other ranks hear of an error in it.
-
-        They wait in a sum of vectors of `length` numbers, which are arrays of `library`.
-        """
-        return _Preparing(self, group, length, library)
-
     def allreduce_checked(self, group: ProcessGroup, vector: Array) -> None:
         """Replace `vector` by its sum over the ranks (**collective**).
 
@@ -83,8 +75,11 @@ class Call(NamedTuple):
             _note_hearers(error, group)
             raise
 
-    def tell_others(self, group: ProcessGroup, error: Exception, length: int, library: ModuleType) -> None:
+    def tell_others(
+        self, group: ProcessGroup, error: Exception, length: int, arrays: tuple[Any, ...]
+    ) -> None:
         """Join the sum that the other ranks wait in, with a fault flag: they raise RemoteRankError."""
+        library = next((module for module in map(module_of, arrays) if module is not np), np)
         vector = np.zeros(length)
         vector[-3:] = self.trailer(group)
         vector[FAULT] = _fault_code(group)
@@ -119,20 +114,23 @@ class Call(NamedTuple):
             error.call = error.call or self
 
 
-class _Preparing:
-    """The context of `Call.preparing`."""
+class Preparing:
+    """The context of all that can fail on one rank alone: the other ranks hear of an error in it.
 
-    __slots__ = ("call", "group", "length", "library")
+    They wait in a sum of vectors of `length` numbers: of CuPy if any of `arrays` is, else of NumPy.
+    """
 
-    def __init__(self, call: Call, group: ProcessGroup, length: int, library: ModuleType) -> None:
-        self.call, self.group, self.length, self.library = call, group, length, library
+    __slots__ = ("arrays", "call", "group", "length")
+
+    def __init__(self, call: Call, group: ProcessGroup, length: int, arrays: tuple[Any, ...] = ()) -> None:
+        self.call, self.group, self.length, self.arrays = call, group, length, arrays
 
     def __enter__(self) -> None:
         pass
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         if isinstance(error, Exception) and self.group.size > 1:
-            self.call.tell_others(self.group, error, self.length, self.library)
+            self.call.tell_others(self.group, error, self.length, self.arrays)
 
 
 def _note_hearers(error: Exception, group: ProcessGroup) -> None:

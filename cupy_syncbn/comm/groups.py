@@ -272,8 +272,7 @@ class MPIProcessGroup(ProcessGroup):
         if not isinstance(vector, np.ndarray):
             ending: Array = self._transport.allreduce_checked(vector)
             return ending
-        with (self._private_comm or self._opened()).take(self.timeout) as private:
-            private.sum(vector)
+        (self._private_comm or self._opened()).sum(vector, self.timeout)
         return vector
 
     def match_peers(self, vector: Array, library: ModuleType) -> Array:

@@ -60,7 +60,7 @@ class PrivateComm:
         _private_comms.add(self)
 
     def take(self, timeout: float) -> Self:
-        """Keep other threads out until `release`, and give all waits until then so many seconds together."""
+        """Keep other threads out until the context ends; all waits in it have `timeout` seconds together."""
         if self._unusable:
             kind, reason = self._unusable
             raise kind(reason)
@@ -72,20 +72,17 @@ class PrivateComm:
         self._timeout, self._deadline = timeout, None
         return self
 
-    def release(self) -> None:
-        """Let other threads take it."""
-        self._lock.release()
-
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
         self._lock.release()
 
-    def sum(self, vector: Array) -> None:
-        """Replace a NumPy vector by its sum over the ranks; see `CheckedSum`."""
-        checked_sum = self._sums.get(vector.size)
+    def sum(self, vector: Array, timeout: float) -> None:
+        """Replace a NumPy vector by its sum over the ranks, as an operation by itself; see `CheckedSum`."""
+        self.take(timeout)
         try:
+            checked_sum = self._sums.get(vector.size)
             if checked_sum is None:
                 checked_sum = CheckedSum(self.comm, self.rank, self.size, vector.size, self._receive_buffer)
                 self._sums[vector.size] = checked_sum
@@ -93,6 +90,8 @@ class PrivateComm:
         except BaseException as error:
             self.give_up(error)
             raise
+        finally:
+            self._lock.release()
 
     def complete(self, request: MPI.Request, *needed: Array) -> None:
         """Wait for a collective request, which needs some arrays to live as long as it does."""

@@ -5,25 +5,25 @@ from __future__ import annotations
 import contextlib
 import operator
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 import numpy as np
 
-from cupy_syncbn.arrays import Array, array_module, as_array, module_of
-from cupy_syncbn.backends import backend_of
+from cupy_syncbn import functional
+from cupy_syncbn.arrays import Array, array_module, module_of
 from cupy_syncbn.checks import (
     Activation,
     activation_slope,
     check_grad_reduction,
     check_settings,
-    check_types,
     data_type,
 )
-from cupy_syncbn.comm.call import Call
-from cupy_syncbn.comm.groups import ProcessGroup, SingleProcessGroup, as_group
-from cupy_syncbn.functional import Saved, sync_batch_norm, sync_batch_norm_backward
+from cupy_syncbn.comm.call import Call, Preparing
+from cupy_syncbn.comm.groups import SINGLE, ProcessGroup, as_group
+from cupy_syncbn.functional import Saved
 from cupy_syncbn.nn.module import Module, Parameter, Tree, check_gradient
 from cupy_syncbn.nn.replace import replace_within
+from cupy_syncbn.plan import Arguments, Settings
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -40,7 +40,7 @@ class BatchNormBase(Module):
     running_mean: Array | None
     running_var: Array | None
     num_batches_tracked: Array | None
-    process_group: ProcessGroup | None
+    _group: ProcessGroup | None
     _calls_made: int
     _introduced: bool
     _frozen: int = 0
@@ -113,36 +113,31 @@ class BatchNormBase(Module):
         **Collective** over the ranks of a SyncBatchNorm in training mode. The first such call sends one more
         message, of 24 bytes.
         """
-        peers = _peers(self.process_group, self.training)
-        if self.training and not self._introduced:
-            # Vectors of other lengths must never meet: a fixed-size one tells first.
-            introduction = self._call(f"introduction with {self.dtype} parameters")
-            introduction.allreduce_checked(peers, np.array(introduction.trailer(peers)))
-            self._introduced = True
-        call = self._call("forward")
-        with call.preparing(peers, 4 * self.num_features + 4, module_of(self._array(x))):
-            if not isinstance(x, np.ndarray):  # with one of a subclass, `out` may still be the same object
-                x = as_array(x)
-            self._check(x)
-        tracks = not self.training or (self.track_running_stats and not self._frozen)
-        y, self._saved = sync_batch_norm(
-            x,
-            None if self.weight is None else self.weight.data,
-            None if self.bias is None else self.bias.data,
-            self.running_mean if tracks else None,
-            self.running_var if tracks else None,
-            num_batches_tracked=self.num_batches_tracked if tracks else None,
-            training=self.training,
-            momentum=self.momentum,
-            eps=self.eps,
-            process_group=self.process_group,
-            channels_last=self.channels_last,
-            activation=self.activation,
-            residual=residual,
-            out=out,
-            call=call,
+        weight, bias, training = self.weight, self.bias, self.training
+        if training and not self._introduced:
+            self._introduce()
+        arguments = Arguments(
+            None if weight is None else weight.data,
+            None if bias is None else bias.data,
+            self.running_mean,
+            self.running_var,
+            self.num_batches_tracked,
+            residual,
+            out,
         )
-        self._calls_made += self.training
+        settings = Settings(
+            training,
+            self.momentum,
+            self.eps,
+            self.channels_last,
+            self.activation,
+            training and (self._frozen > 0 or not self.track_running_stats),
+            self._dimensions,
+            self.dtype,
+        )
+        call = Call(self.name or type(self).__name__, self.num_features, "forward", self._calls_made)
+        y, self._saved = functional.forward(x, arguments, settings, self._group, call)
+        self._calls_made += training
         if self._observe is not None:
             self._observe(self._saved)
         return y
@@ -152,27 +147,15 @@ class BatchNormBase(Module):
         def __call__(self, x: Array, residual: Array | None = None, out: Array | None = None) -> Array:
             """See `forward`."""
 
+    def _introduce(self) -> None:
+        """Compare name, channels and type between the ranks: vectors of other lengths must never meet."""
+        call = self._call(f"introduction with {self.dtype} parameters")
+        group = as_group(self._group)
+        call.allreduce_checked(group, np.array(call.trailer(group)))
+        self._introduced = True
+
     def _call(self, direction: str) -> Call:
         return Call(self.name or type(self).__name__, self.num_features, direction, self._calls_made)
-
-    def _array(self, x: Array) -> Array:
-        """Return an array of the layer's, or `x` if it has none."""
-        own = self.running_mean if self.weight is None else self.weight.data
-        return x if own is None else own
-
-    def _check(self, x: Array) -> None:
-        """Check what `sync_batch_norm` cannot know; it checks the rest."""
-        own = self._array(x)
-        if backend_of(x) is not backend_of(own):
-            here, there = (("cpu", "cuda"), ("cuda", "cpu"))[module_of(own) is not np]
-            raise TypeError(
-                f"expected the input on the layer's device, {here} (got {module_of(x).__name__}.ndarray): "
-                f"move the layer by .to({there!r}), or the input by cupy.asarray or .get()"
-            )
-        if self._dimensions and x.ndim not in self._dimensions:
-            wanted = " or ".join(f"{n}D" for n in self._dimensions)
-            raise ValueError(f"expected {wanted} input (got {x.ndim}D input)")
-        check_types("the layer", self.dtype, x.dtype)
 
     def backward(self, dy: Array) -> Array | tuple[Array, Array]:
         """Compute the gradient of the last forward's input; see `sync_batch_norm_backward`.
@@ -204,25 +187,42 @@ class BatchNormBase(Module):
         **Collective** over the ranks of a SyncBatchNorm, if its forward was, or if `grad_reduction` is not
         "none".
         """
-        saved = self._saved
-        call = self._call("backward") if saved is None else saved.call._replace(direction="backward")
-        exchanges = (self.training if saved is None else saved.synchronized) or self.grad_reduction != "none"
-        peers = _peers(self.process_group if saved is None else saved.group, exchanges)
-        library = module_of(self._array(dy) if saved is None else saved.x)
-        with call.preparing(peers, 2 * self.num_features + 3, library):
-            if saved is None:
-                raise RuntimeError("backward needs a forward before it: each forward serves one backward")
-            for name, parameter in (("weight", self.weight), ("bias", self.bias)):
-                if parameter is not None:
-                    check_gradient(name, parameter)
-        gradients = sync_batch_norm_backward(dy, saved, grad_reduction=self.grad_reduction)
-        # A rank that fails after the exchange has another number than the others, and they find out.
-        self._calls_made += exchanges
+        saved, weight, bias = self._saved, self.weight, self.bias
+        if saved is None:
+            self._refuse_backward(dy)
+        accumulates = (weight is not None and weight.grad is not None) or (
+            bias is not None and bias.grad is not None
+        )
+        check = self._check_gradients if accumulates else None
+        gradients = functional.backward(dy, saved, self.grad_reduction, check)
+        # A rank that fails after the sum has another number than the others, and they find out.
+        self._calls_made += saved.plan.training or self.grad_reduction != "none"
         self._saved = None
-        for parameter, gradient in ((self.weight, gradients.weight), (self.bias, gradients.bias)):
-            if parameter is not None and gradient is not None:
+        for parameter, gradient in ((weight, gradients.weight), (bias, gradients.bias)):
+            if parameter is None or gradient is None:
+                continue
+            if parameter.grad is None:
+                parameter.grad = gradient
+            else:
                 parameter.accumulate(gradient)
         return gradients.x if gradients.residual is None else (gradients.x, gradients.residual)
+
+    def _check_gradients(self) -> None:
+        for name, parameter in (("weight", self.weight), ("bias", self.bias)):
+            if parameter is not None and parameter.grad is not None:
+                check_gradient(name, parameter)
+
+    def _refuse_backward(self, dy: Array) -> NoReturn:
+        is_collective = self.training or self.grad_reduction != "none"
+        peers = as_group(self._group) if is_collective else SINGLE
+        arrays = (dy, None if self.weight is None else self.weight.data, self.running_mean)
+        with Preparing(self._call("backward"), peers, 2 * self.num_features + 3, arrays):
+            raise RuntimeError("backward needs a forward before it: each forward serves one backward")
+
+    @property
+    def process_group(self) -> ProcessGroup | None:
+        """The ranks whose batches are one; None is all."""
+        return self._group
 
     def __getstate__(self) -> Any:
         """Return what copies and pickles have: not the forward that waits for its backward."""
@@ -308,11 +308,6 @@ def observing(layer: BatchNormBase, show: Callable[[Saved], None]) -> Iterator[N
         yield
     finally:
         layer.training, layer._saved, layer._observe = training, saved, None
-
-
-def _peers(group: ProcessGroup | MPI.Intracomm | None, exchanges: bool) -> ProcessGroup:
-    """Return the ranks that a call exchanges with."""
-    return as_group(group) if exchanges else SingleProcessGroup()
 
 
 class SyncBatchNorm(BatchNormBase):
@@ -427,13 +422,12 @@ class SyncBatchNorm(BatchNormBase):
     @property
     def process_group(self) -> ProcessGroup | None:
         """The ranks whose batches are one; None is all."""
-        group: ProcessGroup | None = vars(self).get("process_group")  # where copies and pickles find it too
-        return group
+        return self._group
 
     @process_group.setter
     def process_group(self, group: ProcessGroup | MPI.Intracomm | None) -> None:
-        # None stays None: the world is known at the first exchange, not at import.
-        vars(self)["process_group"] = None if group is None else as_group(group)
+        # None stays None: the world is known at the first sum, not at import.
+        self._group = None if group is None else as_group(group)
         restart_calls(self)
 
     @classmethod
@@ -465,7 +459,7 @@ class SyncBatchNorm(BatchNormBase):
 class _LocalBatchNorm(BatchNormBase):
     """Batch normalization by the statistics of this rank's batch."""
 
-    process_group = SingleProcessGroup()
+    _group = SINGLE
 
 
 class BatchNorm1d(_LocalBatchNorm):

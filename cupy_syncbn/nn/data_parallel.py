@@ -11,7 +11,7 @@ import numpy as np
 
 from cupy_syncbn.arrays import Array, check_writeable, module_of
 from cupy_syncbn.backends import backend_of
-from cupy_syncbn.comm.call import Call
+from cupy_syncbn.comm.call import Call, Preparing
 from cupy_syncbn.comm.errors import RankMismatchError
 from cupy_syncbn.comm.groups import ProcessGroup, as_group
 from cupy_syncbn.nn.batch_norm import BatchNormBase, SyncBatchNorm, restart_calls
@@ -82,7 +82,7 @@ class DistributedDataParallel(Module):
         # Each array once, by its last name, so that ranks which share others of their arrays differ too.
         state = dict({id(array): (name, array) for name, array in module.state_dict().items()}.values())
         call = Call("DistributedDataParallel", 0, "construction", 0)
-        with call.preparing(group, 3):
+        with Preparing(call, group, 3):
             for name, array in state.items():
                 _check_array(name, array)
         call.allreduce_checked(group, np.array(call.trailer(group)))
@@ -161,7 +161,7 @@ class DistributedDataParallel(Module):
             code = zlib.crc32(repr(self._description({name: p.data for name, p in named})).encode())
             caller += f" with parameters of code {code:08x}"
         call = Call(caller, 0, "gradients", self._reductions)
-        with call.preparing(group, len(named) + 3):
+        with Preparing(call, group, len(named) + 3):
             for name, parameter in named:
                 check_gradient(name, parameter)
             present = np.array([parameter.grad is not None for _, parameter in named] + [0] * 3, np.float64)

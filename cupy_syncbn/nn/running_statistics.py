@@ -11,7 +11,7 @@ import numpy as np
 
 from cupy_syncbn.arrays import Array, check_writeable, module_of, move
 from cupy_syncbn.backends.vector import moments, round_to_12_bits
-from cupy_syncbn.comm.call import Call, was_heard_by
+from cupy_syncbn.comm.call import Call, Preparing, was_heard_by
 from cupy_syncbn.comm.groups import ProcessGroup, SingleProcessGroup, as_group
 from cupy_syncbn.functional import Saved
 from cupy_syncbn.nn.batch_norm import BatchNormBase, FrozenStatistics, observing
@@ -109,7 +109,7 @@ def recalibrate(module: Module, batches: Iterable[Any]) -> None:
                 module(*arguments)
             except Exception as error:
                 if not was_heard_by(group, error):  # the others are in this batch, or wait for the next
-                    with _call(layers, number + 1).preparing(group, 4):
+                    with Preparing(_call(layers, number + 1), group, 4):
                         raise
                 raise
         for each in groups:
@@ -140,14 +140,14 @@ class _Total:
     @np.errstate(all="ignore")  # infinities and NaN are the data's, and pass through
     def add(self, forward: Saved) -> None:
         """Merge the statistics of a forward, after Chan, Golub and LeVeque (1983)."""
-        if forward.sums is None:  # the module keeps this layer in evaluation mode: it stays as it is
+        if forward.batch is None:  # the module keeps this layer in evaluation mode: it stays as it is
             return
-        vector, C = move(forward.sums[0], np), forward.call.channels
+        vector, C = move(forward.batch.vector, np), forward.call.channels
         _, m2, count = moments(vector, C)
         if not count:
             return
-        if forward.sums[1] is not None:
-            m2 = move(forward.sums[1], np)[:C]
+        if forward.batch.squares is not None:
+            m2 = move(forward.batch.squares, np)[:C]
         pivot_sum, _, sum_ = vector[: 3 * C].reshape(3, C)
         pivot = round_to_12_bits(pivot_sum / count)
         if not self.count:
@@ -170,7 +170,7 @@ def _in_step(
     end = object()
     for number in itertools.count():
         call = _call(layers, number)
-        with call.preparing(group, 4):
+        with Preparing(call, group, 4):
             if number == 0:
                 for layer in layers:
                     check_writeable("running_mean", layer.running_mean)

@@ -71,7 +71,7 @@ from measure import (
 from cupy_syncbn import SingleProcessGroup, SyncBatchNorm
 from cupy_syncbn.arrays import array_module
 from cupy_syncbn.backends.cuda import launch
-from cupy_syncbn.backends.interface import Running
+from cupy_syncbn.backends.interface import Affine, BatchSums, Epilogue, ParameterSums, Running
 from cupy_syncbn.backends.layout import Layout
 from cupy_syncbn.checks import data_type
 
@@ -427,13 +427,14 @@ class Kernels:
         cupy, copies = tensors.gpu.cupy, range(tensors.copies)
         layout = Layout.of(tensors.x[0], False)
         self.backend, self.tensors, self.variant = cuda_operations, tensors, variant
-        self.slope = None if variant == "plain" else 0.0
+        slope = None if variant == "plain" else 0.0
         self.weight, self.bias = tensors.weight, tensors.bias
-        self.mean, self.var = cupy.zeros_like(self.bias), cupy.ones_like(self.bias)
-        self.running = Running(self.mean, self.var, cupy.zeros((), "int64"), MOMENTUM)
+        mean, var = cupy.zeros_like(self.bias), cupy.ones_like(self.bias)
+        self.running = Running(mean, var, cupy.zeros((), "int64"), MOMENTUM)
+        self.affine = Affine(self.weight, self.bias, EPS)
         self.x, self.dy = ([layout.as_3d(array) for array in made] for made in (tensors.x, tensors.dy))
         added = [tensors.residual_of(variant, i) for i in copies]
-        self.residual = [None if array is None else layout.as_3d(array) for array in added]
+        self.epilogue = [Epilogue(None if array is None else layout.as_3d(array), slope) for array in added]
         self.y, self.dx = ([layout.as_3d(tensors.empty()) for _ in copies] for _ in range(2))
         self.dresidual = [None if array is None else layout.as_3d(tensors.empty()) for array in added]
         # What a kernel needs of the ones before it.
@@ -450,31 +451,27 @@ class Kernels:
     def normalize(self, i: int) -> Any:
         """Write y by the batch's statistics."""
         return self.backend.normalize(
-            self.x[i], self.y[i], self.vector[i], None, self.weight, self.bias,
-            running=self.running, ranks=1, eps=EPS, residual=self.residual[i], slope=self.slope,
-        )  # fmt: skip
+            self.x[i], self.y[i], BatchSums(self.vector[i]), self.running, self.affine, self.epilogue[i]
+        )
 
     def evaluate(self, i: int) -> Any:
         """Write y by the running statistics."""
-        return self.backend.normalize_fixed(
-            self.x[i], self.y[i], self.mean, self.var, self.weight, self.bias,
-            eps=EPS, residual=self.residual[i], slope=self.slope,
-        )  # fmt: skip
+        return self.backend.normalize(self.x[i], self.y[i], None, self.running, self.affine, self.epilogue[i])
 
     def reduce_gradients(self, i: int) -> tuple[Any, Any]:
         """Reduce dy and x."""
-        total, own, _ = self.backend.reduce_gradients(
+        global_sums, local_sums, _ = self.backend.reduce_gradients(
             self.dy[i], self.x[i], self.normalization[i], self.dresidual[i], (0.0, 0.0, 0.0)
         )
-        return total, own
+        return global_sums, local_sums
 
     def input_gradient(self, i: int) -> Any:
         """Write dx."""
-        total, own = self.sums[i]
+        global_sums, local_sums = self.sums[i]
+        parameters = ParameterSums(local_sums, 1.0, self.weight.dtype, self.bias.dtype)
         return self.backend.input_gradient(
-            self.dy[i], self.x[i], self.normalization[i], self.dx[i], sums=total, parameter_sums=own,
-            parameter_scale=1.0, weight_type=self.weight.dtype, bias_type=self.bias.dtype,
-        )  # fmt: skip
+            self.dy[i], self.x[i], self.normalization[i], self.dx[i], global_sums, parameters
+        )
 
     def copy(self, i: int) -> None:
         """Copy a tensor: the measure of the others."""

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from cupy_syncbn import ProcessGroup, RankMismatchError, RemoteRankError
-from cupy_syncbn.comm.call import Call
+from cupy_syncbn.comm.call import Call, Preparing
 
 pytestmark = pytest.mark.mpi_skip
 
@@ -70,7 +70,7 @@ def test_faulty_ranks_are_named_or_counted(size, faulty, named):
         member = Others(*[np.zeros(3)] * (size - 1))
         member.rank = rank
         member.allreduce = lambda vector: sent.append(vector.copy()) or vector
-        with pytest.raises(ValueError, match="odd batch"), CALL.preparing(member, 3):
+        with pytest.raises(ValueError, match="odd batch"), Preparing(CALL, member, 3):
             raise ValueError("odd batch")
     pair = Others(np.zeros(3))
     group = Others(*[trailer(CALL, pair)] * (size - 1 - len(faulty)), *sent)

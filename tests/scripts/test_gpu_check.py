@@ -25,13 +25,12 @@ def sanitize(monkeypatch):
     return importlib.import_module("sanitize")
 
 
+# float64 has a kernel more than the others, and 16-bit types have the widest vectors.
+OFTEN = ("float64", "float16")
+
+
 @pytest.mark.parametrize(
-    "dtype",
-    # float64 has a kernel more than the others, and 16-bit types have the widest vectors.
-    [
-        pytest.param(each, marks=() if each in ("float64", "float16") else pytest.mark.long)
-        for each in kernels.TYPES
-    ],
+    "dtype", [pytest.param(name, marks=() if name in OFTEN else pytest.mark.long) for name in kernels.TYPES]
 )
 def test_every_instance_is_run(sanitize, cupy, dtype):
     import cuda_emulator as emulator

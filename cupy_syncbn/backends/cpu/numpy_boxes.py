@@ -295,8 +295,3 @@ def row_of(name: str, values: Array, block: Block) -> Array:
     row = scratch(name, block.operand, values.dtype)
     np.copyto(row, column)
     return row.reshape(-1)
-
-
-def operand_of(name: str, values: Array | None, block: Block) -> Array | None:
-    """Write out a vector (C,) to an operand; None stays None."""
-    return None if values is None else row_of(name, values[block.channels], block)

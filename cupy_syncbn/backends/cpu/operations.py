@@ -15,18 +15,14 @@ import numpy as np
 
 from cupy_syncbn.arrays import Array
 from cupy_syncbn.backends.cpu.memory import output, scratch
-from cupy_syncbn.backends.cpu.numpy_boxes import Block, Sums, Tensor, operand_of, row_of
-from cupy_syncbn.backends.interface import Running
-from cupy_syncbn.backends.layout import Layout
+from cupy_syncbn.backends.cpu.numpy_boxes import Block, Sums, Tensor, row_of
+from cupy_syncbn.backends.interface import Affine, BatchSums, Epilogue, ParameterSums, Reduced, Running
 from cupy_syncbn.backends.vector import moments, round_to_12_bits
+
+empty = output
 
 NEAR = 1.0
 """Zero counts as within the data where mean² <= NEAR * var: E[x²] - mean² then costs a bit at most."""
-
-
-def empty(layout: Layout, dtype: Any) -> Array:
-    """Allocate a batch of a layout, contiguous in its memory order."""
-    return layout.as_batch(output(layout.shape_3d, np.dtype(dtype)))
 
 
 def overlaps(a: Array, b: Array) -> bool:
@@ -48,13 +44,6 @@ def accumulator(dtype: np.dtype[Any]) -> np.dtype[Any]:
     return np.dtype(np.float64 if dtype.itemsize == 8 else np.float32)
 
 
-def _vector(rows: int, channels: int, trailer: tuple[float, ...]) -> Array:
-    """Return an exchange vector of zeros that ends in `trailer`."""
-    result = np.zeros(rows * channels + len(trailer))
-    result[rows * channels :] = trailer
-    return result
-
-
 class _Local(NamedTuple):
     """Statistics of one rank: Σ(x - shift) and Σ(x - shift)², (C,) in float64."""
 
@@ -67,7 +56,7 @@ class _Local(NamedTuple):
 
 
 def statistics(x: Array, trailer: tuple[float, ...]) -> tuple[Array, _Local]:
-    """Reduce `x` to the exchange vector of the forward, in one pass where zero lies within the data.
+    """Reduce `x` to the vector of the forward, in one pass where zero lies within the data.
 
     Elsewhere Σx² is of no use in the precision of the data, as Σx² - (Σx)²/count would cancel. A second
     pass then takes the differences from the mean, which are exact between values close to each other.
@@ -92,7 +81,7 @@ def statistics(x: Array, trailer: tuple[float, ...]) -> tuple[Array, _Local]:
                     local.sum[block.channels], local.square[block.channels] = _shifted(tensor, block, shift)
         if dtype == np.float32 and not math.isfinite(np.add.reduce(local.square)):
             local = _redo_overflown(x, local)
-    return _exchange_vector(local, trailer), local
+    return _vector_about_pivot(local, trailer), local
 
 
 def _shifted(tensor: Tensor, block: Block, shift: Array) -> tuple[Array, Array]:
@@ -120,11 +109,12 @@ def _redo_overflown(x: Array, local: _Local) -> _Local:
     return _Local(n, shift, sum_, square)
 
 
-def _exchange_vector(local: _Local, trailer: tuple[float, ...]) -> Array:
+def _vector_about_pivot(local: _Local, trailer: tuple[float, ...]) -> Array:
     """Return the vector of the forward, about the shift rounded to a pivot."""
     n, shift, sum_, square = local
     C = sum_.size
-    result = _vector(4, C, (n, *trailer))
+    result = np.zeros(4 * C + 1 + len(trailer))
+    result[4 * C :] = n, *trailer
     rows = result[: 4 * C].reshape(4, C)
     rows[2] = sum_
     rows[3] = square
@@ -172,20 +162,14 @@ class _Normalization:
 
 
 def _normalization(
-    mean: Array,
-    var: Array,
-    weight: Array | None,
-    bias: Array | None,
-    eps: float,
-    slope: float | None,
-    dtype: np.dtype[Any],
-    count: float,
+    mean: Array, var: Array, count: float, affine: Affine, slope: float | None, dtype: np.dtype[Any]
 ) -> _Normalization:
+    weight, bias, eps = affine
     invstd = 1 / np.sqrt(var + eps)
     scale = invstd if weight is None else invstd * weight
     outside = mean * mean > NEAR * var
     shift, distance = None, mean
-    if outside.any():
+    if np.logical_or.reduce(outside):
         shift = np.where(outside, mean, 0).astype(dtype)
         distance = mean - shift
     offset = distance * scale
@@ -198,42 +182,24 @@ def _normalization(
 def normalize(
     x: Array,
     y: Array,
-    vector: Array,
-    squares: Array | None,
-    weight: Array | None,
-    bias: Array | None,
+    batch: BatchSums | None,
     running: Running | None,
-    ranks: int,
-    eps: float,
-    residual: Array | None,
-    slope: float | None,
+    affine: Affine,
+    epilogue: Epilogue,
 ) -> _Normalization:
-    """Write y by the statistics in the exchanged vectors, and update the running statistics."""
-    C = x.shape[1]
-    mean, m2, count = moments(vector, C)
-    var = np.maximum(m2 if squares is None else squares[:C], 0) / max(count, 1)
-    normalization = _normalization(mean, var, weight, bias, eps, slope, accumulator(x.dtype), count)
-    _apply(x, y, residual, normalization)
-    if running is not None and count > 0:
+    """Write y by the statistics of the batch, and update the running ones; without a batch, by these."""
+    count = 0.0
+    if batch is not None:
+        C = x.shape[1]
+        mean, m2, count = moments(batch.vector, C)
+        var = np.maximum(m2 if batch.squares is None else batch.squares[:C], 0) / max(count, 1)
+    else:
+        assert running is not None  # so says `prepare`
+        mean, var = running.mean.astype(np.float64), running.var.astype(np.float64)
+    normalization = _normalization(mean, var, count, affine, epilogue.slope, accumulator(x.dtype))
+    _apply(x, y, epilogue.residual, normalization)
+    if batch is not None and running is not None and count > 0:
         _update(running, mean, var * (count / max(count - 1, 1)))
-    return normalization
-
-
-def normalize_fixed(
-    x: Array,
-    y: Array,
-    mean: Array,
-    var: Array,
-    weight: Array | None,
-    bias: Array | None,
-    eps: float,
-    residual: Array | None,
-    slope: float | None,
-) -> _Normalization:
-    """Write y by given statistics."""
-    mean, var = mean.astype(np.float64), var.astype(np.float64)
-    normalization = _normalization(mean, var, weight, bias, eps, slope, accumulator(x.dtype), 0.0)
-    _apply(x, y, residual, normalization)
     return normalization
 
 
@@ -255,12 +221,13 @@ def _apply(x: Array, y: Array, residual: Array | None, normalization: _Normaliza
     """Write y, last box first: the last are what a cache still holds of the pass that made the statistics."""
     if x.size == 0:
         return
-    dtype = accumulator(x.dtype)
-    slope = normalization.slope
+    dtype, slope = normalization.scale.dtype, normalization.slope
     source, target = Tensor("x", x, dtype), Tensor("x", y, dtype)  # in place, if by copies
     added = None if residual is None else Tensor("residual", residual, dtype)
     for block in reversed(source.blocks()):
-        shift = operand_of("shift", normalization.shift, block)
+        shift = normalization.shift
+        if shift is not None:
+            shift = row_of("shift", shift[block.channels], block)
         scale = row_of("scale", normalization.scale[block.channels], block)
         offset = row_of("offset", normalization.offset[block.channels], block)
         for box in reversed(block.boxes):
@@ -288,10 +255,11 @@ def _zeros(length: int, dtype: np.dtype[Any]) -> Array:
     return np.zeros(length, dtype)
 
 
-def _through_activation(dy: Array, passed: Array, slope: float, out: Array) -> Array:
-    """Compute ``dy * (1 where passed, else slope)``."""
+def _through_activation(dy: Array, passed: Array, slope: float, out: Array | None = None) -> Array:
+    """Compute ``dy * (1 where passed, else slope)``, by default in the scratch "gradient"."""
     bits = np.unpackbits(passed, count=dy.size).view(np.int8).reshape(dy.shape)
     factor = scratch("gradient", dy.shape, dy.dtype)  # out may be in no cache: it is written once
+    out = factor if out is None else out
     if slope == 0:  # by masks of bits: 0 * dy would be NaN where dy is infinite
         integer = np.dtype(f"i{dy.dtype.itemsize}")
         np.copyto(factor.view(integer), np.negative(bits, out=bits))
@@ -316,10 +284,11 @@ def reduce_gradients(
     normalization: _Normalization,
     dresidual: Array | None,
     trailer: tuple[float, ...],
-) -> tuple[Array, Array, _Gradient]:
-    """Reduce `dy` and `x` to the exchange vector of the backward, in one pass that also writes dresidual."""
+) -> Reduced:
+    """Reduce `dy` and `x` to the vector of the backward, in one pass that also writes dresidual."""
     C = x.shape[1]
-    result = _vector(2, C, trailer)
+    result = np.zeros(2 * C + len(trailer))
+    result[2 * C :] = trailer
     dtype, slope = normalization.scale.dtype, normalization.slope
     # 16 bits would round a product with the slope of leaky ReLU.
     exact = dresidual is not None and (not slope or x.dtype == dtype)
@@ -327,17 +296,19 @@ def reduce_gradients(
         _Gradient(dresidual, False) if exact and dresidual is not None else _Gradient(dy, slope is not None)
     )
     if x.size == 0:
-        return result, result.copy(), handle
+        return Reduced(result, result.copy(), handle)
     source, gradient = Tensor("x", x, dtype), Tensor("dy", dy, dtype)
     target = None if dresidual is None else Tensor("dresidual", dresidual, dtype)
     passed = reversed(normalization.passed)
     for block in source.blocks():
-        shift = operand_of("shift", normalization.shift, block)
+        shift = normalization.shift
+        if shift is not None:
+            shift = row_of("shift", shift[block.channels], block)
         sums = Sums(x.shape, block, dtype)
         for box in block.boxes:
             values, g = source.read(box), gradient.read(box)
             if slope is not None:
-                out = scratch("gradient", g.shape, dtype) if target is None else target.place(box)
+                out = None if target is None else target.place(box)
                 g = _through_activation(g, next(passed), slope, out)
                 if target is not None:
                     target.placed(box, g)
@@ -349,7 +320,7 @@ def reduce_gradients(
         sum_dy, sum_dy_xmu = result[: 2 * C].reshape(2, C)
         sum_dy[block.channels], sum_dy_xmu[block.channels] = sums.total()
     sum_dy_xmu -= sum_dy * normalization.distance
-    return result, result.copy(), handle
+    return Reduced(result, result.copy(), handle)
 
 
 def input_gradient(
@@ -358,15 +329,13 @@ def input_gradient(
     normalization: _Normalization,
     dx: Array,
     sums: Array | None,
-    parameter_sums: Array,
-    parameter_scale: float,
-    weight_type: Any,
-    bias_type: Any,
+    parameters: ParameterSums,
 ) -> tuple[Array | None, Array | None]:
     """Write dx, and return the gradients of weight and bias."""
     if x.size:
         _write_input_gradient(gradient, x, normalization, sums, dx)
-    sum_dy, sum_dy_xmu = parameter_sums[: 2 * x.shape[1]].reshape(2, -1) * parameter_scale
+    vector, scale, weight_type, bias_type = parameters
+    sum_dy, sum_dy_xmu = vector[: 2 * x.shape[1]].reshape(2, -1) * scale
     dweight, dbias = sum_dy_xmu * normalization.invstd, sum_dy
     return (
         None if weight_type is None else dweight.astype(weight_type),
@@ -384,7 +353,6 @@ def _write_input_gradient(
     ``dx = g * scale``.
     """
     dtype = normalization.scale.dtype
-    factor = constant = None
     if vector is not None:
         sum_dy, sum_dy_xmu = vector[: 2 * x.shape[1]].reshape(2, -1)
         exact = normalization.invstd**2 * sum_dy_xmu / -normalization.count
@@ -394,18 +362,19 @@ def _write_input_gradient(
     behind = Tensor("dy", gradient.array, dtype)
     passed = iter(normalization.passed)
     for block in reversed(source.blocks()):
-        shift = operand_of("shift", normalization.shift, block)
+        shift = normalization.shift
+        if shift is not None:
+            shift = row_of("shift", shift[block.channels], block)
         scale = row_of("scale", normalization.scale[block.channels], block)
-        factors = operand_of("factor", factor, block)
-        constants = operand_of("constant", constant, block)
+        if vector is not None:
+            factors = row_of("factor", factor[block.channels], block)
+            constants = row_of("constant", constant[block.channels], block)
         for box in reversed(block.boxes):
             out, g = target.place(box), behind.read(box)
             if gradient.pending:
                 assert normalization.slope is not None
-                g = _through_activation(
-                    g, next(passed), normalization.slope, scratch("gradient", g.shape, dtype)
-                )
-            if factors is not None and constants is not None:
+                g = _through_activation(g, next(passed), normalization.slope)
+            if vector is not None:
                 values = source.read(box)
                 if shift is not None:
                     values = box.apply(np.subtract, values, shift, out)

@@ -16,21 +16,19 @@ import cupy
 
 from cupy_syncbn.backends.cuda import kernels
 from cupy_syncbn.backends.cuda.launch import THREADS, Launch, launch_for
-from cupy_syncbn.backends.interface import Running
-from cupy_syncbn.backends.layout import Layout
+from cupy_syncbn.backends.interface import Affine, BatchSums, Epilogue, ParameterSums, Reduced, Running
 
 Array: TypeAlias = Any  # cupy.ndarray, of which there are no types
 
 NULL = 0
 """The null pointer, for an array that is not there."""
 
-# Bits of the kernels' float_types, see FloatTypes in common.cuh.
-_WEIGHT, _BIAS, _MEAN, _VAR = 1, 2, 4, 8
+_BLOCK = (THREADS,)
 
 
-def empty(layout: Layout, dtype: Any) -> Array:
-    """Allocate a batch of a layout, contiguous in its memory order."""
-    return layout.as_batch(cupy.empty(layout.shape_3d, dtype))
+def empty(shape: tuple[int, int, int], dtype: Any) -> Array:
+    """Allocate a tensor, contiguous."""
+    return cupy.empty(shape, dtype)
 
 
 def overlaps(a: Array, b: Array) -> bool:
@@ -82,12 +80,6 @@ def _multiprocessors(device: int) -> int:
 
 
 @functools.cache
-def _instance(kernel: Callable[..., tuple[str, str]], dtype: Any, *arguments: Any) -> tuple[str, str]:
-    """Return ``kernel(dtype.name, *arguments)``, of kernels/, which takes longer than to look it up."""
-    return kernel(dtype.name, *arguments)
-
-
-@functools.cache
 def _kernel(file: str, name: str) -> Any:
     """Return a kernel: compiled at its first launch on a device; CuPy's cache on disk has it from 14.2 on."""
     module = cupy.RawModule(code=kernels.source(file), options=kernels.OPTIONS, name_expressions=(name,))
@@ -98,7 +90,7 @@ class _Workspace:
     """What the blocks of a launch exchange their sums through: one a stream, whose launches take turns."""
 
     def __init__(self, stream: Any) -> None:
-        self.stream = stream  # destroyed, it would leave its address to another while its work is under way
+        self.stream = stream  # kept alive: a new stream could get its address while its work is pending
         self.counters = cupy.empty(0, "uint32")  # zero between launches
         self.partials = cupy.empty(0, "float64")
 
@@ -118,6 +110,10 @@ class _Workspaces(threading.local):
     def __init__(self) -> None:
         self._of: dict[tuple[int, int], _Workspace] = {}
 
+    def clear(self) -> None:
+        """Forget this thread's."""
+        self._of.clear()
+
     def current(self) -> _Workspace:
         """Return the workspace of the current stream, or of the graph that is being captured from it."""
         stream = cupy.cuda.get_current_stream()
@@ -134,29 +130,54 @@ class _Workspaces(threading.local):
 _workspaces = _Workspaces()
 
 
-def _launch_for(*tensors: Array) -> Launch:
-    x = tensors[0]
-    aligned = all(tensor.data.ptr % 16 == 0 for tensor in tensors)
-    return launch_for(_shape(x), x.dtype.itemsize, aligned, _multiprocessors(x.device.id))
+class _Passes:
+    """The launches over a kind of tensor: all that stays the same from call to call."""
+
+    __slots__ = ("blocks", "geometry", "launch", "mask_size", "type_name")
+
+    def __init__(self, shape: tuple[int, int, int], dtype: Any, aligned: bool, device: int) -> None:
+        N, C, S = shape if shape[2] else (0, shape[1], 1)  # of tensors without elements
+        self.launch = launch_for((N, C, S), dtype.itemsize, aligned, _multiprocessors(device))
+        self.type_name: str = dtype.name
+        self.blocks = (self.launch.blocks,)
+        self.geometry = (N, C, S, self.launch.lanes, self.launch.group, self.launch.per_split)
+        """The arguments GEOMETRY of common.cuh."""
+        width = self.launch.width
+        self.mask_size = N * C * (max(S // width, 1) + (2 * width if S % width else 0))
+        """The bytes of the activation's mask: see Cursor::place in common.cuh."""
+        if self.launch.columns:
+            self.mask_size = N * C * S // width
 
 
-def _shape(x: Array) -> tuple[int, int, int]:
-    """Return (N, C, S), which is (0, C, 1) for all tensors without elements."""
-    N, C, S = x.shape
-    return (N, C, S) if S else (0, C, 1)
+# All three are asked for the same kinds of tensors again and again, and answer without a call in Python.
+_passes = functools.lru_cache(maxsize=1024)(_Passes)
 
 
-def _geometry(x: Array, launch: Launch) -> tuple[int, ...]:
-    """Return the arguments GEOMETRY of common.cuh."""
-    return *_shape(x), launch.lanes, launch.group, launch.per_split
+@functools.lru_cache(maxsize=1024)
+def _kernel_of(kernel: Callable[..., tuple[str, str]], passes: _Passes, *flags: bool) -> Any:
+    """Return the instance of a kernel of `kernels` for the launches over a kind of tensor."""
+    return _kernel(*kernel(passes.type_name, passes.launch.width, passes.launch.columns, *flags))
 
 
-def _is_float(x_type: Any, bit: int, dtype: Any) -> int:
-    return bit if x_type.itemsize == 2 and dtype is not None and dtype.itemsize == 4 else 0
+@functools.lru_cache(maxsize=256)
+def _float_types(x_type: Any, *types: Any) -> int:
+    """Return the bits of float_types in common.cuh: which of weight, bias, mean and var are float32."""
+    return sum(
+        1 << bit
+        for bit, dtype in enumerate(types)
+        if x_type.itemsize == 2 and dtype is not None and dtype.itemsize == 4
+    )
 
 
-def _or_null(array: Array | None) -> Any:
-    return NULL if array is None else array
+_LAUNCHES: tuple[Any, ...] = (_passes, _kernel_of)
+_CACHES: tuple[Any, ...] = (*_LAUNCHES, _kernel, _multiprocessors)
+
+
+def forget() -> None:
+    """Forget all launches and workspaces, as after CuPy has been replaced."""
+    for cache in _CACHES:
+        cache.cache_clear()
+    _workspaces.clear()
 
 
 class _Local(NamedTuple):
@@ -169,18 +190,18 @@ class _Local(NamedTuple):
 
 
 def statistics(x: Array, trailer: tuple[float, ...]) -> tuple[Array, _Local | None]:
-    """Reduce `x` to the exchange vector of the forward, in one pass."""
+    """Reduce `x` to the vector of the forward, in one pass."""
     N, C, S = x.shape
-    launch = _launch_for(x)
+    passes = _passes(x.shape, x.dtype, x.data.ptr % 16 == 0, x.device.id)
     vector = cupy.empty(4 * C + 1 + len(trailer), "float64")
-    local = _Local(cupy.empty((3, C), "float64"), float(N * S)) if x.dtype.itemsize == 8 else None
-    partials, counters = _workspaces.current().reserve(launch, C)
-    kernel = _kernel(*_instance(kernels.statistics, x.dtype, launch.width, launch.columns))
-    sums = NULL if local is None else local.sums
+    local, sums = None, NULL
+    if x.dtype.itemsize == 8:
+        sums = cupy.empty((3, C), "float64")
+        local = _Local(sums, float(N * S))
+    partials, counters = _workspaces.current().reserve(passes.launch, C)
+    kernel = _kernel_of(kernels.statistics, passes)
     kernel(
-        (launch.blocks,),
-        (THREADS,),
-        (x, *_geometry(x, launch), sums, vector, *map(float, trailer), partials, counters),
+        passes.blocks, _BLOCK, (x, *passes.geometry, sums, vector, *map(float, trailer), partials, counters)
     )
     return vector, local
 
@@ -190,7 +211,7 @@ def centered_squares(local: _Local, vector: Array, trailer: tuple[float, ...]) -
     C = local.sums.shape[1]
     squares = cupy.empty(C + len(trailer), "float64")
     _kernel(*kernels.centered_squares())(
-        (-(-C // THREADS),), (THREADS,), (local.sums, vector, local.n, C, squares, *map(float, trailer))
+        (-(-C // THREADS),), _BLOCK, (local.sums, vector, local.n, C, squares, *map(float, trailer))
     )
     return squares
 
@@ -199,7 +220,7 @@ def centered_squares(local: _Local, vector: Array, trailer: tuple[float, ...]) -
 class _Normalization:
     """What a forward did to each element: ``activation((x - shift) * scale + offset + residual)``."""
 
-    launch: Launch
+    passes: _Passes
     saved: Array
     """(4C + 1,): mean, invstd, scale, offset, and the count over all ranks."""
     mask: Array | None
@@ -209,113 +230,66 @@ class _Normalization:
     """Slope of the activation below zero; None for no activation."""
 
 
+def _contiguous(values: Array | None) -> Any:
+    """Return the values of a (C,) array in one piece, or the null pointer for None."""
+    if values is None:
+        return NULL
+    return values if values.flags.c_contiguous else cupy.ascontiguousarray(values)
+
+
 def normalize(
     x: Array,
     y: Array,
-    vector: Array | None,
-    squares: Array | None,
-    weight: Array | None,
-    bias: Array | None,
+    batch: BatchSums | None,
     running: Running | None,
-    ranks: int,
-    eps: float,
-    residual: Array | None,
-    slope: float | None,
+    affine: Affine,
+    epilogue: Epilogue,
 ) -> _Normalization:
-    """Write y by the statistics in the exchanged vectors, and update the running statistics."""
-    mean, var, tracked, momentum = (None, None, None, 0.0) if running is None else running
-    return _normalize(
-        x, y, vector, squares, weight, bias, mean, var, tracked, momentum,
-        0 if running is None else ranks, eps, residual, slope,
-    )  # fmt: skip
-
-
-def normalize_fixed(
-    x: Array,
-    y: Array,
-    mean: Array,
-    var: Array,
-    weight: Array | None,
-    bias: Array | None,
-    eps: float,
-    residual: Array | None,
-    slope: float | None,
-) -> _Normalization:
-    """Write y by given statistics."""
-    return _normalize(
-        x, y, None, None, weight, bias, mean, var, None, 0.0, 0, eps, residual, slope
-    )  # fmt: skip
-
-
-def _normalize(
-    x: Array,
-    y: Array,
-    vector: Array | None,
-    squares: Array | None,
-    weight: Array | None,
-    bias: Array | None,
-    mean: Array | None,
-    var: Array | None,
-    tracked: Array | None,
-    momentum: float | None,
-    ranks: int,
-    eps: float,
-    residual: Array | None,
-    slope: float | None,
-) -> _Normalization:
-    C = x.shape[1]
-    launch = _launch_for(x, y) if residual is None else _launch_for(x, y, residual)
+    """Write y by the statistics of the batch, and update the running ones; without a batch, by these."""
+    vector, squares, ranks = batch or (None, None, 0)
+    mean, var, tracked, momentum = running or (None, None, None, 0.0)
+    weight, bias, eps = affine
+    residual: Any = epilogue.residual
+    slope, C = epilogue.slope, x.shape[1]
+    types = [None if values is None else values.dtype for values in (weight, bias, mean, var)]
+    aligned = (x.data.ptr | y.data.ptr | (0 if residual is None else residual.data.ptr)) % 16 == 0
+    passes = _passes(x.shape, x.dtype, aligned, x.device.id)
     mask = None
     if residual is not None and slope is not None:
-        mask = cupy.empty(_mask_size(x, launch), "uint8")
+        mask = cupy.empty(passes.mask_size, "uint8")
     saved = cupy.empty(4 * C + 1, "float64")
-    types = 0
-    for bit, values in ((_WEIGHT, weight), (_BIAS, bias), (_MEAN, mean), (_VAR, var)):
-        types |= _is_float(x.dtype, bit, None if values is None else values.dtype)
-    weight, bias, means, variances = (
-        None if values is None else as_kernel_input(values) for values in (weight, bias, mean, var)
-    )
-    flags = launch.columns, residual is not None, slope is not None
-    instance = _instance(kernels.normalize, x.dtype, launch.width, *flags)
-    _, counters = _workspaces.current().reserve(launch, 0)
-    _kernel(*instance)(
-        (launch.blocks,),
-        (THREADS,),
+    _, counters = _workspaces.current().reserve(passes.launch, 0)
+    means, variances = _contiguous(mean), _contiguous(var)
+    _kernel_of(kernels.normalize, passes, residual is not None, slope is not None)(
+        passes.blocks,
+        _BLOCK,
         (
             x,
             y,
-            _or_null(residual),
-            _or_null(mask),
-            *_geometry(x, launch),
-            _or_null(vector),
-            _or_null(squares),
-            _or_null(weight),
-            _or_null(bias),
-            _or_null(means),
-            _or_null(variances),
-            _or_null(tracked),
-            types,
+            NULL if residual is None else residual,
+            NULL if mask is None else mask,
+            *passes.geometry,
+            NULL if vector is None else vector,
+            NULL if squares is None else squares,
+            _contiguous(weight),
+            _contiguous(bias),
+            means,
+            variances,
+            NULL if tracked is None else tracked,
+            _float_types(x.dtype, *types),
             -1.0 if momentum is None else float(momentum),
-            ranks,
+            ranks if running else 0,
             float(eps),
             slope or 0.0,
             saved,
             counters,
         ),
     )
-    for view, values in ((mean, means), (var, variances)):
-        if ranks and view is not None and view is not values:  # it has gaps
-            view[...] = values
-    return _Normalization(launch, saved, mask, residual is not None, slope)
-
-
-def _mask_size(x: Array, launch: Launch) -> int:
-    """Return the bytes of the activation's mask: see Cursor::place in common.cuh."""
-    N, C, S = _shape(x)
-    width = launch.width
-    if launch.columns:
-        return N * C * S // width
-    return N * C * (max(S // width, 1) + (2 * width if S % width else 0))
+    if batch and running:
+        for view, values in ((running.mean, means), (running.var, variances)):
+            if view is not values:  # it has gaps
+                view[...] = values
+    return _Normalization(passes, saved, mask, residual is not None, slope)
 
 
 def reduce_gradients(
@@ -324,36 +298,34 @@ def reduce_gradients(
     normalization: _Normalization,
     dresidual: Array | None,
     trailer: tuple[float, ...],
-) -> tuple[Array, Array, Array]:
-    """Reduce `dy` and `x` to the backward's exchange vector, in one pass that also writes dresidual."""
+) -> Reduced:
+    """Reduce `dy` and `x` to the vector of the backward, in one pass that also writes dresidual."""
     C = x.shape[1]
-    launch = normalization.launch
-    if launch.width > 1 and dy.data.ptr % 16:
+    passes, slope, mask = normalization.passes, normalization.slope, normalization.mask
+    if passes.launch.width > 1 and dy.data.ptr % 16:
         dy = dy.copy()  # x is aligned, and the mask is of vectors
-    vector = cupy.empty(2 * C + len(trailer), "float64")
-    own = cupy.empty(2 * C, "float64")
-    partials, counters = _workspaces.current().reserve(launch, C)
-    flags = launch.columns, dresidual is not None, normalization.slope is not None
-    instance = _instance(kernels.reduce_gradients, x.dtype, launch.width, *flags)
-    _kernel(*instance)(
-        (launch.blocks,),
-        (THREADS,),
+    global_sums = cupy.empty(2 * C + len(trailer), "float64")
+    local_sums = cupy.empty(2 * C, "float64")
+    partials, counters = _workspaces.current().reserve(passes.launch, C)
+    _kernel_of(kernels.reduce_gradients, passes, dresidual is not None, slope is not None)(
+        passes.blocks,
+        _BLOCK,
         (
             dy,
             x,
-            _or_null(dresidual),
-            _or_null(normalization.mask),
-            *_geometry(x, launch),
+            NULL if dresidual is None else dresidual,
+            NULL if mask is None else mask,
+            *passes.geometry,
             normalization.saved,
-            normalization.slope or 0.0,
-            vector,
-            own,
+            slope or 0.0,
+            global_sums,
+            local_sums,
             *map(float, trailer),
             partials,
             counters,
         ),
     )
-    return vector, own, dy
+    return Reduced(global_sums, local_sums, dy)
 
 
 def input_gradient(
@@ -362,36 +334,31 @@ def input_gradient(
     normalization: _Normalization,
     dx: Array,
     sums: Array | None,
-    parameter_sums: Array,
-    parameter_scale: float,
-    weight_type: Any,
-    bias_type: Any,
+    parameters: ParameterSums,
 ) -> tuple[Array | None, Array | None]:
     """Write dx, and return the gradients of weight and bias."""
     C = x.shape[1]
-    launch = normalization.launch
+    passes, slope, mask = normalization.passes, normalization.slope, normalization.mask
+    vector, scale, weight_type, bias_type = parameters
     dweight = None if weight_type is None else cupy.empty(C, weight_type)
     dbias = None if bias_type is None else cupy.empty(C, bias_type)
-    types = _is_float(x.dtype, _WEIGHT, weight_type) | _is_float(x.dtype, _BIAS, bias_type)
-    flags = launch.columns, normalization.residual, normalization.slope is not None
-    instance = _instance(kernels.input_gradient, x.dtype, launch.width, *flags)
-    _kernel(*instance)(
-        (launch.blocks,),
-        (THREADS,),
+    _kernel_of(kernels.input_gradient, passes, normalization.residual, slope is not None)(
+        passes.blocks,
+        _BLOCK,
         (
             gradient,
             x,
             dx,
-            _or_null(normalization.mask),
-            *_geometry(x, launch),
+            NULL if mask is None else mask,
+            *passes.geometry,
             normalization.saved,
-            normalization.slope or 0.0,
-            _or_null(sums),
-            parameter_sums,
-            float(parameter_scale),
-            _or_null(dweight),
-            _or_null(dbias),
-            types,
+            slope or 0.0,
+            NULL if sums is None else sums,
+            vector,
+            float(scale),
+            NULL if dweight is None else dweight,
+            NULL if dbias is None else dbias,
+            _float_types(x.dtype, weight_type, bias_type),
         ),
     )
     return dweight, dbias

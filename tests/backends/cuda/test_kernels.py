@@ -20,7 +20,7 @@ from cupy_syncbn import SingleProcessGroup, sync_batch_norm, sync_batch_norm_bac
 from cupy_syncbn.backends.cuda import kernels
 from cupy_syncbn.backends.cuda import launch as launches
 from cupy_syncbn.backends.cuda.launch import THREADS, launch_for
-from cupy_syncbn.backends.interface import Running
+from cupy_syncbn.backends.interface import Affine, BatchSums, Epilogue, ParameterSums, Running
 from support.arrays import DTYPES, random_array, random_batch, random_channels
 from support.cases import sweep
 from support.compare import TOLERANCE, assert_close, assert_identical, relative_error
@@ -200,6 +200,18 @@ def assert_step(cupy, step, put=aligned, number=None):
 
 
 @contextlib.contextmanager
+def remembering_nothing(backend):
+    """Shape the launches inside anew, and those behind it."""
+    try:
+        for cache in backend._LAUNCHES:
+            cache.cache_clear()
+        yield
+    finally:
+        for cache in backend._LAUNCHES:
+            cache.cache_clear()
+
+
+@contextlib.contextmanager
 def launched_with(items=None, idle=0):
     """Give every thread `items` vectors, and launch `idle` splits more than there is work for."""
     backend, usual = the_backend(), launches.launch_for.__wrapped__
@@ -213,7 +225,8 @@ def launched_with(items=None, idle=0):
             return chosen._replace(splits=chosen.splits + idle)
 
         patch.setattr(backend, "launch_for", launch)
-        yield
+        with remembering_nothing(backend):
+            yield
 
 
 LAUNCHES = {
@@ -252,7 +265,8 @@ def recorded():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(backend, "_kernel", kernel)
-        yield done
+        with remembering_nothing(backend):
+            yield done
 
 
 # ---- Every instance ----
@@ -456,7 +470,7 @@ def test_fault_of_another_rank(cupy, trailer):
     x, y = cupy.asarray(step.x), cupy.empty(step.x.shape, "float32")
     arrays = cupy.array(step.running_mean), cupy.array(step.running_var), cupy.array(np.int64(3))
     vector, _ = backend.statistics(x, trailer)
-    backend.normalize(x, y, vector, None, None, None, Running(*arrays, None), 1, 1e-5, None, None)
+    backend.normalize(x, y, BatchSums(vector), Running(*arrays), Affine(), Epilogue())
     assert_identical(arrays[0].get(), step.running_mean)
     assert_identical(arrays[1].get(), step.running_var)
     assert int(arrays[2]) == 3
@@ -589,11 +603,11 @@ def test_vector_of_the_backward(cupy, dtypes, name):
         x, dy, y = cupy.asarray(step.x), cupy.asarray(step.dy), cupy.empty(shape, step.x.dtype)
         mean, var = cupy.asarray(step.running_mean), cupy.asarray(step.running_var)
         with launched_with(**LAUNCHES[name]):
-            normalization = backend.normalize_fixed(x, y, mean, var, None, None, 1e-5, None, None)
-            vector, own, _ = backend.reduce_gradients(dy, x, normalization, None, TRAILER)
+            normalization = backend.normalize(x, y, None, Running(mean, var), Affine(), Epilogue())
+            vector, local_sums, _ = backend.reduce_gradients(dy, x, normalization, None, TRAILER)
         sums, trailer = np.split(vector.get(), [2 * shape[1]])
         assert_identical(trailer, np.array(TRAILER))
-        assert_identical(own.get(), sums)
+        assert_identical(local_sums.get(), sums)
         dy, xmu = step.dy.astype("f8"), step.x.astype("f8") - step.running_mean.astype("f8")[:, None]
         terms = np.concatenate([dy, dy * xmu], axis=1)
         tolerance = 1e-14 if dtypes == "float64" else 1e-6
@@ -636,20 +650,26 @@ def test_ranks(cupy, dtypes, channels_last):
             for _ in parts
         ]
         normalizations = [
-            backend.normalize(*arrays, weight, bias, running, len(parts), 1e-5, residual, 0.01)
-            for *arrays, running, residual in zip(xs, ys, vectors, squares, runnings, residuals, strict=True)
+            backend.normalize(
+                x, y, BatchSums(*sums, len(parts)), running, Affine(weight, bias), Epilogue(residual, 0.01)
+            )
+            for x, y, *sums, running, residual in zip(
+                xs, ys, vectors, squares, runnings, residuals, strict=True
+            )
         ]
         reduced = [
             backend.reduce_gradients(*arguments, TRAILER)
             for arguments in zip(dys, xs, normalizations, dresiduals, strict=True)
         ]
-        sums, own, gradients = zip(*reduced, strict=True)
+        sums, local_sums, gradients = zip(*reduced, strict=True)
         totals = add_up(sums)
         averaged, unreduced = [], []
-        for *arguments, total, mine in zip(gradients, xs, normalizations, dxs, totals, own, strict=True):
-            types = parameter_dtype, parameter_dtype
-            averaged.append(backend.input_gradient(*arguments, total, total, 1 / len(parts), *types))
-            unreduced.append(backend.input_gradient(*arguments, total, mine, 1.0, *types))
+        types = parameter_dtype, parameter_dtype
+        for *arguments, total, local in zip(
+            gradients, xs, normalizations, dxs, totals, local_sums, strict=True
+        ):
+            for found, sums in ((averaged, (total, 1 / len(parts))), (unreduced, (local, 1.0))):
+                found.append(backend.input_gradient(*arguments, total, ParameterSums(*sums, *types)))
 
     for total in vectors[0], squares[0], totals[0]:
         if total is not None:
@@ -682,7 +702,7 @@ def test_one_value_in_all(cupy, dtypes):
     weight, bias, mean, var = arrays
     running = Running(mean, var, cupy.array(np.int64(0)), 1.0)
     y = cupy.empty(x.shape, x.dtype)
-    backend.normalize(x, y, total, squares, weight, bias, running, 2, 1e-5, None, None)
+    backend.normalize(x, y, BatchSums(total, squares, 2), running, Affine(weight, bias), Epilogue())
     assert_identical(y.get(), step.bias.astype(step.x.dtype).reshape(x.shape))
     assert_identical(mean.get(), step.x.reshape(-1).astype(step.running_mean.dtype))
     assert not var.get().any()
@@ -1075,7 +1095,8 @@ def assert_walk(cupy, name):
     masks = np.concatenate(masks)
     assert np.unique(masks).size == masks.size
     assert masks.min() >= 0
-    assert masks.max() < the_backend()._mask_size(np.broadcast_to(np.int8(0), shape), launch)
+    passes = the_backend()._Passes(shape, np.dtype(f"f{itemsize}"), is_aligned, 0)
+    assert masks.max() < passes.mask_size
 
 
 @pytest.mark.parametrize("name", HUGE)

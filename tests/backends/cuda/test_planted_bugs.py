@@ -5,6 +5,7 @@ name them.
 """
 
 import functools
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -374,18 +375,31 @@ def test_bug_in_a_kernel(emulated, plant, name):
 # ---- Bugs in the launches ----
 
 
+def passes_changed_by(change, backend):
+    def passes(*arguments):
+        result = backend._Passes(*arguments)
+        change(result)
+        return result
+
+    return "_passes", passes
+
+
 def claim_alignment(backend):
-    return "_launch_for", lambda x, *_: backend.launch_for(x.shape, x.dtype.itemsize, True, 2)
+    return "_passes", lambda shape, dtype, aligned, device: backend._Passes(shape, dtype, True, device)
 
 
 def pass_32_bits(backend):
-    usual = backend._geometry
-    return "_geometry", lambda *arguments: tuple(map(np.int32, usual(*arguments)))
+    def change(passes):
+        passes.geometry = tuple(map(np.int32, passes.geometry))
+
+    return passes_changed_by(change, backend)
 
 
 def pass_an_argument_too_many(backend):
-    usual = backend._geometry
-    return "_geometry", lambda *arguments: (*usual(*arguments), 1)
+    def change(passes):
+        passes.geometry = (*passes.geometry, 1)
+
+    return passes_changed_by(change, backend)
 
 
 def allocate_partials_of_one_split(backend):
@@ -406,11 +420,14 @@ def leave_the_counters_as_they_are(backend):
 
 
 def forget_the_edges_in_the_mask(backend):
-    return "_mask_size", lambda x, launch: x.size // launch.width
+    def change(passes):
+        passes.mask_size = math.prod(passes.geometry[:3]) // passes.launch.width
+
+    return passes_changed_by(change, backend)
 
 
 def take_float32_for_16_bits(backend):
-    return "_is_float", lambda *arguments: 0
+    return "_float_types", lambda *arguments: 0
 
 
 IN_LAUNCHES = [

@@ -1,0 +1,219 @@
+"""Plans: all that depends only on the kind of input, checked once and found again by one look-up.
+
+The kind of input is the shapes, types, strides and devices of the arrays, which of them are there, and the
+settings. What can change from call to call is looked at in each: whether arrays are writeable, and overlap.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from operator import attrgetter
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from cupy_syncbn.arrays import Array, as_array, check_writeable, current_device
+from cupy_syncbn.backends.interface import Backend, Running
+from cupy_syncbn.backends.layout import Layout
+from cupy_syncbn.checks import (
+    Activation,
+    activation_slope,
+    check_grad_reduction,
+    check_input,
+    check_layer,
+    check_like,
+    check_out,
+    check_output_gradient,
+    check_parameter,
+    check_running,
+    check_settings,
+)
+
+MOST_PLANS = 512
+"""Kinds of input that are remembered; beyond them all are learnt anew."""
+MOST_GRADIENTS = 16
+"""Kinds of gradients that a plan remembers."""
+
+
+class Arguments(NamedTuple):
+    """The arrays of a forward beside x; None for those that are not there."""
+
+    weight: Array | None = None
+    bias: Array | None = None
+    running_mean: Array | None = None
+    running_var: Array | None = None
+    num_batches_tracked: Array | None = None
+    residual: Array | None = None
+    out: Array | None = None
+
+
+class Settings(NamedTuple):
+    """The settings of a forward; the last two are a layer's own."""
+
+    training: bool = True
+    momentum: float | None = 0.1
+    eps: float = 1e-5
+    channels_last: bool = False
+    activation: Activation = None
+    frozen: bool = False
+    """Whether training leaves the running statistics as they are."""
+    dimensions: tuple[int, ...] | None = None
+    """The numbers of axes that a layer takes."""
+    layer_type: np.dtype[Any] | None = None
+
+
+class Plan:
+    """What a kind of input leads to."""
+
+    __slots__ = (
+        "as_tensor", "backend", "bias_type", "dtype", "gradients", "has_residual", "has_squares", "layout",
+        "on_host", "slope", "training", "uses_batch", "weight_type",
+    )  # fmt: skip
+
+    def __init__(
+        self, x: Array, arguments: Arguments, settings: Settings, backend: Backend, layout: Layout
+    ) -> None:
+        weight, bias, running_mean, *_ = arguments
+        self.backend, self.layout = backend, layout
+        self.on_host = isinstance(x, np.ndarray)
+        self.dtype: np.dtype[Any] = x.dtype.newbyteorder("=")
+        """Of y, and of dx."""
+        self.training = settings.training
+        self.uses_batch = settings.training or running_mean is None
+        """Whether the statistics are the batch's, and depend on x."""
+        self.has_squares = self.uses_batch and self.dtype.itemsize == 8
+        """Whether there is a second sum: float64 data show the error of a single one."""
+        self.slope = activation_slope(settings.activation)
+        self.has_residual = arguments.residual is not None
+        self.weight_type = None if weight is None else weight.dtype
+        self.bias_type = None if bias is None else bias.dtype
+        self.gradients: set[Any] = set()
+        """The kinds of dy, with reductions, that have been found right."""
+        self.as_tensor: Callable[[Array], Array] = layout.as_3d if self.on_host else self._as_kernel_input
+        """Returns a batch as (outer, C, inner), as the backend takes it."""
+
+    def _as_kernel_input(self, array: Array) -> Array:
+        return self.backend.as_kernel_input(self.layout.as_3d(array))
+
+
+_plans: dict[Any, Plan] = {}
+
+_kind_on_host = attrgetter("__class__", "dtype", "shape", "strides")
+_kind_on_gpu = attrgetter("__class__", "dtype", "shape", "strides", "device.id")
+
+
+class Prepared(NamedTuple):
+    """A forward whose arguments are right. The tensors are (outer, C, inner)."""
+
+    plan: Plan
+    x: Array
+    y: Array
+    residual: Array | None
+    running: Running | None
+    result: Array
+    """y in the shape of the batch."""
+    is_copy: bool
+    """Whether y is to be copied to the result, whose strides allow no such view."""
+    input_kept: bool
+    """Whether the result is not written over x."""
+
+
+def prepare(x: Any, arguments: Arguments, settings: Settings, channels: int, alone: bool) -> Prepared:
+    """Check the arguments of a forward, and make room for its result.
+
+    `channels` is the number that the other ranks expect, `alone` tells that there are none.
+    """
+    weight, bias, mean, var, tracked, residual, out = arguments
+    if settings.frozen:
+        mean = var = tracked = None
+    in_place = out is x
+    if type(x) is not np.ndarray:
+        x = as_array(x)
+    if residual is not None:
+        residual = as_array(residual)
+    if out is not None:
+        out = as_array(out, host=False)
+        if in_place and isinstance(out, np.ndarray):  # of a subclass, it has become two views
+            out = x
+    try:
+        kind_of = _kind_on_host if type(x) is np.ndarray else _kind_on_gpu
+        kind: Any = (
+            settings,
+            channels,
+            alone,
+            kind_of(x),
+            None if weight is None else kind_of(weight),
+            None if bias is None else kind_of(bias),
+            None if mean is None else kind_of(mean),
+            None if var is None else kind_of(var),
+            None if tracked is None else kind_of(tracked),
+            None if residual is None else kind_of(residual),
+            None if out is None else kind_of(out),
+            None if kind_of is _kind_on_host else current_device(),
+        )
+        plan = _plans.get(kind)
+    except (AttributeError, KeyError, TypeError):  # of a list, say: the checks below tell what is wrong
+        kind, plan = None, None
+    if plan is None:
+        if settings.layer_type is not None:
+            own = arguments.running_mean if weight is None else weight
+            check_layer(x, own, settings.dimensions, settings.layer_type)
+        arguments = Arguments(weight, bias, mean, var, tracked, residual, out)
+        plan = _checked(x, arguments, settings, channels, alone)
+        if kind is not None:
+            if len(_plans) >= MOST_PLANS:
+                _plans.clear()
+            _plans[kind] = plan
+    running = None
+    if mean is not None and var is not None:
+        running = Running(mean, var, tracked, settings.momentum)
+        if settings.training and plan.on_host:
+            is_writeable = mean.flags.writeable and var.flags.writeable
+            if not (is_writeable and (tracked is None or tracked.flags.writeable)):
+                check_writeable("running_mean", mean)
+                check_writeable("running_var", var)
+                check_writeable("num_batches_tracked", tracked)
+    added = None if residual is None else plan.as_tensor(residual)
+    if out is None:
+        y = plan.backend.empty(plan.layout.shape_3d, plan.dtype)
+        return Prepared(plan, plan.as_tensor(x), y, added, running, plan.layout.as_batch(y), False, True)
+    check_out(plan.backend, out, x, residual, settings.training)
+    y = plan.as_tensor(out)
+    is_copy, input_kept = not plan.backend.overlaps(y, out), not plan.backend.overlaps(out, x)
+    return Prepared(plan, plan.as_tensor(x), y, added, running, out, is_copy, input_kept)
+
+
+def _checked(x: Any, arguments: Arguments, settings: Settings, channels: int, alone: bool) -> Plan:
+    """Check the kinds of all arguments, and return what they lead to."""
+    weight, bias, mean, var, tracked, residual, out = arguments
+    check_settings(settings.eps, settings.momentum)
+    backend, layout = check_input(x, settings.channels_last, channels)
+    check_running(backend, mean, var, tracked, settings.momentum)
+    for name, values in zip(Arguments._fields, (weight, bias, mean, var), strict=False):
+        if values is not None:
+            check_parameter(backend, name, values, x.dtype, channels)
+    plan = Plan(x, arguments, settings, backend, layout)
+    for name, array in (("residual", residual), ("out", out)):
+        if array is not None:
+            check_like(name, array, x)
+    if plan.uses_batch and alone and layout.shape_3d[0] * layout.shape_3d[2] == 1:
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
+    return plan
+
+
+def prepare_gradient(dy: Any, plan: Plan, grad_reduction: str) -> Array:
+    """Check the arguments of a backward; return dy as a tensor."""
+    if type(dy) is not np.ndarray:
+        dy = as_array(dy)
+    try:
+        kind: Any = _kind_on_host(dy) if plan.on_host else (_kind_on_gpu(dy), current_device())
+        is_known = (kind, grad_reduction) in plan.gradients
+    except (AttributeError, TypeError):  # of a list, say: the checks below tell what is wrong
+        is_known = False
+    if not is_known:
+        check_grad_reduction(grad_reduction)
+        check_output_gradient(plan.backend, dy, plan.layout.shape, plan.dtype)
+        if len(plan.gradients) >= MOST_GRADIENTS:
+            plan.gradients.clear()
+        plan.gradients.add((kind, grad_reduction))
+    return plan.as_tensor(dy)
