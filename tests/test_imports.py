@@ -7,11 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import REPOSITORY, clean_environment
 
 import cupy_syncbn
+from support.launcher import REPOSITORY, clean_environment
 
-pytestmark = pytest.mark.serial
+pytestmark = pytest.mark.mpi_skip
 
 PACKAGE = Path(cupy_syncbn.__file__).parent
 
