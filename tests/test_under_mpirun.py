@@ -18,8 +18,8 @@ DEADLINE = 180
 # A single rank computes as the process that runs this: what a launcher changes is how its world starts.
 OF_ONE_RANK = ("tests/comm", "tests/diagnosis", "tests/nn/test_batch_norm.py")
 
-# What takes long, and depends little on the MPI library, is left out of some launches. The emulated kernels run
-# on an odd number of ranks and on an even one, NCCL's stand-in on 2 to 4, and both by both libraries.
+# Tests that take long, and depend little on the MPI library, are left out of some launches. The emulated
+# kernels run on an odd number of ranks and on an even one, NCCL's stand-in on 2 to 4, both by both libraries.
 NO_KERNELS = ("tests", "--ignore=tests/test_cupy_functional.py")
 NO_NCCL = ("tests", "--ignore-glob=tests/comm/transports/test_nccl*")
 
