@@ -145,9 +145,9 @@ __global__ void __launch_bounds__(THREADS, MIN_BLOCKS<V>)
             global_sums[g.C + c] = local_sums[g.C + c] = product;
         });
     if (is_last && part.index == 0 && threadIdx.x == 0) {
-        vector[2 * g.C] = fault;
-        vector[2 * g.C + 1] = tag;
-        vector[2 * g.C + 2] = tag_square;
+        global_sums[2 * g.C] = fault;
+        global_sums[2 * g.C + 1] = tag;
+        global_sums[2 * g.C + 2] = tag_square;
     }
 }
 
