@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
     from mpi4py import MPI
 
 
-class Saved(NamedTuple):
+@dataclass(slots=True)
+class Saved:
     """The record of a forward, for its backward. `x` is kept as it is, not copied."""
 
     plan: Plan
@@ -233,16 +235,16 @@ def backward(
     dy: Any, saved: Saved, grad_reduction: str, check: Callable[[], None] | None = None
 ) -> Gradients:
     """See `sync_batch_norm_backward`; `check` is a further one, of which the other ranks hear too."""
-    plan, x, normalization, group, peers, forward_call, input_kept, batch = saved
+    plan, x, normalization, peers = saved.plan, saved.x, saved.normalization, saved.peers
     backend, layout = plan.backend, plan.layout
     if grad_reduction != "none" and not plan.training:
-        peers = as_group(group)
-    call = Call(forward_call.name, forward_call.channels, "backward", forward_call.number)
+        peers = as_group(saved.group)
+    call = Call(saved.call.name, saved.call.channels, "backward", saved.call.number)
     with Preparing(call, peers, 2 * call.channels + 3, (x,)):
         if check is not None:
             check()
         dy = prepare_gradient(dy, plan, grad_reduction)  # (N, C, *spatial) -> (outer, C, inner)
-        if not input_kept:
+        if not saved.input_kept:
             raise RuntimeError("backward needs the input, but the forward wrote its result over it (out=)")
         dx = backend.empty(layout.shape_3d, plan.dtype)
         dresidual = backend.empty(layout.shape_3d, plan.dtype) if plan.has_residual else None
@@ -256,7 +258,7 @@ def backward(
     else:
         scale = 1 / peers.size if grad_reduction == "mean" else 1.0
         parameters = ParameterSums(global_sums, scale, plan.weight_type, plan.bias_type)
-    sums = None if batch is None else global_sums if plan.training else local_sums
+    sums = None if saved.batch is None else global_sums if plan.training else local_sums
     weight, bias = backend.input_gradient(gradient, x, normalization, dx, sums, parameters)
     return Gradients(
         layout.as_batch(dx), weight, bias, None if dresidual is None else layout.as_batch(dresidual)

@@ -30,6 +30,13 @@ if TYPE_CHECKING:
     from mpi4py import MPI
 
 
+_NO_FORWARD: Saved = object.__new__(Saved)
+"""Stands for the record of a forward where there is none: of the same type, as a module's tree prefers."""
+
+_TRANSIENT = ("_frozen", "_observe", "_saved")
+"""Attributes that no copy has."""
+
+
 class BatchNormBase(Module):
     """The common part of all batch normalizations: parameters, running statistics, forward and backward."""
 
@@ -44,6 +51,8 @@ class BatchNormBase(Module):
     _group: ProcessGroup | None
     _calls_made: int
     _introduced: bool
+    _saved: Saved = _NO_FORWARD
+    """The record of the forward that waits for its backward."""
     _frozen: int = 0
     """How many `frozen_statistics` the layer is in."""
     _observe: Callable[[Saved], None] | None = None
@@ -81,7 +90,6 @@ class BatchNormBase(Module):
         self.running_var = xp.ones(shape, dtype) if track_running_stats else None
         self.num_batches_tracked = xp.zeros((), np.int64) if track_running_stats else None
         self.dtype = dtype
-        self._saved: Saved | None = None
         restart_calls(self)
 
     def forward(self, x: Array, residual: Array | None = None, out: Array | None = None) -> Array:
@@ -145,7 +153,7 @@ class BatchNormBase(Module):
         "none".
         """
         saved, weight, bias = self._saved, self.weight, self.bias
-        if saved is None:
+        if saved is _NO_FORWARD:
             self._refuse_backward(dy)
         accumulates = (weight is not None and weight.grad is not None) or (
             bias is not None and bias.grad is not None
@@ -154,7 +162,7 @@ class BatchNormBase(Module):
         gradients = functional.backward(dy, saved, self.grad_reduction, check)
         # A rank that fails after the sum has another number than the others, and they find out.
         self._calls_made += saved.plan.training or self.grad_reduction != "none"
-        self._saved = None
+        self._saved = _NO_FORWARD
         for parameter, gradient in ((weight, gradients.weight), (bias, gradients.bias)):
             if parameter is None or gradient is None:
                 continue
@@ -185,8 +193,7 @@ class BatchNormBase(Module):
         """Return what copies and pickles have: not the forward that waits for its backward."""
         whole = super().__getstate__()  # `(dict, slots)` if a subclass has slots
         attributes = whole[0] if isinstance(whole, tuple) else whole
-        state = {name: value for name, value in attributes.items() if name not in ("_frozen", "_observe")}
-        state["_saved"] = None
+        state = {name: value for name, value in attributes.items() if name not in _TRANSIENT}
         return (state, whole[1]) if isinstance(whole, tuple) else state
 
     def reset_running_stats(self) -> None:

@@ -35,7 +35,6 @@ class Tree:
         self.leaves = [leaf for _, leaf in self.named_leaves]
 
     def _walk(self, root: Any, kinds: Kinds) -> None:
-        held = (kinds.node, kinds.leaf, list, tuple, dict)
         pending: list[tuple[str, Any]] = [("", root)]
         met: set[int] = set()
         while pending:
@@ -44,7 +43,7 @@ class Tree:
                 continue
             met.add(id(node))
             own, nodes = [], []
-            for name, value in self._members(node, kinds, held):
+            for name, value in self._members(node, kinds):
                 dotted = join(prefix, name)
                 if isinstance(value, kinds.node):
                     nodes.append((dotted, value))
@@ -54,37 +53,40 @@ class Tree:
                     met.add(id(value))
                     self.named_leaves.append((dotted, value))
             pending += nodes[::-1]
-            attributes = _Seen.of(vars(node), held)
+            attributes = _Seen.of(vars(node), kinds)
             if node is root:
                 self.root_leaves, self._root = own, attributes._replace(values=None)
             else:
                 self.within.append((prefix, node, own))
                 self._nodes.append(attributes)
 
-    def _members(self, node: Any, kinds: Kinds, held: tuple[type, ...]) -> Iterator[tuple[str, Any]]:
+    def _members(self, node: Any, kinds: Kinds) -> Iterator[tuple[str, Any]]:
         """Yield the leaves and nodes of a node that are not within another one."""
-        containers: list[Any] = [value for value in vars(node).values() if isinstance(value, list | dict)]
+        containers = [value for value in vars(node).values() if isinstance(value, _CONTAINERS)]
         pending = list(kinds.members(node))[::-1]
         met: set[int] = set()
         while pending:
             name, value = pending.pop()
             if isinstance(value, kinds.node | kinds.leaf):
                 yield name, value
-            elif isinstance(value, list | tuple | dict) and id(value) not in met:
+            elif isinstance(value, _CONTAINERS) and id(value) not in met:
                 met.add(id(value))
                 containers.append(value)
                 pending += [(f"{name}.{key}", item) for key, item in items_of(value)][::-1]
-        self._containers += [_Seen.of(each, held) for each in containers if not isinstance(each, tuple)]
+        self._containers += [_Seen.of(each, kinds) for each in containers if _has_members(each, kinds)]
 
     def is_current(self, root: Any) -> bool:
         """Tell whether everything within holds what it did: a comparison, without a walk."""
         if self._root is None or not self._root.is_same(vars(root)):
             return False
-        for attributes, types, held in self._nodes:  # as _Seen.is_same, without a call for each
+        for attributes, types, held, plain in self._nodes:  # as _Seen.is_same, without a call for each
             if list(map(type, attributes.values())) != types:
                 return False
             for name, value in held:
                 if attributes.get(name) is not value:
+                    return False
+            for name, form in plain:
+                if _form(attributes.get(name)) != form:
                     return False
         return all(seen.is_same(seen.values) for seen in self._containers)
 
@@ -94,30 +96,58 @@ class Tree:
 
 
 class _Seen(NamedTuple):
-    """The values of a node's attributes, or of a list or dict: their types, and those that matter.
+    """The values that a node has as attributes, or a container as items, to be compared later.
 
-    The others may be large arrays, which a later comparison must not keep alive.
+    Kept are nodes, leaves and the containers that hold some. Of all others, which may be large arrays or
+    hold some, there are only the types: a comparison must not keep them alive.
     """
 
     values: Any
-    """A dict or list; None for the attributes of the root."""
+    """A dict, list or tuple; None for the attributes of the root."""
     types: list[type]
     held: list[tuple[Any, Any]]
-    """(key, value) of nodes, leaves and containers."""
+    """(key, value) of those kept."""
+    plain: list[tuple[Any, Any]]
+    """(key, form) of other containers."""
 
     @classmethod
-    def of(cls, values: dict[Any, Any] | list[Any], held: tuple[type, ...]) -> _Seen:
-        items = list(items_of(values))
-        types = [type(value) for _, value in items]
-        return cls(values, types, [(key, value) for key, value in items if isinstance(value, held)])
+    def of(cls, values: Any, kinds: Kinds) -> _Seen:
+        seen = cls(values, [], [], [])
+        for key, value in items_of(values):
+            seen.types.append(type(value))
+            if _has_members(value, kinds):
+                seen.held.append((key, value))
+            elif isinstance(value, _CONTAINERS):
+                seen.plain.append((key, _form(value)))
+        return seen
 
     def is_same(self, values: Any) -> bool:
         if list(map(type, values.values() if isinstance(values, dict) else values)) != self.types:
             return False
         try:
-            return all(values[key] is value for key, value in self.held)
+            same = all(values[key] is value for key, value in self.held)
+            return same and all(_form(values[key]) == form for key, form in self.plain)
         except KeyError:
             return False
+
+
+_CONTAINERS = (list, tuple, dict)
+
+
+def _has_members(value: Any, kinds: Kinds, within: tuple[int, ...] = ()) -> bool:
+    """Tell whether a value is a node or leaf, or a container that holds one."""
+    if not isinstance(value, _CONTAINERS):
+        return isinstance(value, kinds.node | kinds.leaf)
+    within = (*within, id(value))
+    return any(_has_members(item, kinds, within) for _, item in items_of(value) if id(item) not in within)
+
+
+def _form(value: Any, within: tuple[int, ...] = ()) -> Any:
+    """Return the type of a value, and of all that it holds if it is a container."""
+    if not isinstance(value, _CONTAINERS) or id(value) in within:
+        return type(value)
+    within = (*within, id(value))
+    return type(value), [_form(item, within) for _, item in items_of(value)]
 
 
 def items_of(container: list[Any] | tuple[Any, ...] | dict[Any, Any]) -> Iterable[tuple[Any, Any]]:
