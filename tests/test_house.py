@@ -1,4 +1,4 @@
-"""The house: imports point one way, modules keep their private names, and nothing is loaded too early."""
+"""The house: imports point one way, private names stay private, lists are short, and nothing is loaded early."""
 
 import ast
 import shutil
@@ -124,11 +124,49 @@ def borrowed_names(package):
     return borrowed
 
 
+def functions_in(package):
+    """Yield (module, name, node) of all functions, the name with that of the class."""
+    for module, path in modules_in(package).items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            for child in ast.iter_child_nodes(node):
+                if isinstance(child, ast.FunctionDef):
+                    owner = f"{node.name}." if isinstance(node, ast.ClassDef) else ""
+                    yield module, owner + child.name, child
+
+
+# Public signatures: torch's, and those that grew from it.
+MANY_PARAMETERS = {"sync_batch_norm", "BatchNormBase.__init__", "SyncBatchNorm.__init__"}
+
+
+def long_parameter_lists(package):
+    """Return the functions with more than eight parameters beside self."""
+    found = set()
+    for module, name, node in functions_in(package):
+        every = [each.arg for each in node.args.posonlyargs + node.args.args + node.args.kwonlyargs]
+        if len(set(every) - {"self", "cls"}) > 8 and name not in MANY_PARAMETERS:
+            found.add((module, name))
+    return found
+
+
+def long_steps(package):
+    """Return the directions of the algorithm that are longer than a screen of 40 lines."""
+    return {
+        name
+        for module, name, node in functions_in(package)
+        if module == "functional"
+        and name in ("forward", "backward")
+        and node.end_lineno - node.body[0].end_lineno > 40
+    }
+
+
 def test_every_room_is_in_the_table():
     assert {room(module) for module in MODULES if module} == set(ALLOWED)
 
 
-@pytest.mark.parametrize("rule", [wrong_directions, circle, borrowed_names])
+RULES = [wrong_directions, circle, borrowed_names, long_parameter_lists, long_steps]
+
+
+@pytest.mark.parametrize("rule", RULES)
 def test_the_house_keeps(rule):
     assert not rule(PACKAGE)
 
@@ -143,6 +181,8 @@ def test_the_house_keeps(rule):
         (circle, "comm/transports/base.py", "if TYPE_CHECKING: from cupy_syncbn.comm import groups"),
         (borrowed_names, "nn/module.py", "from cupy_syncbn.arrays import _is_torch"),
         (borrowed_names, "nn/data_parallel.py", "def f(group): return group._transport"),
+        (long_parameter_lists, "nn/tree.py", "class C:\n    def f(self, a, b, c, d, e, f, g, *, h, i): ..."),
+        (long_steps, "functional.py", "def forward():\n    'x'\n" + 41 * "    f()\n"),
     ],
 )  # fmt: skip
 def test_a_planted_fault_is_found(tmp_path, rule, file, line):
