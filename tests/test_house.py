@@ -1,4 +1,4 @@
-"""The house: imports point one way, private names stay private, lists are short, and nothing is loaded early."""
+"""The house: imports point one way, private names stay private, lists are short, nothing is loaded early."""
 
 import ast
 import shutil
