@@ -228,7 +228,7 @@ def test_traffic_is_what_the_kernels_move(gpu, small, cupy, dtype, variant, shap
     def moved(times):
         case = gpu.Case((shape[0] * times, *shape[1:]), dtype, channels_last)
         kernels = gpu.Kernels(gpu.Tensors(fake(gpu, cupy)(None), case, 1), variant)
-        found, blocks = {}, kernels.normalization[0].launch.blocks
+        found, blocks = {}, kernels.normalization[0].passes.launch.blocks
         for name in gpu.kernels_of(variant):
             emulator.stats.reset()
             getattr(kernels, name)(0)

@@ -2,10 +2,7 @@
 
 import time
 
-from cupy_syncbn import (
-    SyncBatchNorm,
-    new_group,
-)
+from cupy_syncbn import SyncBatchNorm, new_group
 
 SHAPE = (18, 4, 3, 5)
 TRANSPORTS = ("mpi", "cuda-aware-mpi", "nccl")

@@ -2,9 +2,7 @@
 
 import pytest
 
-from cupy_syncbn import (
-    new_group,
-)
+from cupy_syncbn import new_group
 from support.transports import TRANSPORTS
 
 

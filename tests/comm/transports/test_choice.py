@@ -3,9 +3,7 @@
 import pytest
 
 import cupy_syncbn
-from cupy_syncbn import (
-    new_group,
-)
+from cupy_syncbn import new_group
 from cupy_syncbn.comm import transports
 from support import nccl_stand_in
 from support.transports import TRANSPORTS, share_gpus

@@ -3,12 +3,7 @@
 import numpy as np
 import pytest
 
-from cupy_syncbn import (
-    MPIProcessGroup,
-    RankMismatchError,
-    SyncBatchNorm,
-    new_group,
-)
+from cupy_syncbn import MPIProcessGroup, RankMismatchError, SyncBatchNorm, new_group
 from support.arrays import random_batch
 from support.transports import SHAPE
 

@@ -3,11 +3,7 @@
 import numpy as np
 import pytest
 
-from cupy_syncbn import (
-    RemoteRankError,
-    SyncBatchNorm,
-    new_group,
-)
+from cupy_syncbn import RemoteRankError, SyncBatchNorm, new_group
 from cupy_syncbn.comm import transports
 from support.arrays import random_array, random_batch
 from support.transports import SHAPE

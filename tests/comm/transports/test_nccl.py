@@ -9,13 +9,7 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 
-from cupy_syncbn import (
-    NCCLProcessGroup,
-    RemoteRankError,
-    SyncBatchNorm,
-    new_group,
-    sync_batch_norm,
-)
+from cupy_syncbn import NCCLProcessGroup, RemoteRankError, SyncBatchNorm, new_group, sync_batch_norm
 from cupy_syncbn.comm import transports
 from support import nccl_stand_in
 from support.arrays import BFLOAT16, random_array

@@ -10,13 +10,7 @@ import time
 import numpy as np
 import pytest
 
-from cupy_syncbn import (
-    CollectiveTimeoutError,
-    RankMismatchError,
-    RemoteRankError,
-    SyncBatchNorm,
-    new_group,
-)
+from cupy_syncbn import CollectiveTimeoutError, RankMismatchError, RemoteRankError, SyncBatchNorm, new_group
 from support.arrays import random_batch
 from support.compare import assert_identical
 from support.launcher import REPOSITORY, clean_environment

@@ -4,12 +4,7 @@ import functools
 
 import pytest
 
-from cupy_syncbn import (
-    CollectiveTimeoutError,
-    RankMismatchError,
-    SyncBatchNorm,
-    new_group,
-)
+from cupy_syncbn import CollectiveTimeoutError, RankMismatchError, SyncBatchNorm, new_group
 from support.arrays import random_batch
 from support.compare import assert_close, assert_identical
 from support.reference import BatchNorm
