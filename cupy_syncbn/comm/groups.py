@@ -389,16 +389,17 @@ class MPIProcessGroup(ProcessGroup):
         _pickled[self._token] = self
         return MPIProcessGroup._unpickled, (self._token,)
 
-    @staticmethod
-    def _unpickled(token: str) -> ProcessGroup:
+    # Class methods, as these are pickled by the name of the class, which is that of no file.
+    @classmethod
+    def _unpickled(cls, token: str) -> ProcessGroup:
         """Return the group of a token, in the process that pickled it."""
         return _pickled.get(token) or UnusableGroup(
             "this group of some ranks was pickled in another process, or is gone: "
             "assign layer.process_group, for instance new_group(ranks)"
         )
 
-    @staticmethod
-    def _unpickled_world() -> ProcessGroup | None:
+    @classmethod
+    def _unpickled_world(cls) -> ProcessGroup | None:
         """Return the group of all ranks; None, which means it, where it is not known to be more than one."""
         group = default_group() if "mpi4py.MPI" in sys.modules else SINGLE
         return None if group.size == 1 else group
