@@ -10,7 +10,7 @@ from cupy_syncbn.diagnosis.survey import survey
 
 
 def main() -> int:
-    """Bind the GPUs as a training program does, write the report on rank 0; return the exit status."""
+    """Bind the GPUs as a training program does, and write the report on rank 0; return the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m cupy_syncbn",
         description="Show what is installed, the GPU and the transport of each rank, and test them. "
