@@ -1,4 +1,4 @@
-"""``python -m cupy_syncbn``: what is installed, each rank's GPU and transport, and whether they work."""
+"""``python -m cupy_syncbn``: the report of `show_config` in the shell."""
 
 from __future__ import annotations
 

@@ -151,7 +151,7 @@ def check_writeable(name: str, array: object) -> None:
 
 
 def move(array: Any, module: ModuleType) -> Array:
-    """Return an array, or what NumPy converts to one, as an array of `module`: numpy or cupy."""
+    """Convert an array, or a list or number, to an array of `module`: numpy or cupy."""
     array = as_array(array)
     if module is np and is_cupy(array):
         array = array.get()

@@ -1,4 +1,4 @@
-"""Checks of arguments: one function per argument; errors tell what, got, expected and a remedy."""
+"""Checks of arguments: one function per argument; errors say what was expected, what came, and a remedy."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def check_layer(
             f"expected the input on the layer's device, {here} (got {module_of(x).__name__}.ndarray): "
             f"move the layer by .to({there!r}), or the input by cupy.asarray or .get()"
         )
-    backend_of(x)  # tells of what is no array
+    backend_of(x)  # raises an error for other objects
     if dimensions and x.ndim not in dimensions:
         wanted = " or ".join(f"{n}D" for n in dimensions)
         raise ValueError(f"expected {wanted} input (got {x.ndim}D input)")

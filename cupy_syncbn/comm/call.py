@@ -99,7 +99,7 @@ class Call(NamedTuple):
         group.defer(trailer, functools.partial(self._raise_fault, group), self)
 
     def _name_in(self, error: Exception) -> None:
-        """Name this call in a timeout, unless an earlier call was given up by it."""
+        """Name this call in a timeout that names no earlier one."""
         if isinstance(error, CollectiveTimeoutError):
             error.call = error.call or self
 

@@ -72,10 +72,8 @@ def bind_device(comm: MPI.Intracomm | None = None) -> int:
 
     Raises
     ------
-    ModuleNotFoundError
-        If CuPy is not installed.
-    RuntimeError
-        If it finds no driver, or no GPU.
+    ModuleNotFoundError, RuntimeError
+        If CuPy is not installed, or finds no driver or no GPU.
     CollectiveTimeoutError
         As in `local_rank`.
 

@@ -98,13 +98,12 @@ class ProcessGroup(ABC):
         vector : array
             Of NumPy.
         library : module
-            Numpy or cupy.
+            numpy or cupy.
 
         Returns
         -------
         array
-            Of `library`, or `vector` itself if the others' go through memory of the host: then the GPU needs
-            none.
+            Of `library`, or `vector` itself if the others' go through memory of the host.
 
         Raises
         ------
@@ -253,6 +252,7 @@ class MPIProcessGroup(ProcessGroup):
         self.transport = transport_name(transport)
         self._comm = comm
         self._private_comm: PrivateComm | None = None
+        self._token = uuid.uuid4().hex
 
     def allreduce(self, buffer: Array) -> Array:
         if not _is_numpy(buffer):
@@ -394,10 +394,6 @@ class MPIProcessGroup(ProcessGroup):
         return None if group.size == 1 else group
 
     @functools.cached_property
-    def _token(self) -> str:
-        return uuid.uuid4().hex
-
-    @functools.cached_property
     def _transport(self) -> Transport:
         """The transport of CuPy arrays, chosen when the first comes (**collective**)."""
         return transport_for(self, self.transport)
@@ -443,7 +439,7 @@ class NCCLProcessGroup(MPIProcessGroup):
         from mpi4py import MPI
 
         super().__init__(MPI.COMM_WORLD if comm is None else comm, transport="nccl", timeout=timeout)
-        self._transport  # noqa: B018, an error tells here and now what is missing
+        self._transport  # noqa: B018, raises the error of a missing transport now, not at the first sum
 
 
 class UnusableGroup(ProcessGroup):

@@ -58,12 +58,8 @@ def new_group(
     ------
     TypeError, ValueError
         If the ranks are not distinct ranks of `comm`, or the transport is unknown.
-    RemoteRankError
-        If another process has such an error.
-    RankMismatchError
-        If another process has other arguments.
-    CollectiveTimeoutError
-        If a rank of `comm` does not come within the timeout.
+    RemoteRankError, RankMismatchError, CollectiveTimeoutError
+        If another process has such an error, has other arguments, or does not come within the timeout.
 
     Notes
     -----
@@ -83,7 +79,7 @@ def new_group(
             raise ValueError(f"expected distinct ranks between 0 and {comm.size - 1} (got {members})")
     except TypeError:
         error = TypeError(f"expected ranks to be integers, or None for all (got {ranks!r})")
-    except Exception as wrong:  # also what an iterable raises
+    except Exception as wrong:  # an iterable may raise any
         error = wrong
     _agree(parent, f"new_group({members}, transport={transport!r})", error)
     is_member = comm.rank in members

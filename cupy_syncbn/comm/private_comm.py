@@ -41,7 +41,7 @@ class PrivateComm:
         from mpi4py import MPI
 
         self.comm, self.rank, self.size = comm, rank, size
-        self._unusable: tuple[type[RuntimeError], str] | None = None  # its last error
+        self._unusable: tuple[type[RuntimeError], str] | None = None  # the error of each further use
         self._lock = threading.Lock()
         self._timeout = math.inf
         self._deadline: float | None = None
@@ -130,10 +130,6 @@ class PrivateComm:
                 checked_sum.free()
             self.comm.Free()
 
-    def forbid_in_child(self) -> None:
-        """Keep a forked process from using the duplicate of its parent."""
-        self._unusable = RuntimeError, _FORKED
-
 
 def private_comm_of(comm: MPI.Comm, timeout: float) -> PrivateComm:
     """Return the duplicate that a communicator keeps as an attribute, made at first use (**collective**)."""
@@ -181,7 +177,7 @@ def _after_fork() -> None:
     if "mpi4py.MPI" in sys.modules:
         _forked.append(True)
     for private in _private_comms:
-        private.forbid_in_child()
+        private._unusable = RuntimeError, _FORKED
 
 
 if hasattr(os, "register_at_fork"):  # not on Windows

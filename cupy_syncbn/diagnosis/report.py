@@ -11,7 +11,7 @@ MODULES = {"numpy": "NumPy", "mpi4py": "mpi4py", "cupy": "CuPy", "ml_dtypes": "m
 """The modules whose versions are told, and the names of their packages."""
 
 REASON = 200
-"""Characters of a reason: what a rank tells must fit into a message of `gather_objects`, of 1024 bytes."""
+"""Characters of a reason: the facts of a rank must fit into a message of `gather_objects`, of 1024 bytes."""
 
 
 def report(facts: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""What is installed, which GPU and which transport each rank has."""
+"""The facts: packages, and the GPU and the transport of each rank."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def show_config(mode: str = "stdout", *, file: TextIO | None = None) -> dict[str
     Returns
     -------
     dict or None
-        With mode "dicts", of types that JSON has; what is not there is None:
+        With mode "dicts", of types that JSON has; missing things are None:
 
         * ``versions``: ``cupy_syncbn``, ``python``, ``numpy``, ``mpi4py``, ``cupy``, ``ml_dtypes`` of rank 0.
         * ``mpi``: ``library`` and ``version``, or the ``error`` that importing mpi4py.MPI raised.
@@ -81,7 +81,7 @@ def show_config(mode: str = "stdout", *, file: TextIO | None = None) -> dict[str
         * ``transport``: ``requested`` and ``by``, CUPY_SYNCBN_TRANSPORT or "default"; ``chosen``; for each
           transport what it ``lacks``, and ``notes`` on when to choose it.
         * ``self_test``: ``passed``, ``device``, ``deviation``, ``tolerance``, ``error``.
-        * ``problems``: what has to be mended, and ``next_steps``: what could be installed or started.
+        * ``problems`` to mend, and ``next_steps``: packages to install, commands to start.
         * ``ok``: whether the self-test has passed, and there are no problems.
 
     Raises
@@ -157,9 +157,9 @@ def _is_first(group: ProcessGroup) -> bool:
     return next((os.environ[name] for name in variables if name in os.environ), "0") == "0"
 
 
-# ---- What each rank has ----
+# ---- The facts of a rank ----
 class _Row(NamedTuple):
-    """What a rank tells the others; errors and reasons are empty where there is none."""
+    """The facts that a rank tells the others; errors and reasons are empty where there is none."""
 
     host: str
     local_rank: int
@@ -242,7 +242,7 @@ def _versions() -> _Found:
     found: _Found = {"cupy_syncbn": __version__, "python": platform.python_version()}
     for name in MODULES:
         found[name] = None
-        with contextlib.suppress(Exception):  # what is optional may fail in any way
+        with contextlib.suppress(Exception):  # optional packages may fail in any way
             found[name] = importlib.import_module(name).__version__
     return found
 
@@ -290,7 +290,7 @@ def _cuda_version(number: int) -> str:
 
 
 def _transport(group: ProcessGroup, rows: list[_Row], no_mpi: str) -> tuple[dict[str, Any], list[str]]:
-    """Tell which transport CuPy arrays take, what each transport lacks, and the problems (**collective**)."""
+    """Tell which transport CuPy arrays take, the lacks of each, and the problems (**collective**)."""
     no_gpu = _first(row.why_no_gpu for row in rows)
     no_nccl = _first(row.why_no_nccl for row in rows)
     if not no_nccl and isinstance(group, MPIProcessGroup):

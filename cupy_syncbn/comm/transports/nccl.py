@@ -53,20 +53,17 @@ class NCCL(Transport):
         kind = getattr(self._nccl, f"NCCL_{buffer.dtype.name.upper()}", None)
         if kind is None:
             raise TypeError(f"expected a type that NCCL adds up (got {buffer.dtype.name})")
-
-        def enqueue(communicator: Any, pointer: int, stream: int) -> None:
-            communicator.allReduce(pointer, pointer, buffer.size, kind, self._nccl.NCCL_SUM, stream)
-
-        self._enqueue(enqueue, buffer)
+        add = self._nccl.NCCL_SUM
+        self._enqueue(buffer, lambda nccl, at, stream: nccl.allReduce(at, at, buffer.size, kind, add, stream))
         return buffer
 
     def broadcast(self, buffer: Array, root: int) -> None:
-        def enqueue(communicator: Any, pointer: int, stream: int) -> None:
-            communicator.broadcast(pointer, pointer, buffer.nbytes, self._nccl.NCCL_UINT8, root, stream)
+        kind = self._nccl.NCCL_UINT8
+        self._enqueue(
+            buffer, lambda nccl, at, stream: nccl.broadcast(at, at, buffer.nbytes, kind, root, stream)
+        )
 
-        self._enqueue(enqueue, buffer)
-
-    def _enqueue(self, enqueue: Callable[[Any, int, int], None], buffer: Array) -> None:
+    def _enqueue(self, buffer: Array, enqueue: Callable[[Any, int, int], None]) -> None:
         self._operations.raise_errors()
         if buffer.device.id != self._device:
             raise ValueError(
@@ -182,7 +179,7 @@ class _Operations:
             with self._keep_error():
                 self._look()
                 self._check_progress()
-        # Both calls may wait for the other ranks. What the GPU may still write to stays in `_pending`.
+        # Both calls may wait for the other ranks. Memory that the GPU may still write to stays in `_pending`.
         if self._error:
             while self._host_is_inside():
                 time.sleep(1e-3)
