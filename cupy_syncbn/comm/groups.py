@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from mpi4py import MPI
 
 DEFAULT_TIMEOUT = 600.0
-"""Seconds, unless CUPY_SYNCBN_TIMEOUT says otherwise."""
+"""In seconds, unless CUPY_SYNCBN_TIMEOUT says otherwise."""
 
 
 class ProcessGroup(ABC):
@@ -61,7 +61,7 @@ class ProcessGroup(ABC):
         Returns
         -------
         array
-            `buffer`; if its sum went through memory of the host, the copy there, valid until the next call.
+            `buffer`, or a copy in pinned memory of the host if it went through there, until the next call.
 
         Raises
         ------
@@ -179,7 +179,7 @@ class ProcessGroup(ABC):
         """
         return self is other or self.size == other.size == 1
 
-    # A copied layer keeps its group: that cannot be copied.
+    # A copied layer keeps its group.
     def __copy__(self) -> ProcessGroup:
         return self
 

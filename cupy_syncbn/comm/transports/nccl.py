@@ -144,7 +144,7 @@ class _Operations:
                     self._pending.remove(operation)
 
     def add(self, operation: _Operation, stream: Any) -> bool:
-        """Watch an operation behind all that is on the stream; return False where a graph captures that."""
+        """Watch an operation at the end of a stream; return False where a graph captures that."""
         operation.event = _event_behind(stream)
         if operation.event is not None:
             with self._lock:
@@ -307,11 +307,9 @@ def missing_for_nccl() -> tuple[str, str]:
         gpu = runtime.deviceGetPCIBusId(runtime.getDevice())
     except RuntimeError as error:
         return f"CuPy finds no GPU: {error}", ""
-    try:
+    with contextlib.suppress(ImportError):
         if getattr(import_nccl(), "available", False):
             return "", gpu
-    except ImportError:
-        pass
     return "CuPy finds no NCCL: install nvidia-nccl-cu12 or nvidia-nccl-cu13, by the CUDA version of CuPy", ""
 
 
