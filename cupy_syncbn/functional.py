@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
     from mpi4py import MPI
 
 
-class Saved(NamedTuple):
+@dataclass(slots=True)
+class Saved:
     """The record of a forward, for its backward. `x` is kept as it is, not copied."""
 
     plan: Plan
@@ -82,9 +84,9 @@ def sync_batch_norm(
     ----------
     x : array of shape (N, C, *spatial), or (N, *spatial, C) if `channels_last`
         This rank's part of the batch, of type float16, bfloat16, float32 or float64; N may differ between
-        ranks and be 0. A transposed view is computed in its memory order, without a copy. An array of
-        NumPy or CuPy, or what shares its memory with them: a torch tensor (without its graph), a JAX array,
-        anything with DLPack or ``__array__``.
+        ranks and be 0. A transposed view is computed in its memory order, without a copy. An array of NumPy
+        or CuPy, or one that shares its memory with them: a torch tensor (without its graph), a JAX array,
+        any object with DLPack or ``__array__``.
     weight, bias : array of shape (C,), optional
         Scale and offset, of the type of `x`, or float32 for 16-bit `x`; so are the running statistics.
     running_mean, running_var : array of shape (C,), optional
@@ -108,18 +110,18 @@ def sync_batch_norm(
     residual : array like `x`, optional
         Added before the activation.
     out : array like `x`, optional
-        Where to write y, of NumPy or on the GPU. It must not overlap `x`, which the backward needs, or
-        `residual`; but without training it may be `x`, if no backward follows.
+        The array to write y to, of NumPy or on the GPU. It must not overlap `x`, which the backward needs,
+        or `residual`; but without training it may be `x`, if no backward follows.
     call : Call, optional
-        What this call is named in errors, and compared by between ranks; layers give theirs.
+        The name of this call in errors, by which ranks compare their calls; layers give theirs.
 
     Returns
     -------
     y : array like `x`
         The result, in the memory order of `x`: of NumPy, or of CuPy on a GPU.
     saved : Saved
-        For `sync_batch_norm_backward`. It refers to `x`: leave it unchanged until then. With an activation
-        it also holds one bit an element.
+        For `sync_batch_norm_backward`. It refers to `x`: leave that unchanged until then. With an activation
+        it also holds one bit per element.
 
     Raises
     ------
@@ -200,8 +202,7 @@ def sync_batch_norm_backward(dy: Array, saved: Saved, *, grad_reduction: str = "
     Parameters
     ----------
     dy : array
-        Gradient with respect to y: of its shape and type, in any memory order, of any library that `x` may
-        be of.
+        Gradient with respect to y: of its shape and type, in any memory order, of any library as `x`.
     saved : Saved
         From the forward.
     grad_reduction : {"none", "sum", "mean"}
@@ -219,12 +220,8 @@ def sync_batch_norm_backward(dy: Array, saved: Saved, *, grad_reduction: str = "
         If `dy` does not match y.
     RuntimeError
         If y was written over x.
-    RemoteRankError
-        If another rank found its input wrong.
-    RankMismatchError
-        If the ranks are in different calls.
-    CollectiveTimeoutError
-        If a rank does not come within the group's timeout.
+    RemoteRankError, RankMismatchError, CollectiveTimeoutError
+        As of `sync_batch_norm`.
 
     Notes
     -----
@@ -238,16 +235,16 @@ def backward(
     dy: Any, saved: Saved, grad_reduction: str, check: Callable[[], None] | None = None
 ) -> Gradients:
     """See `sync_batch_norm_backward`; `check` is a further one, of which the other ranks hear too."""
-    plan, x, normalization, group, peers, forward_call, input_kept, batch = saved
+    plan, x, normalization, peers = saved.plan, saved.x, saved.normalization, saved.peers
     backend, layout = plan.backend, plan.layout
     if grad_reduction != "none" and not plan.training:
-        peers = as_group(group)
-    call = Call(forward_call.name, forward_call.channels, "backward", forward_call.number)
+        peers = as_group(saved.group)
+    call = Call(saved.call.name, saved.call.channels, "backward", saved.call.number)
     with Preparing(call, peers, 2 * call.channels + 3, (x,)):
         if check is not None:
             check()
         dy = prepare_gradient(dy, plan, grad_reduction)  # (N, C, *spatial) -> (outer, C, inner)
-        if not input_kept:
+        if not saved.input_kept:
             raise RuntimeError("backward needs the input, but the forward wrote its result over it (out=)")
         dx = backend.empty(layout.shape_3d, plan.dtype)
         dresidual = backend.empty(layout.shape_3d, plan.dtype) if plan.has_residual else None
@@ -261,7 +258,7 @@ def backward(
     else:
         scale = 1 / peers.size if grad_reduction == "mean" else 1.0
         parameters = ParameterSums(global_sums, scale, plan.weight_type, plan.bias_type)
-    sums = None if batch is None else global_sums if plan.training else local_sums
+    sums = None if saved.batch is None else global_sums if plan.training else local_sums
     weight, bias = backend.input_gradient(gradient, x, normalization, dx, sums, parameters)
     return Gradients(
         layout.as_batch(dx), weight, bias, None if dresidual is None else layout.as_batch(dresidual)

@@ -100,6 +100,9 @@ _plans: dict[Any, Plan] = {}
 
 _kind_on_host = attrgetter("__class__", "dtype", "shape", "strides")
 _kind_on_gpu = attrgetter("__class__", "dtype", "shape", "strides", "device.id")
+# Of parameters and running statistics, whose strides do not matter.
+_small_on_host = attrgetter("__class__", "dtype", "shape")
+_small_on_gpu = attrgetter("__class__", "dtype", "shape", "device.id")
 
 
 class Prepared(NamedTuple):
@@ -136,20 +139,22 @@ def prepare(x: Any, arguments: Arguments, settings: Settings, channels: int, alo
         if in_place and isinstance(out, np.ndarray):  # of a subclass, it has become two views
             out = x
     try:
-        kind_of = _kind_on_host if type(x) is np.ndarray else _kind_on_gpu
+        is_on_host = type(x) is np.ndarray
+        kind_of = _kind_on_host if is_on_host else _kind_on_gpu
+        small = _small_on_host if is_on_host else _small_on_gpu
         kind: Any = (
             settings,
             channels,
             alone,
             kind_of(x),
-            None if weight is None else kind_of(weight),
-            None if bias is None else kind_of(bias),
-            None if mean is None else kind_of(mean),
-            None if var is None else kind_of(var),
-            None if tracked is None else kind_of(tracked),
+            None if weight is None else small(weight),
+            None if bias is None else small(bias),
+            None if mean is None else small(mean),
+            None if var is None else small(var),
+            None if tracked is None else small(tracked),
             None if residual is None else kind_of(residual),
             None if out is None else kind_of(out),
-            None if kind_of is _kind_on_host else current_device(),
+            None if is_on_host else current_device(),
         )
         plan = _plans.get(kind)
     except (AttributeError, KeyError, TypeError):  # of a list, say: the checks below tell what is wrong

@@ -19,7 +19,7 @@
 # commit that CUPY_SYNCBN_COMMIT tells, or else git.
 #
 # Without --install it takes the Python that PYTHON names (python3), with CuPy, NumPy, ml_dtypes, mpi4py and an MPI
-# library, pytest and hypothesis; PyTorch is what the benchmark compares with. It needs no network then.
+# library, pytest, pytest-mpi and hypothesis; PyTorch is what the benchmark compares with. It needs no network then.
 #
 # The report is gpu-<device>-<date>.md; another run on the same day is added to it. A stage that fails, or lacks what
 # it needs, does not stop the next ones. Exit status: 0 if all passed, 1 if not, 2 if there is no GPU to work with.
@@ -138,7 +138,7 @@ import importlib, sys
 from importlib import metadata
 print("python", sys.version.split()[0])
 lacking = []
-for name in ("numpy", "cupy", "ml_dtypes", "torch", "mpi4py", "pytest", "hypothesis", "matplotlib"):
+for name in ("numpy", "cupy", "ml_dtypes", "torch", "mpi4py", "pytest", "pytest_mpi", "hypothesis", "matplotlib"):
     try:
         print(name, importlib.import_module(name).__version__)
     except ImportError as error:
@@ -176,12 +176,14 @@ sys.exit(bool(lacking))
 export PYTHON ENVIRONMENT
 
 # What takes the fixture `cupy`, but for tests of the emulator and of what is run here itself.
-gpu_tests() { grep -lwE 'cupy|fast_cupy' tests/test_*.py | grep -vE 'cuda_emulator|imports|gpu_(check|benchmark)'; }
+gpu_tests() {
+    grep -rlwE --include='test_*.py' 'cupy|fast_cupy' tests | grep -vE 'cuda_emulator|imports|gpu_(check|benchmark)'
+}
 
 pytest_command() { # arguments
     local files
     mapfile -t files < <(gpu_tests)
-    COMMAND=("$PYTHON" -m pytest -q --no-header -p no:cacheprovider --durations=5 "$@" "${files[@]}")
+    COMMAND=("$PYTHON" -m pytest -p pytest_mpi -q --no-header -p no:cacheprovider --durations=5 "$@" "${files[@]}")
 }
 
 find_launcher() {
@@ -222,13 +224,13 @@ describe() { # part: sets COMMAND and LIMIT, or MISSING to what it lacks
             COMMAND=(bash -c 'nvidia-smi && "$PYTHON" -m cupy_syncbn; "$PYTHON" -c "$ENVIRONMENT"') LIMIT=90
             ;;
         compile) COMMAND=("$PYTHON" scripts/sanitize.py --compile) LIMIT=240 ;;
-        tests) pytest_command -m 'not launch' -k 'not nccl and not graph' && LIMIT=480 ;;
+        tests) pytest_command -m 'not launch and not long' -k 'not nccl and not graph' && LIMIT=480 ;;
         graphs) pytest_command -k graph && LIMIT=120 ;;
         nccl) pytest_command -k nccl && LIMIT=120 ;;
         ranks-*)
             # They share the GPU: their messages go through the host.
             if ! launcher="$(find_launcher)"; then MISSING="mpirun, beside $PYTHON or on the PATH" && return; fi
-            pytest_command -x -m 'not launch and not serial'
+            pytest_command -x --with-mpi -m 'not mpi_skip and not long'
             COMMAND=("$launcher" -n "${part#*-}" "$PYTHON" -m mpi4py "${COMMAND[@]:1}")
             vendor="$("$PYTHON" -c 'from mpi4py import MPI; print(MPI.get_vendor()[0])' 2>/dev/null || true)"
             [ "$vendor" != "Open MPI" ] || COMMAND=("$launcher" --oversubscribe "${COMMAND[@]:1}")

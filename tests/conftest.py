@@ -1,7 +1,8 @@
 """What the tests run in: one process or the ranks that `mpirun` started, with a GPU or a stand-in for it.
 
 Every test is valid for any number of ranks, all of which run the same tests in the same order and draw the
-same random numbers. Tests marked `serial` gain nothing from more ranks: test_under_mpirun.py leaves them out.
+same random numbers. pytest-mpi's marks tell the others: `mpi_skip` gains nothing from ranks, and
+test_under_mpirun.py leaves it out; `mpi(min_size=2)` has nothing to test on one.
 
 Tests of the CUDA engine take the fixture `cupy`: CuPy itself where it sees a GPU, else the stand-in of
 `cuda_emulator`. With CUPY_SYNCBN_REQUIRE_GPU=1 it is CuPy or a failure.
@@ -9,14 +10,15 @@ Tests of the CUDA engine take the fixture `cupy`: CuPy itself where it sees a GP
 
 import functools
 import os
+import re
 import sys
 
 import numpy as np
 import pytest
 
-pytest.register_assert_rewrite("helpers")
+pytest.register_assert_rewrite("support")
 
-from helpers import World  # noqa: E402
+from support.world import World  # noqa: E402
 
 # Layers are of NumPy unless a test says otherwise, on a machine with a GPU too.
 os.environ["CUPY_SYNCBN_DEVICE"] = "cpu"
@@ -30,19 +32,28 @@ def pytest_addoption(parser):
     parser.addoption("--fuzz-cases", type=int, help="cases that test_fuzz.py draws for each engine")
 
 
-def pytest_collection_modifyitems(config, items):
-    if World().size > 1:
-        launches = [item for item in items if item.get_closest_marker("launch")]
-        config.hook.pytest_deselected(items=launches)
-        items[:] = [item for item in items if item not in launches]
+def pytest_ignore_collect(collection_path):
+    """Do not even import, on ranks, a module that is left out as a whole."""
+    if World().size > 1 and collection_path.match("test_*.py"):
+        return bool(re.search(r"^pytestmark = .*mpi_skip", collection_path.read_text(), re.MULTILINE)) or None
+    return None
 
 
-def pytest_sessionstart():
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "mpi" in item.keywords and not item.get_closest_marker("mpi"):
+            raise pytest.UsageError(f"{item.nodeid}: pytest-mpi takes this id or name for its mark")
+
+
+def pytest_sessionstart(session):
     # An mpirun of another MPI library starts that many worlds of one rank, in which all would pass as well.
     expected = os.environ.get("CUPY_SYNCBN_TEST_WORLD_SIZE")
     size = World().size
     if expected is not None and size != int(expected):
         pytest.exit(f"expected {expected} ranks, got {size}: is this the mpirun of this Python's MPI?", 3)
+    if size > 1 and not session.config.getoption("--with-mpi"):
+        pytest.exit('ranks take --with-mpi -m "not mpi_skip and not long"', 3)
 
 
 @pytest.fixture(scope="session")
@@ -126,6 +137,43 @@ def fast_cupy(monkeypatch):
     """Return the same without the checks, for larger data."""
     yield _use(monkeypatch, "fast")
     _forget()
+
+
+@pytest.fixture
+def emulator(world, cupy):
+    """Return the emulator, as a node with a GPU for each rank, which is its current device."""
+    if "StandIn" not in type(cupy).__name__:
+        pytest.skip("there is no emulator beside a real GPU")
+    import cuda_emulator
+
+    cuda_emulator.devices.count = world.size
+    cupy.cuda.Device(world.rank).use()
+    yield cuda_emulator
+    cupy.cuda.Device(0).use()
+    cuda_emulator.devices.count = 1
+
+
+@pytest.fixture
+def streams(emulator):
+    """Let streams work late, and count how often the host waits for them."""
+    found = emulator.streams
+    found.at_once = False
+    found.synchronizations.clear()
+    yield found
+    found.at_once = True
+    found.finish_all()  # the groups are gone now
+
+
+@pytest.fixture
+def nccl(monkeypatch, streams, cupy):
+    """Return the stand-in for NCCL."""
+    from mpi4py import MPI
+
+    from support import nccl_stand_in
+
+    if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
+        pytest.skip("this MPI may not be called by several threads")
+    return nccl_stand_in.install(monkeypatch, cupy)
 
 
 def _forget():

@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
-import test_functional as suite
 
 import cupy_syncbn
+import test_functional as suite
 
 globals().update({name: test for name, test in vars(suite).items() if name.startswith("test_")})
 

@@ -1,22 +1,17 @@
-"""sync_batch_norm and sync_batch_norm_backward against the reference on the concatenated batch."""
+"""sync_batch_norm and sync_batch_norm_backward against the reference on the concatenated batch.
+
+Tables of several factors hold each pair of their values; test_fuzz.py draws from the product of all factors.
+"""
 
 import numpy as np
 import pytest
-from helpers import (
-    DTYPES,
-    SHAPES,
-    SPLITS,
-    TOLERANCE,
-    assert_close,
-    assert_identical,
-    random_array,
-    random_batch,
-    random_channels,
-    relative_error,
-)
-from reference import BatchNorm
 
 from cupy_syncbn import ProcessGroup, RankMismatchError, sync_batch_norm, sync_batch_norm_backward
+from support.arrays import DTYPES, SHAPES, random_array, random_batch, random_channels
+from support.cases import pairwise
+from support.compare import TOLERANCE, assert_close, assert_identical, relative_error
+from support.reference import BatchNorm
+from support.world import SPLITS
 
 ACTIVATIONS = [None, "relu", "leaky_relu", ("leaky_relu", 0.25)]
 
@@ -62,9 +57,7 @@ def assert_step(world, reference, arrays, x, dy, split="even", **arguments):
     world.assert_same(arrays["running_mean"], arrays["running_var"])
 
 
-@pytest.mark.parametrize("split", SPLITS)
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("dtypes", DTYPES)
+@pytest.mark.parametrize(("dtypes", "shape", "split"), pairwise(DTYPES, SHAPES, SPLITS))
 def test_step_equals_reference(world, rng, dtypes, shape, split):
     dtype, parameter_dtype = DTYPES[dtypes]
     shape = SHAPES[shape]
@@ -73,9 +66,9 @@ def test_step_equals_reference(world, rng, dtypes, shape, split):
     assert_step(world, reference, arrays, x, dy, split)
 
 
-@pytest.mark.parametrize("split", SPLITS)
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("dtypes", ["float64", "float32", "bfloat16-float32"])
+@pytest.mark.parametrize(
+    ("dtypes", "shape", "split"), pairwise(["float64", "float32", "bfloat16-float32"], SHAPES, SPLITS)
+)
 def test_step_equals_reference_channels_last(world, rng, dtypes, shape, split):
     dtype, parameter_dtype = DTYPES[dtypes]
     n, channels, *spatial = SHAPES[shape]
@@ -94,10 +87,10 @@ def test_step_without_parameters(world, rng, dtypes):
     assert_step(world, reference, arrays, x, dy, "empty")
 
 
-@pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
-@pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
-@pytest.mark.parametrize("mode", ["training", "eval", "eval_batch_statistics"])
-@pytest.mark.parametrize("dtypes", DTYPES)
+@pytest.mark.parametrize(
+    ("dtypes", "mode", "activation", "residual"),
+    pairwise(DTYPES, ["training", "eval", "eval_batch_statistics"], ACTIVATIONS, [False, True]),
+)
 def test_activation_and_residual(world, rng, dtypes, mode, activation, residual):
     dtype, parameter_dtype = DTYPES[dtypes]
     shape = SHAPES["4d"]
@@ -231,9 +224,9 @@ def test_one_value_on_each_rank(world, rng):
     np.testing.assert_allclose(dx[0], reference.backward(dy)[world.rank], atol=1e-6)
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("dtypes", DTYPES)
-@pytest.mark.parametrize("channels_last", [False, True], ids=["channels_first", "channels_last"])
+@pytest.mark.parametrize(
+    ("dtypes", "channels_last", "value"), pairwise(DTYPES, [False, True], [np.nan, np.inf, -np.inf])
+)
 def test_nan_and_inf_stay_in_their_channel(world, rng, dtypes, channels_last, value):
     dtype, parameter_dtype = DTYPES[dtypes]
     shape = (12, 5, 5)
@@ -262,9 +255,9 @@ def test_nan_and_inf_stay_in_their_channel(world, rng, dtypes, channels_last, va
     assert np.isnan(running_var[1])
 
 
-@pytest.mark.parametrize("shape", ["2d", "4d"])
-@pytest.mark.parametrize("scale", [1e30, 1e15, 1e-15, 1e-19])
-@pytest.mark.parametrize("eps", [0.0, 1e-5])
+@pytest.mark.parametrize(
+    ("shape", "scale", "eps"), pairwise(["2d", "4d"], [1e30, 1e15, 1e-15, 1e-19], [0.0, 1e-5])
+)
 def test_squares_beyond_float32(world, rng, shape, scale, eps):
     """Squares over- or underflow in float32, the results do not (but running_var may)."""
     shape = SHAPES[shape]
@@ -328,9 +321,6 @@ def test_eps_zero(world, rng):
         assert_step(world, reference, arrays, x, dy, "uneven", eps=0.0)
 
 
-OFFSETS = [0.0, 1e2, 1e3, 1e4, 1e5]
-
-
 def global_variance(world, x, part, **arguments):
     """Return the biased variance as running_var shows it."""
     channels = x.shape[-1 if arguments.get("channels_last") else 1]
@@ -341,7 +331,9 @@ def global_variance(world, x, part, **arguments):
     return running_var.astype(np.float64) * (count - 1) / count
 
 
-@pytest.mark.parametrize("offset", [*OFFSETS, -1e5])
+@pytest.mark.parametrize(
+    "offset", [0.0, 1e3, 1e5, *(pytest.param(offset, marks=pytest.mark.long) for offset in (1e2, 1e4, -1e5))]
+)
 def test_variance_at_offset_float32(world, rng, offset):
     """Two million values, whose mean is many deviations from zero."""
     x = (rng.standard_normal((2000, 1, 1024), np.float32) + np.float32(offset)).astype(np.float32)

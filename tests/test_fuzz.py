@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from helpers import DTYPES
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from reference import BatchNorm
 
 from cupy_syncbn import sync_batch_norm, sync_batch_norm_backward
+from support.arrays import DTYPES
+from support.reference import BatchNorm
 
 CASES = 60
 SPECIAL = (np.nan, np.inf, -np.inf)

@@ -8,13 +8,12 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from helpers import REPOSITORY, clean_environment
-from launcher import launch
 
-pytestmark = pytest.mark.serial
+from support.launcher import REPOSITORY, TESTS, clean_environment, launch
+
+pytestmark = pytest.mark.mpi_skip
 
 TEXT = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-TESTS = Path(__file__).parent
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL)
 
 
@@ -61,7 +60,8 @@ def test_commands_of_blocks_run(command):
         assert re.search(rf"(?m)^ *{re.escape(command)}$", CI.replace("PIP_QUIET=1 ", ""))
     elif runs.endswith(".py"):
         assert all(
-            Path(file).name in (TESTS / runs).read_text() for file in re.findall(r"scripts/\S+", command)
+            Path(file).name in (TESTS / "scripts" / runs).read_text()
+            for file in re.findall(r"scripts/\S+", command)
         )
 
 
@@ -111,7 +111,7 @@ def test_programs_named_in_sentences(command):
         assert words[2] in ("cupy_syncbn", "mpi4py")
         return
     file = REPOSITORY / words[1]
-    others = [path.read_text() for path in TESTS.glob("test_*.py") if path != Path(__file__)]
+    others = [path.read_text() for path in TESTS.rglob("test_*.py") if path != Path(__file__)]
     assert words[1] == "train.py" or file.is_file()
     assert words[1] == "train.py" or any(file.name in text or file.stem in text for text in others)
 

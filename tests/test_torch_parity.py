@@ -2,12 +2,14 @@
 
 import numpy as np
 import pytest
-from golden import make_golden
-from golden.make_golden import CASES, LEARNING_RATE, STEPS, make_inputs
-from helpers import SPLITS, TORCH_TOLERANCE, assert_close, random_array, random_batch
-from reference import BatchNorm
 
 from cupy_syncbn import SingleProcessGroup, SyncBatchNorm, sync_batch_norm, sync_batch_norm_backward
+from golden import make_golden
+from golden.make_golden import CASES, LEARNING_RATE, STEPS, make_inputs
+from support.arrays import random_array, random_batch
+from support.compare import TORCH_TOLERANCE, assert_close
+from support.reference import BatchNorm
+from support.world import SPLITS
 
 RESULTS = ("y", "dx", "weight_grad", "bias_grad", "running_mean", "running_var", "num_batches_tracked")
 
@@ -155,7 +157,7 @@ def test_live_tracking_switched_off_and_on(world, torch, rng, momentum):
             assert_close(getattr(layer, name), buffer.numpy(), tolerance=1e-11)
 
 
-@pytest.mark.serial
+@pytest.mark.mpi_skip
 @pytest.mark.parametrize("values", [(np.nan, 1), (np.inf, 1), (-np.inf, 1), (np.inf, np.inf)], ids=str)
 @pytest.mark.parametrize("activation", [None, "relu", "leaky_relu"], ids=str)
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
@@ -182,7 +184,7 @@ def test_live_nan_and_inf(torch, rng, values, activation, training):
         np.testing.assert_allclose(actual, expected.numpy(), rtol=1e-5, atol=1e-6, equal_nan=True)
 
 
-@pytest.mark.serial
+@pytest.mark.mpi_skip
 @pytest.mark.parametrize("shape", [(4,), (1, 3), (1, 3, 1)], ids=str)
 def test_live_messages(torch, shape):
     """The words of torch's SyncBatchNorm and BatchNorm, where it has some."""

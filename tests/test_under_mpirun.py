@@ -1,4 +1,4 @@
-"""Run the other tests under mpirun, with 1 to 4 ranks, and under a second MPI library.
+"""Run the other tests under mpirun, on 1 to 4 ranks, and on 2 and 3 of a second MPI library.
 
 CUPY_SYNCBN_TEST_OTHER_PYTHON names the Python of a virtual environment whose mpi4py uses another MPI library
 than this one's, with the launcher of that library beside it.
@@ -8,21 +8,29 @@ import subprocess
 import sys
 
 import pytest
-from helpers import clean_environment
-from launcher import launch, other_python, run, vendor_of
 
-pytestmark = pytest.mark.launch
+from support.launcher import clean_environment, launch, other_python, run, vendor_of
+
+pytestmark = [pytest.mark.launch, pytest.mark.mpi_skip]
 
 DEADLINE = 180
 
+# A single rank computes as the process that runs this: what a launcher changes is how its world starts.
+OF_ONE_RANK = ("tests/comm", "tests/diagnosis", "tests/nn/test_batch_norm.py")
 
-def launch_tests(python, ranks, *options):
+# Tests that take long, and depend little on the MPI library, are left out of some launches. The emulated
+# kernels run on an odd number of ranks and on an even one, NCCL's stand-in on 2 to 4, both by both libraries.
+NO_KERNELS = ("tests", "--ignore=tests/test_cupy_functional.py")
+NO_NCCL = ("tests", "--ignore-glob=tests/comm/transports/test_nccl*")
+
+
+def launch_tests(python, ranks, *arguments):
     # mpi4py's runner ends all ranks when one fails; pytest fails at the first failure, before ranks part.
     command, status, output = launch(
         python,
         ranks,
         ["-m", "mpi4py", "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider",
-         "-m", "not launch and not serial", *options, "tests"],
+         "--with-mpi", "-m", "not mpi_skip and not long", *arguments],
         DEADLINE,
         CUPY_SYNCBN_TEST_WORLD_SIZE=str(ranks),
         CUPY_SYNCBN_TIMEOUT="60",
@@ -32,15 +40,22 @@ def launch_tests(python, ranks, *options):
         pytest.fail(f"{ranks} ranks of {vendor_of(python)} {ended}: {command}\n{output}", pytrace=False)
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
-def test_ranks(ranks):
-    # One rank runs the kernels as one process does, which takes its time in the emulator.
-    launch_tests(sys.executable, ranks, *(["--ignore=tests/test_cupy_functional.py"] if ranks == 1 else []))
+@pytest.mark.parametrize(
+    ("ranks", "arguments"),
+    [(1, OF_ONE_RANK), (2, NO_KERNELS), (3, NO_NCCL), (4, NO_KERNELS)],
+    ids=lambda value: str(value) if isinstance(value, int) else "",
+)
+def test_ranks(ranks, arguments):
+    launch_tests(sys.executable, ranks, *arguments)
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
-def test_ranks_of_other_mpi(ranks):
-    launch_tests(other_python(), ranks)
+@pytest.mark.parametrize(
+    ("ranks", "arguments"),
+    [(2, NO_NCCL), (3, NO_KERNELS)],
+    ids=lambda value: str(value) if isinstance(value, int) else "",
+)
+def test_ranks_of_other_mpi(ranks, arguments):
+    launch_tests(other_python(), ranks, *arguments)
 
 
 def test_deadline_ends_all_descendants(tmp_path):
@@ -56,7 +71,25 @@ def test_deadline_ends_all_descendants(tmp_path):
 
 def test_wrong_number_of_ranks_is_an_error():
     """Otherwise a launcher that starts separate worlds would pass everything."""
-    command = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-p", "no:cacheprovider", "tests"]
+    command = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-p", "no:cacheprovider", "tests/comm"]
     status, output = run(command, clean_environment(CUPY_SYNCBN_TEST_WORLD_SIZE="5"), 60)
     assert status == 3, output
     assert "expected 5 ranks" in output
+
+
+def test_ranks_without_the_plugins_option_are_an_error():
+    """Otherwise pytest-mpi would skip what takes several ranks."""
+    arguments = [
+        "-m",
+        "mpi4py",
+        "-m",
+        "pytest",
+        "-q",
+        "--collect-only",
+        "-p",
+        "no:cacheprovider",
+        "tests/comm",
+    ]
+    _, status, output = launch(sys.executable, 2, arguments, 60)
+    assert status != 0
+    assert "ranks take --with-mpi" in output

@@ -1,7 +1,7 @@
 """The backends: modules with the same operations on the arrays of one library.
 
-A backend computes on (outer, C, inner) arrays and never communicates: what ranks have to add up, it
-returns as one float64 vector, see `vector`.
+A backend computes on (outer, C, inner) arrays and never communicates. It returns the sums that the ranks have
+to add up as one float64 vector: see `vector`.
 """
 
 from __future__ import annotations

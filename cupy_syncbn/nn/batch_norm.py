@@ -21,16 +21,24 @@ from cupy_syncbn.checks import (
 from cupy_syncbn.comm.call import Call, Preparing
 from cupy_syncbn.comm.groups import SINGLE, ProcessGroup, as_group
 from cupy_syncbn.functional import Saved
-from cupy_syncbn.nn.module import Module, Parameter, Tree, check_gradient
+from cupy_syncbn.nn.module import Module, Parameter, check_gradient
 from cupy_syncbn.nn.replace import replace_within
+from cupy_syncbn.nn.tree import Tree
 from cupy_syncbn.plan import Arguments, Settings
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
 
+_NO_FORWARD: Saved = object.__new__(Saved)
+"""Stands for the record of a forward where there is none: of the same type, as a module's tree prefers."""
+
+_TRANSIENT = ("_frozen", "_observe", "_saved")
+"""Attributes that no copy has."""
+
+
 class BatchNormBase(Module):
-    """What all batch normalizations share: parameters, running statistics, forward and backward."""
+    """The common part of all batch normalizations: parameters, running statistics, forward and backward."""
 
     _buffer_names = ("running_mean", "running_var", "num_batches_tracked")
     _dimensions: ClassVar[tuple[int, ...] | None] = None
@@ -43,6 +51,8 @@ class BatchNormBase(Module):
     _group: ProcessGroup | None
     _calls_made: int
     _introduced: bool
+    _saved: Saved = _NO_FORWARD
+    """The record of the forward that waits for its backward."""
     _frozen: int = 0
     """How many `frozen_statistics` the layer is in."""
     _observe: Callable[[Saved], None] | None = None
@@ -80,36 +90,11 @@ class BatchNormBase(Module):
         self.running_var = xp.ones(shape, dtype) if track_running_stats else None
         self.num_batches_tracked = xp.zeros((), np.int64) if track_running_stats else None
         self.dtype = dtype
-        self._saved: Saved | None = None
         restart_calls(self)
 
     def forward(self, x: Array, residual: Array | None = None, out: Array | None = None) -> Array:
-        """Normalize a batch; see `sync_batch_norm`.
+        """Normalize a batch; see `sync_batch_norm` for the arguments, the result and the errors.
 
-        Parameters
-        ----------
-        x : array of shape (N, C, *spatial), or (N, *spatial, C) if `channels_last`
-            The batch, of the layer's type, or float16 or bfloat16 with a float32 layer; of NumPy or CuPy, or
-            what shares memory with them, such as a torch tensor or a JAX array.
-        residual : array like `x`, optional
-            Added before the activation.
-        out : array like `x`, optional
-            Where to write the result.
-
-        Returns
-        -------
-        array like `x`
-            The result, in the memory order of `x`.
-
-        Raises
-        ------
-        TypeError, ValueError
-            If an argument is wrong. Nothing has been changed then.
-        RemoteRankError, RankMismatchError, CollectiveTimeoutError
-            See `sync_batch_norm`.
-
-        Notes
-        -----
         **Collective** over the ranks of a SyncBatchNorm in training mode. The first such call sends one more
         message, of 24 bytes.
         """
@@ -160,35 +145,15 @@ class BatchNormBase(Module):
     def backward(self, dy: Array) -> Array | tuple[Array, Array]:
         """Compute the gradient of the last forward's input; see `sync_batch_norm_backward`.
 
-        Parameters
-        ----------
-        dy : array like the last forward's result
-            The gradient of the result.
+        Those of weight and bias are added to their ``grad``. Returns dx, or (dx, dresidual) if the forward
+        was given a residual. RuntimeError is raised if there was no forward since the last backward; after
+        a wrong `dy` or ``grad`` the backward can be called again.
 
-        Returns
-        -------
-        dx : array like `x`
-            The gradient of the input. Those of weight and bias are added to their ``grad``.
-        dresidual : array like `x`
-            The gradient of the residual, if the forward was given one: (dx, dresidual) is returned then.
-
-        Raises
-        ------
-        RuntimeError
-            If there was no forward since the last backward.
-        TypeError, ValueError
-            If `dy` does not match the result, or a ``grad`` that is there already does not match its
-            parameter. The backward can be called again then.
-        RemoteRankError, RankMismatchError, CollectiveTimeoutError
-            See `sync_batch_norm`.
-
-        Notes
-        -----
         **Collective** over the ranks of a SyncBatchNorm, if its forward was, or if `grad_reduction` is not
         "none".
         """
         saved, weight, bias = self._saved, self.weight, self.bias
-        if saved is None:
+        if saved is _NO_FORWARD:
             self._refuse_backward(dy)
         accumulates = (weight is not None and weight.grad is not None) or (
             bias is not None and bias.grad is not None
@@ -197,7 +162,7 @@ class BatchNormBase(Module):
         gradients = functional.backward(dy, saved, self.grad_reduction, check)
         # A rank that fails after the sum has another number than the others, and they find out.
         self._calls_made += saved.plan.training or self.grad_reduction != "none"
-        self._saved = None
+        self._saved = _NO_FORWARD
         for parameter, gradient in ((weight, gradients.weight), (bias, gradients.bias)):
             if parameter is None or gradient is None:
                 continue
@@ -228,8 +193,7 @@ class BatchNormBase(Module):
         """Return what copies and pickles have: not the forward that waits for its backward."""
         whole = super().__getstate__()  # `(dict, slots)` if a subclass has slots
         attributes = whole[0] if isinstance(whole, tuple) else whole
-        state = {name: value for name, value in attributes.items() if name not in ("_frozen", "_observe")}
-        state["_saved"] = None
+        state = {name: value for name, value in attributes.items() if name not in _TRANSIENT}
         return (state, whole[1]) if isinstance(whole, tuple) else state
 
     def reset_running_stats(self) -> None:
@@ -244,11 +208,9 @@ class BatchNormBase(Module):
         Parameters
         ----------
         weight : {"ones", "uniform"}
-            "uniform" draws the weight from U(0, 1), as the documentation of torch 1.7.1 says (its code,
-            and every later page, say 1).
+            "uniform" draws the weight from U(0, 1), as the page of torch 1.7.1 says; its code says 1.
         rng : numpy.random.Generator, optional
-            What draws them: in the same state on all ranks, so that their weights are equal. By default
-            it is seeded with 0.
+            In the same state on all ranks, so that their weights are equal; seeded with 0 by default.
 
         Raises
         ------
@@ -334,18 +296,18 @@ class SyncBatchNorm(BatchNormBase):
     dtype : {"float16", "bfloat16", "float32", "float64"}
         Type of parameters and running statistics. float32 is for 16-bit data too.
     device : {"cpu", "cuda", None}
-        Where parameters and running statistics are, and the data must be: None is what CUPY_SYNCBN_DEVICE
-        says, or "cuda" where CuPy sees a GPU, else "cpu".
+        The place of parameters, running statistics and data. None is the value of CUPY_SYNCBN_DEVICE, or
+        "cuda" where CuPy sees a GPU, else "cpu".
     channels_last : bool
         Whether the channels are the last axis of the input.
     activation : {None, "relu", "leaky_relu"} or ("leaky_relu", slope)
         Applied to the result.
     grad_reduction : {"none", "sum", "mean"}
         Whether weight and bias get the gradients of this rank, for a data-parallel wrapper to average, or
-        their sum or mean over the ranks, which comes with the backward's exchange at no cost.
+        their sum or mean over the ranks, which takes no further message in training.
     name : str, optional
-        What errors call the layer, the same on all ranks; DistributedDataParallel gives it a name if it has
-        none. Ranks that call different layers of one size find out by the names, or by the number of calls.
+        The layer's name in errors, the same on all ranks; DistributedDataParallel names a layer that has
+        none. Ranks that call different layers of one size notice it by the names, or by the number of calls.
 
     Attributes
     ----------
@@ -358,7 +320,7 @@ class SyncBatchNorm(BatchNormBase):
     training : bool
         Whether it is in training mode; see `train` and `eval`.
     process_group : ProcessGroup or None
-        The ranks. All may assign others, and count the layer's calls anew from there on.
+        The ranks. Assigned anew on all of them, the layer's calls are counted from there on.
 
     Raises
     ------
@@ -370,8 +332,8 @@ class SyncBatchNorm(BatchNormBase):
     Notes
     -----
     forward and backward are **collective** in training mode: every rank of the group must call them, one
-    with no samples too, with N = 0. In evaluation mode nothing is exchanged, except that the backward
-    reduces the gradients of weight and bias if `grad_reduction` says so.
+    without samples too, with N = 0. Evaluation sends no messages, except that the backward reduces the
+    gradients of weight and bias if `grad_reduction` says so.
 
     Layers can be copied and pickled, without a forward that waits for its backward. A group of None, or of
     all ranks, is then that of the program that loads the pickle. One of some ranks stays itself in the
@@ -434,14 +396,12 @@ class SyncBatchNorm(BatchNormBase):
     def convert_sync_batchnorm(
         cls, module: Any, process_group: ProcessGroup | MPI.Intracomm | None = None
     ) -> Any:
-        """Turn all batch normalizations within an object into SyncBatchNorm.
+        """Turn all batch normalizations within an object into SyncBatchNorm, as torch names it.
 
         Parameters
         ----------
-        module : object
-            See the function `convert_sync_batchnorm`, of which this is torch's name.
-        process_group : ProcessGroup, mpi4py.MPI.Intracomm or None
-            The ranks whose batches are one; None is all.
+        module, process_group : see `convert_sync_batchnorm`
+            The object, and the ranks.
 
         Returns
         -------
@@ -457,70 +417,25 @@ class SyncBatchNorm(BatchNormBase):
 
 
 class _LocalBatchNorm(BatchNormBase):
-    """Batch normalization by the statistics of this rank's batch."""
+    """Batch normalization by the statistics of this rank's batch: all settings but the group's."""
 
     _group = SINGLE
 
 
 class BatchNorm1d(_LocalBatchNorm):
-    """Batch normalization of (N, C) or (N, C, L) input on one rank.
-
-    Parameters
-    ----------
-    num_features, eps, momentum, affine, track_running_stats : see `SyncBatchNorm`
-        The number of channels, and the settings.
-    dtype, device, channels_last, activation, grad_reduction, name : see `SyncBatchNorm`
-        Keyword arguments.
-
-    Raises
-    ------
-    TypeError, ValueError
-        If an argument is wrong, or in `forward` the input has another number of dimensions.
-    ModuleNotFoundError, RuntimeError
-        If CuPy or a GPU is missing for "cuda", or ml_dtypes for bfloat16.
-    """
+    """Batch normalization of (N, C) or (N, C, L) input on one rank; see `SyncBatchNorm`."""
 
     _dimensions = (2, 3)
 
 
 class BatchNorm2d(_LocalBatchNorm):
-    """Batch normalization of (N, C, H, W) input on one rank.
-
-    Parameters
-    ----------
-    num_features, eps, momentum, affine, track_running_stats : see `SyncBatchNorm`
-        The number of channels, and the settings.
-    dtype, device, channels_last, activation, grad_reduction, name : see `SyncBatchNorm`
-        Keyword arguments.
-
-    Raises
-    ------
-    TypeError, ValueError
-        If an argument is wrong, or in `forward` the input has another number of dimensions.
-    ModuleNotFoundError, RuntimeError
-        If CuPy or a GPU is missing for "cuda", or ml_dtypes for bfloat16.
-    """
+    """Batch normalization of (N, C, H, W) input on one rank; see `SyncBatchNorm`."""
 
     _dimensions = (4,)
 
 
 class BatchNorm3d(_LocalBatchNorm):
-    """Batch normalization of (N, C, D, H, W) input on one rank.
-
-    Parameters
-    ----------
-    num_features, eps, momentum, affine, track_running_stats : see `SyncBatchNorm`
-        The number of channels, and the settings.
-    dtype, device, channels_last, activation, grad_reduction, name : see `SyncBatchNorm`
-        Keyword arguments.
-
-    Raises
-    ------
-    TypeError, ValueError
-        If an argument is wrong, or in `forward` the input has another number of dimensions.
-    ModuleNotFoundError, RuntimeError
-        If CuPy or a GPU is missing for "cuda", or ml_dtypes for bfloat16.
-    """
+    """Batch normalization of (N, C, D, H, W) input on one rank; see `SyncBatchNorm`."""
 
     _dimensions = (5,)
 
@@ -531,9 +446,9 @@ def convert_sync_batchnorm(module: Any, process_group: ProcessGroup | MPI.Intrac
     Parameters
     ----------
     module : object
-        A layer, a Module, or any object that holds layers, directly or within further objects. Looked into
-        are the items of lists, tuples, dicts and of their subclasses, and all attributes of objects, but no
-        other collections, closures, classes or Python modules.
+        A layer, a Module, or any object that holds layers, directly or within further objects: as items of
+        lists, tuples and dicts, or as attributes, but not in other collections, closures, classes or Python
+        modules.
     process_group : ProcessGroup, mpi4py.MPI.Intracomm or None
         The ranks whose batches are one; None is all. SyncBatchNorm layers keep their group if it is None.
 
@@ -541,9 +456,8 @@ def convert_sync_batchnorm(module: Any, process_group: ProcessGroup | MPI.Intrac
     -------
     object
         The converted layer, if `module` is one; else `module`, changed in place, or a copy if it is a tuple
-        of layers.
-        New layers share the parameter and buffer objects of the old, and take over their settings,
-        training mode among them. A layer found in several places is one layer afterwards too.
+        of layers. New layers share the parameters and buffers of the old, and take over their settings and
+        mode. A layer found in several places is one layer afterwards too.
 
     Raises
     ------

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import zlib
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -102,33 +104,11 @@ class DistributedDataParallel(Module):
         return as_group(self._group)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the module.
-
-        Parameters
-        ----------
-        *args, **kwargs : object
-            The module's.
-
-        Returns
-        -------
-        object
-            The module's.
-        """
+        """Call the module."""
         return self.module(*args, **kwargs)
 
     def backward(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the module's backward. Gradients are this rank's until `reduce_gradients`.
-
-        Parameters
-        ----------
-        *args, **kwargs : object
-            The module's.
-
-        Returns
-        -------
-        object
-            The module's: the gradient of its input.
-        """
+        """Call the module's backward. Gradients are this rank's until `reduce_gradients`."""
         return self.module.backward(*args, **kwargs)
 
     def reduce_gradients(self) -> None:
@@ -175,23 +155,20 @@ class DistributedDataParallel(Module):
 
     def _description(self, arrays: dict[str, Array]) -> list[str]:
         """Describe all that the messages between ranks depend on."""
-        return [
-            *(
-                f"{name}: shape {array.shape}, type {array.dtype.str} {array.dtype.name}, "
-                f"of {module_of(array).__name__}"
-                if hasattr(array, "dtype")
-                else f"{name}: {type(array).__name__}"
-                for name, array in arrays.items()
-            ),
-            f"bucket_cap_mb: {float(self.bucket_cap_mb)}",
+        described = [
+            _describe(name, array.shape, array.dtype, module_of(array))
+            if hasattr(array, "dtype")
+            else f"{name}: {type(array).__name__}"
+            for name, array in arrays.items()
         ]
+        return [*described, f"bucket_cap_mb: {float(self.bucket_cap_mb)}"]
 
     def _already_reduced(self) -> set[int]:
         """Return the parameters whose gradients come from layers alone that reduce them over these ranks."""
         reduced: set[int] = set()
         others: set[int] = set()
         tree = tree_of(self.module)
-        for module, parameters in ((self.module, tree.root_parameters), *(each[1:] for each in tree.within)):
+        for module, parameters in ((self.module, tree.root_leaves), *(each[1:] for each in tree.within)):
             is_reducing = (
                 isinstance(module, BatchNormBase)
                 and module.grad_reduction != "none"
@@ -230,6 +207,11 @@ class DistributedDataParallel(Module):
             if gradient is None or (xp is np and not gradient.flags.writeable):
                 parameter.grad = gradient = xp.empty_like(parameter.data)
             gradient[...] = part.reshape(parameter.data.shape)
+
+
+@functools.lru_cache(maxsize=4096)
+def _describe(name: str, shape: tuple[int, ...], dtype: np.dtype[Any], library: ModuleType) -> str:
+    return f"{name}: shape {shape}, type {dtype.str} {dtype.name}, of {library.__name__}"
 
 
 def _check_array(name: str, array: Any) -> None:

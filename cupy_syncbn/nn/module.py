@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from operator import methodcaller
 from typing import Any, NamedTuple, Self
 
 import numpy as np
 
 from cupy_syncbn.arrays import Array, array_module, check_writeable, module_of, move
 from cupy_syncbn.checks import is_data_type
+from cupy_syncbn.nn.tree import Kinds, Tree, items_of, join
 
 
 class Parameter:
@@ -61,7 +63,7 @@ class Parameter:
 
 
 class IncompatibleKeys(NamedTuple):
-    """What a state dict lacked, and what it had too much."""
+    """The names that a state dict lacked, and those that it had too many."""
 
     missing_keys: list[str]
     unexpected_keys: list[str]
@@ -93,17 +95,7 @@ class Module:
     """See `tree_of`."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Compute the output.
-
-        Parameters
-        ----------
-        *args, **kwargs : object
-            The subclass's.
-
-        Returns
-        -------
-        object
-            The subclass's.
+        """Compute the output; subclasses write it.
 
         Raises
         ------
@@ -114,16 +106,6 @@ class Module:
 
     def backward(self, *args: Any, **kwargs: Any) -> Any:
         """Compute the gradient of the input from that of the output, and add to the parameters' gradients.
-
-        Parameters
-        ----------
-        *args, **kwargs : object
-            The subclass's.
-
-        Returns
-        -------
-        object
-            The subclass's.
 
         Raises
         ------
@@ -138,13 +120,9 @@ class Module:
 
     def __getstate__(self) -> Any:
         """Return the state that copies and pickles have: without the `_tree`, which they make anew."""
-        state: Any = (
-            super().__getstate__()
-        )  # `(dict, slots)` if a subclass has slots, None without attributes
+        state: Any = super().__getstate__()  # `(dict, slots)` if a subclass has slots
         attributes = state[0] if isinstance(state, tuple) else state
-        if not attributes or "_tree" not in attributes:
-            return state
-        attributes = {name: value for name, value in attributes.items() if name != "_tree"}
+        attributes = {name: value for name, value in (attributes or {}).items() if name != "_tree"}
         return (attributes, state[1]) if isinstance(state, tuple) else attributes
 
     def register_buffer(self, name: str, array: Array | None) -> None:
@@ -161,113 +139,63 @@ class Module:
         if name not in self._buffer_names:
             self._buffer_names = (*self._buffer_names, name)
 
-    def _members(self) -> Iterator[tuple[str, Any]]:
-        """Yield (name, value) of what may hold parameters and modules."""
-        yield from vars(self).items()
+    def _members(self) -> Iterable[tuple[str, Any]]:
+        """Return the names and values among which parameters and modules are."""
+        return vars(self).items()
 
     def named_modules(self) -> Iterator[tuple[str, Module]]:
-        """Go through this module, named "", and all within it, each once.
-
-        Yields
-        ------
-        name : str
-            Dotted.
-        module : Module
-            The module.
-        """
+        """Yield (dotted name, module) of this module, named "", and of all within it, each once."""
         yield "", self
         yield from ((name, module) for name, module, _ in tree_of(self).within)
 
     def named_parameters(self) -> Iterator[tuple[str, Parameter]]:
-        """Go through all parameters, each once.
-
-        Yields
-        ------
-        name : str
-            Dotted.
-        parameter : Parameter
-            The parameter.
-        """
-        yield from tree_of(self).named_parameters
+        """Yield (dotted name, parameter) of all parameters, each once."""
+        yield from tree_of(self).named_leaves
 
     def parameters(self) -> Iterator[Parameter]:
-        """Go through all parameters, each once.
-
-        Returns
-        -------
-        iterator of Parameter
-            In the order of `named_parameters`.
-        """
-        return iter(tree_of(self).parameters)
+        """Return an iterator over all parameters, in the order of `named_parameters`."""
+        return iter(tree_of(self).leaves)
 
     def named_buffers(self) -> Iterator[tuple[str, Array]]:
-        """Go through all buffers, each once.
-
-        Yields
-        ------
-        name : str
-            Dotted.
-        array : array
-            The buffer.
-        """
+        """Yield (dotted name, array) of all buffers, each once."""
         seen: set[int] = set()
         for prefix, module in self.named_modules():
             for name in module._buffer_names:
                 buffer = getattr(module, name)
                 if buffer is not None and id(buffer) not in seen:
                     seen.add(id(buffer))
-                    yield _join(prefix, name), buffer
+                    yield join(prefix, name), buffer
 
     def buffers(self) -> Iterator[Array]:
-        """Go through all buffers, each once.
-
-        Returns
-        -------
-        iterator of array
-            In the order of `named_buffers`.
-        """
+        """Return an iterator over all buffers, in the order of `named_buffers`."""
         return (buffer for _, buffer in self.named_buffers())
 
     def train(self, mode: bool = True) -> Self:
-        """Set training mode here and in all modules within.
+        """Set training mode here and in all modules within; return this module.
 
         Parameters
         ----------
         mode : bool
             False for evaluation.
-
-        Returns
-        -------
-        Self
-            This module.
         """
         for _, module in self.named_modules():
             module.training = mode
         return self
 
     def eval(self) -> Self:
-        """Set evaluation mode here and in all modules within.
-
-        Returns
-        -------
-        Self
-            This module.
-        """
+        """Set evaluation mode here and in all modules within; return this module."""
         return self.train(False)
 
     def zero_grad(self) -> None:
         """Set the gradients of all parameters to None."""
-        for parameter in tree_of(self).parameters:
+        for parameter in tree_of(self).leaves:
             parameter.grad = None
 
     def state_dict(self) -> dict[str, Array]:
         """Return the arrays of all parameters and buffers by name: the arrays themselves, not copies.
 
-        Returns
-        -------
-        dict of str to array
-            Names, their order, shapes and types as torch gives them to the same layers: what is found in
-            several places has as many names.
+        Names, their order, shapes and types are those that torch gives to the same layers. An array that is
+        found in several places has as many names.
         """
         return dict(_state("", self, ()))
 
@@ -325,17 +253,12 @@ class Module:
         return IncompatibleKeys(missing, unexpected)
 
     def to(self, device: str) -> Self:
-        """Move all parameters and buffers to a device.
+        """Move all parameters and buffers to a device; return this module.
 
         Parameters
         ----------
         device : {"cpu", "cuda"}
             The device; "cuda" is the current one of CuPy.
-
-        Returns
-        -------
-        Self
-            This module.
 
         Raises
         ------
@@ -356,144 +279,27 @@ class Module:
         return self
 
 
-class _Seen(NamedTuple):
-    """The values of a module's attributes, or of a list or dict: their types, and those that matter.
-
-    The others may be large arrays, which a later comparison must not keep alive.
-    """
-
-    values: Any
-    """A dict or list; None for the attributes of the root."""
-    types: list[type]
-    held: list[tuple[Any, Any]]
-    """(key, value) of parameters, modules and containers."""
-
-    @classmethod
-    def of(cls, values: dict[Any, Any] | list[Any]) -> _Seen:
-        items = values.items() if isinstance(values, dict) else enumerate(values)
-        held = [(key, value) for key, value in items if isinstance(value, _HOLDERS)]
-        return cls(values, [type(value) for value in _values(values)], held)
-
-    def is_same(self, values: Any) -> bool:
-        types, held = self.types, self.held
-        if list(map(type, _values(values))) != types:
-            return False
-        try:
-            return all(values[key] is value for key, value in held)
-        except KeyError:
-            return False
-
-
-class Tree:
-    """All that is within a module, as long as nothing changes there: see `tree_of`.
-
-    It does not refer to the module itself, which refers to it: both go with the last other reference.
-    """
-
-    def __init__(self, root: Module | None = None) -> None:
-        self.within: list[tuple[str, Module, list[Parameter]]] = []
-        """Name, module and its own parameters of all modules but the root, each once."""
-        self.root_parameters: list[Parameter] = []
-        """The root's own."""
-        self.named_parameters: list[tuple[str, Parameter]] = []
-        """Each once."""
-        self._root: _Seen | None = None
-        self._modules: list[_Seen] = []
-        self._containers: list[_Seen] = []
-        if root is not None:
-            self._walk(root)
-        self.parameters = [parameter for _, parameter in self.named_parameters]
-
-    def _walk(self, root: Module) -> None:
-        pending: list[tuple[str, Module]] = [("", root)]
-        met: set[int] = set()
-        while pending:
-            prefix, module = pending.pop()
-            if id(module) in met:
-                continue
-            met.add(id(module))
-            own: list[Parameter] = []
-            modules: list[tuple[str, Module]] = []
-            for name, leaf in self._leaves(module, met):
-                dotted = _join(prefix, name)
-                if isinstance(leaf, Module):
-                    modules.append((dotted, leaf))
-                    continue
-                own.append(leaf)
-                if id(leaf) not in met:
-                    met.add(id(leaf))
-                    self.named_parameters.append((dotted, leaf))
-            pending += modules[::-1]
-            attributes = _Seen.of(vars(module))
-            if module is root:
-                self.root_parameters, self._root = own, attributes._replace(values=None)
-            else:
-                self.within.append((prefix, module, own))
-                self._modules.append(attributes)
-
-    def _leaves(self, module: Module, met: set[int]) -> Iterator[tuple[str, Parameter | Module]]:
-        """Yield the parameters and modules of a module that are not within another one."""
-        for value in vars(module).values():
-            if isinstance(value, list | dict) and id(value) not in met:
-                self._containers.append(_Seen.of(value))
-        pending = list(module._members())[::-1]
-        within: set[int] = set()
-        while pending:
-            name, value = pending.pop()
-            if isinstance(value, Parameter | Module):
-                yield name, value
-            elif isinstance(value, list | tuple | dict) and id(value) not in within:
-                within.add(id(value))
-                pending += [(f"{name}.{key}", item) for key, item in _items(value)][::-1]
-                if isinstance(value, list | dict):
-                    self._containers.append(_Seen.of(value))
-
-    def is_current(self, root: Module) -> bool:
-        """Tell whether all modules and containers hold what they did: a comparison, without a walk."""
-        if self._root is None or not self._root.is_same(vars(root)):
-            return False
-        for attributes, types, held in self._modules:  # as _Seen.is_same, without a call for each
-            if list(map(type, attributes.values())) != types:
-                return False
-            for name, value in held:
-                if attributes.get(name) is not value:
-                    return False
-        return all(seen.is_same(seen.values) for seen in self._containers)
-
-    def __reduce__(self) -> Any:
-        """Let a copy see for itself."""
-        return Tree, ()
-
-
 def tree_of(module: Module) -> Tree:
-    """Return all that is within a module: walked once, and again when something has changed there."""
+    """Return all that is within a module: the nodes are modules, the leaves are parameters."""
     tree: Tree | None = vars(module).get("_tree")
     if tree is None or not tree.is_current(module):
         # Not by setattr, which a frozen dataclass refuses; and before the walk, which sees all attributes.
         vars(module)["_tree"] = Tree()
-        vars(module)["_tree"] = tree = Tree(module)
+        vars(module)["_tree"] = tree = Tree(module, Kinds(Module, Parameter, methodcaller("_members")))
     return tree
-
-
-def _values(holder: Any) -> Iterable[Any]:
-    return holder.values() if isinstance(holder, dict) else holder
-
-
-def _items(holder: list[Any] | tuple[Any, ...] | dict[Any, Any]) -> Iterable[tuple[Any, Any]]:
-    return holder.items() if isinstance(holder, dict) else enumerate(holder)
 
 
 def _state(prefix: str, holder: Any, within: tuple[int, ...]) -> Iterator[tuple[str, Array]]:
     """Yield (name, array) of a module, list, tuple or dict, which is within others of these ids.
 
-    In torch's order: its own parameters, its buffers, then what is within it, by each of its names.
+    The order is torch's: its own parameters, its buffers, then all within it, by each of its names.
     """
-    members = holder._members() if isinstance(holder, Module) else _items(holder)
-    named = [(_join(prefix, str(name)), value) for name, value in members]
+    members = holder._members() if isinstance(holder, Module) else items_of(holder)
+    named = [(join(prefix, str(name)), value) for name, value in members]
     yield from ((name, value.data) for name, value in named if isinstance(value, Parameter))
     for name in holder._buffer_names if isinstance(holder, Module) else ():
         if getattr(holder, name) is not None:
-            yield _join(prefix, name), getattr(holder, name)
+            yield join(prefix, name), getattr(holder, name)
     within = (*within, id(holder))
     for name, value in named:
         if isinstance(value, Module | list | tuple | dict) and id(value) not in within:
@@ -508,13 +314,6 @@ def _can_cast(values: Array, target: np.dtype[Any]) -> bool:
     return is_data_type(values.dtype) and (
         is_data_type(target) or (target.kind == "i" and bool((values.astype(target) == values).all()))
     )
-
-
-_HOLDERS = (Parameter, Module, list, tuple, dict)
-
-
-def _join(prefix: str, name: str) -> str:
-    return f"{prefix}.{name}" if prefix else name
 
 
 class Sequential(Module):
@@ -539,35 +338,13 @@ class Sequential(Module):
         return ((str(index), layer) for index, layer in enumerate(self.layers))
 
     def forward(self, x: Any) -> Any:
-        """Call each layer on the result of the one before.
-
-        Parameters
-        ----------
-        x : object
-            The first layer's input, such as an array of shape (N, C, *spatial).
-
-        Returns
-        -------
-        object
-            The last layer's result.
-        """
+        """Call each layer on the result of the one before; return the last result."""
         for layer in self.layers:
             x = layer(x)
         return x
 
     def backward(self, dy: Any) -> Any:
-        """Take the gradient of the output back to the input, through the last layer first.
-
-        Parameters
-        ----------
-        dy : object
-            The gradient of the last forward's result, of its shape and type.
-
-        Returns
-        -------
-        object
-            The gradient of the input.
-        """
+        """Take the gradient of the last forward's result back to the input, through the last layer first."""
         for layer in reversed(self.layers):
             dy = layer.backward(dy)
         return dy
@@ -582,12 +359,9 @@ class Sequential(Module):
 
 
 def check_gradient(name: str, parameter: Parameter) -> None:
-    """Check that a parameter and its gradient, which anybody may have assigned, can be added to.
+    """Check that a parameter's gradient, which anybody may have assigned, can be added to.
 
-    Raises
-    ------
-    TypeError, ValueError
-        If the gradient is not None, nor an array of floating-point numbers as the data, of their shape.
+    It must be None, or an array of floating-point numbers where the data is, of its shape.
     """
     grad, data = parameter.grad, parameter.data
     if grad is None:

@@ -1,4 +1,4 @@
-"""Running statistics beside training: of a whole data set, or left as they are."""
+"""Running statistics beside training: set from a whole data set, or left as they are."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ def frozen_statistics(module: Module) -> contextlib.AbstractContextManager[None]
     Parameters
     ----------
     module : Module
-        Its batch normalizations are meant, those it has at this call. Contexts may be nested.
+        Holds the batch normalizations: those that it has at this call.
 
     Returns
     -------
     context manager
-        To enter any number of times. Ranks may be inside or outside of it, and are in step.
+        It may be entered any number of times, and nested. Ranks inside and outside of it are in step.
 
     Raises
     ------
@@ -56,10 +56,10 @@ def frozen_statistics(module: Module) -> contextlib.AbstractContextManager[None]
 def recalibrate(module: Module, batches: Iterable[Any]) -> None:
     """Set running statistics to the mean and unbiased variance of all values of a data set.
 
-    They are the statistics of all that each layer meets in all `batches` of all ranks of its group, each
-    value with the same weight ("precise batch norm", Wu and Johnson 2021), where training leaves an average
-    of batches' statistics that lags behind the parameters. The module is called as in training: each batch
-    is normalized by its own statistics, over the ranks.
+    Each value that a layer meets, in all `batches` of all ranks of its group, has the same weight ("precise
+    batch norm", Wu and Johnson 2021). Training leaves an average of batches' statistics instead, which lags
+    behind the parameters. The module is called as in training: each batch is normalized by its own
+    statistics, over the ranks.
 
     Parameters
     ----------
@@ -67,9 +67,9 @@ def recalibrate(module: Module, batches: Iterable[Any]) -> None:
         Its batch normalizations are in training mode meanwhile, all other modules in the mode they have.
         ``num_batches_tracked``, gradients, and a forward that waits for its backward stay as they are.
     batches : iterable of array, or of tuple
-        What to call `module` with, a tuple as ``module(*batch)``. Ranks may have different numbers of
-        batches, but each has one: a rank that has no more joins the others with no samples, its last batch
-        cut to length 0 along the first axis of each array. One without data gives ``[x[:0]]``.
+        The arguments to call `module` with; a tuple as ``module(*batch)``. Ranks may have different numbers
+        of batches, but each has one: a rank that has no more joins the others without samples, its last
+        batch cut to length 0 along the first axis of each array. A rank without data gives ``[x[:0]]``.
 
     Raises
     ------

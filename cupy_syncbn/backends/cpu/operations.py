@@ -138,7 +138,7 @@ def centered_squares(local: _Local, vector: Array, trailer: tuple[float, ...]) -
 
 @dataclass(slots=True)
 class _Normalization:
-    """What a forward did to each element: ``activation((x - shift) * scale + offset + residual)``.
+    """The step of a forward at each element: ``activation((x - shift) * scale + offset + residual)``.
 
     The shift is the mean where zero lies outside the data, rounded to the type that x is computed in: there
     ``x * scale`` and the offset would both exceed their sum by mean/std. Elsewhere it is 0, or None for all.
@@ -218,7 +218,7 @@ def _update(running: Running, mean: Array, unbiased_var: Array) -> None:
 
 
 def _apply(x: Array, y: Array, residual: Array | None, normalization: _Normalization) -> None:
-    """Write y, last box first: the last are what a cache still holds of the pass that made the statistics."""
+    """Write y, last box first: a cache still holds the last ones from the pass that made the statistics."""
     if x.size == 0:
         return
     dtype, slope = normalization.scale.dtype, normalization.slope

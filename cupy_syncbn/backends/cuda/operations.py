@@ -87,7 +87,7 @@ def _kernel(file: str, name: str) -> Any:
 
 
 class _Workspace:
-    """What the blocks of a launch exchange their sums through: one a stream, whose launches take turns."""
+    """The memory in which blocks pass their sums on: one per stream, whose launches take turns."""
 
     def __init__(self, stream: Any) -> None:
         self.stream = stream  # kept alive: a new stream could get its address while its work is pending
@@ -181,7 +181,7 @@ def forget() -> None:
 
 
 class _Local(NamedTuple):
-    """What `centered_squares` needs of a rank's statistics; for float64 data only."""
+    """A rank's statistics, for `centered_squares`; of float64 data only."""
 
     sums: Array
     """(3, C): pivot, Σ(x - pivot), Σ(x - pivot)²."""
@@ -218,13 +218,13 @@ def centered_squares(local: _Local, vector: Array, trailer: tuple[float, ...]) -
 
 @dataclass(slots=True)
 class _Normalization:
-    """What a forward did to each element: ``activation((x - shift) * scale + offset + residual)``."""
+    """The step of a forward at each element: ``activation((x - shift) * scale + offset + residual)``."""
 
     passes: _Passes
     saved: Array
     """(4C + 1,): mean, invstd, scale, offset, and the count over all ranks."""
     mask: Array | None
-    """A byte a vector: which of the activation's inputs were at most 0. None if x and `saved` tell."""
+    """A byte per vector: which of the activation's inputs were at most 0. None if x and `saved` tell."""
     residual: bool
     slope: float | None
     """Slope of the activation below zero; None for no activation."""

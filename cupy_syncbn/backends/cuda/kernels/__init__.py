@@ -8,10 +8,10 @@ import re
 from pathlib import Path
 
 OPTIONS = ("--std=c++17",)
-"""What NVRTC is given beside the architecture."""
+"""Options of NVRTC beside the architecture."""
 
 REGISTERS = {2: 80, 4: 80, 8: 128, 1: 80}
-"""By elements a vector, the registers a thread that MIN_BLOCKS of common.cuh leave."""
+"""By elements per vector, the registers per thread that MIN_BLOCKS of common.cuh leaves."""
 
 TYPES = {"float16": "__half", "bfloat16": "__nv_bfloat16", "float32": "float", "float64": "double"}
 """C++ names of the types of data."""
@@ -26,7 +26,7 @@ def vector_width(itemsize: int) -> int:
 
 @functools.cache
 def source(file: str) -> str:
-    """Return a .cu file with its headers written out: CuPy's cache knows the text, not what it includes."""
+    """Return a .cu file with its headers written out: CuPy's cache knows no more."""
     included: set[str] = set()
 
     def expand(name: str) -> str:

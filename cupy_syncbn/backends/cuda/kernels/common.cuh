@@ -1,6 +1,6 @@
-// What all kernels share: data types, the walk over a tensor, sums over a block and over blocks.
+// The common part of all kernels: data types, the walk over a tensor, sums over a block and over blocks.
 //
-// A tensor is (N, C, S) with S adjacent elements a channel, contiguous; channels-last data is (N*S, C, 1).
+// A tensor is (N, C, S) with S adjacent elements per channel, contiguous; channels-last data is (N*S, C, 1).
 // A block of THREADS threads has one group of adjacent channels and one of several splits of their elements:
 //
 //   blockIdx.x = split * groups + group        (a sweep over the blocks is a sweep over memory)
@@ -25,7 +25,7 @@ constexpr int MAX_GROUP = 256;  // channels a group has at most
 static_assert(MAX_GROUP <= THREADS, "sum_by_channel finishes each channel by a thread");
 
 // Blocks that a multiprocessor must have room for: 3 leave 80 registers a thread, 2 leave 128. With 2, and four loads
-// of 16 bytes a thread under way, it still has 32 KiB in flight.
+// of 16 bytes per thread under way, it still has 32 KiB in flight.
 template <int V> constexpr int MIN_BLOCKS = V == 8 ? 2 : 3;
 
 // The type that data is computed in.
@@ -91,7 +91,7 @@ struct Geometry {
 #define GEOMETRY                                                                                                     \
     long long N, long long C, long long S, long long lanes, long long group, long long per_split
 
-// What a block has of the tensor.
+// The part of the tensor that a block works on.
 struct Part {
     long long index, split, splits;  // of the group of channels, and which of its splits
     long long channel;               // the first
@@ -199,7 +199,7 @@ private:
 // Show `body` the elements that this thread has. It is asked for
 //   load<W>(place)           the W elements at a place, W being V, or 1 in the edges of a row;
 //   begin(loaded, is_there)  before the first use of each batch of UNROLL loads, all under way at once;
-//   use<W>(loaded, place)    to do what there is to do.
+//   use<W>(loaded, place)    to work on them.
 template <int V, bool COLUMNS, int UNROLL, typename Body>
 __device__ __forceinline__ void walk(const Geometry& g, const Part& part, Body& body)
 {
@@ -251,7 +251,7 @@ template <int V, bool COLUMNS> __device__ __forceinline__ int channel_of(const G
     return min((x * V + e) / S, part.channels - 1);  // an idle thread's may be none of them
 }
 
-// Lanes of a warp that sum together what belongs to one channel: all, unless there is a channel a column.
+// Lanes of a warp that sum one channel together: all, unless each column is a channel.
 __device__ __forceinline__ int lanes_a_channel(const Geometry& g, bool columns) { return columns && g.S == 1 ? 1 : 32; }
 
 __device__ __forceinline__ double sum_over_lanes(double value, int lanes)

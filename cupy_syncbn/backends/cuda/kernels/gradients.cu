@@ -13,7 +13,7 @@
 // Launch: THREADS threads, groups * splits blocks.
 #include "common.cuh"
 
-// What both kernels load, and the gradient behind the activation.
+// The values that both kernels load, and the gradient behind the activation.
 template <typename T, int V, bool COLUMNS, bool RESIDUAL, bool ACTIVATION> struct Gradient {
     using A = Accumulator<T>;
     static constexpr int W = CHANNELS<V, COLUMNS>;
@@ -112,14 +112,14 @@ struct Reduce : Gradient<T, V, COLUMNS, RESIDUAL, ACTIVATION> {
 // dy, x, dresidual   [N, C, S]; dresidual is null without RESIDUAL
 // mask               from `normalize`; null unless RESIDUAL and ACTIVATION
 // saved              [4 * C + 1] from `normalize`
-// vector             [2 * C + 3] for the exchange: sum_dy, sum_dy_xmu, trailer
-// own                [2 * C] the same, which stays this rank's
+// global_sums        [2 * C + 3] for the ranks to add up: sum_dy, sum_dy_xmu, trailer
+// local_sums         [2 * C] the same, which stays this rank's
 // partials  [splits, C, 2], counters [groups]: see sum_by_channel
 template <typename T, int V, bool COLUMNS, bool RESIDUAL, bool ACTIVATION>
 __global__ void __launch_bounds__(THREADS, MIN_BLOCKS<V>)
     reduce_gradients(const T* __restrict__ dy, const T* __restrict__ x, T* __restrict__ dresidual,
                      const unsigned char* __restrict__ mask, GEOMETRY, const double* __restrict__ saved, double slope,
-                     double* __restrict__ vector, double* __restrict__ own, double fault, double tag,
+                     double* __restrict__ global_sums, double* __restrict__ local_sums, double fault, double tag,
                      double tag_square, double* partials, unsigned int* counters)
 {
     using A = Accumulator<T>;
@@ -141,13 +141,13 @@ __global__ void __launch_bounds__(THREADS, MIN_BLOCKS<V>)
         [&](long long c, double sum, double product) {
             const double mean = saved[c], shift = static_cast<double>(static_cast<A>(mean));
             product -= sum * (mean - shift);
-            vector[c] = own[c] = sum;
-            vector[g.C + c] = own[g.C + c] = product;
+            global_sums[c] = local_sums[c] = sum;
+            global_sums[g.C + c] = local_sums[g.C + c] = product;
         });
     if (is_last && part.index == 0 && threadIdx.x == 0) {
-        vector[2 * g.C] = fault;
-        vector[2 * g.C + 1] = tag;
-        vector[2 * g.C + 2] = tag_square;
+        global_sums[2 * g.C] = fault;
+        global_sums[2 * g.C + 1] = tag;
+        global_sums[2 * g.C + 2] = tag_square;
     }
 }
 
@@ -179,7 +179,7 @@ struct Apply : Gradient<T, V, COLUMNS, RESIDUAL, ACTIVATION> {
 // dy, x, dx        [N, C, S]
 // mask             from `normalize`; null unless RESIDUAL and ACTIVATION
 // saved            [4 * C + 1] from `normalize`
-// sums             [2 * C] sum_dy and sum_dy_xmu over what the statistics are of; null if they were constants
+// sums             [2 * C] sum_dy and sum_dy_xmu over the batch of the statistics; null if they were constants
 // parameter_sums   [2 * C] those that the gradients of weight and bias are of; these are scaled by parameter_scale
 // dweight, dbias   [C] or null, of the types told by float_types
 template <typename T, int V, bool COLUMNS, bool RESIDUAL, bool ACTIVATION>

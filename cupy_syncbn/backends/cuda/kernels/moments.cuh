@@ -1,4 +1,4 @@
-// What the exchanged vector of the forward says of a channel.
+// The statistics of a channel in the vector that the ranks have added up in the forward.
 #pragma once
 
 // Round to 12 significant bits, by Veltkamp's splitting (Dekker 1971). Contracted to fused multiply-adds, which have no
@@ -26,9 +26,9 @@ __device__ __forceinline__ ChannelMoments moments_of(const double* vector, long 
     return {pivot + shifted / n, m2, count};
 }
 
-// Whether the exchange went well: no rank had a fault, and all were in the same call. The host may learn it later.
+// Whether the sum is right: no rank had a fault, and all were in the same call. The host may learn it later.
 //
-// trailer   [3]: sums over the ranks of fault, tag and tag², see exchange.py
+// trailer   [3]: sums over the ranks of fault, tag and tag², see comm/call.py
 __device__ __forceinline__ bool is_sound(const double* trailer, long long ranks)
 {
     return trailer[0] == 0 && ranks * trailer[2] == trailer[1] * trailer[1];

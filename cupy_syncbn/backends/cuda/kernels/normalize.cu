@@ -1,9 +1,9 @@
-// Normalize, forward: finish the exchanged statistics, update the running ones, and write y, in one launch.
+// Normalize, forward: finish the statistics of all ranks, update the running ones, and write y, in one launch.
 //
 //   y = activation((x - shift) * scale + offset + residual)
 //   shift = mean rounded to the accumulator's type, scale = invstd * weight, offset = bias - (mean - shift) * scale
 //
-// Each block finishes the statistics of its own channels: that takes some 50 operations in float64 a channel, and
+// Each block finishes the statistics of its own channels: that takes some 50 operations in float64 per channel, and
 // spares a launch. The blocks of the first split also update the running statistics and save what the backward needs.
 //
 // Traffic: x once, y once, the residual once, and with a residual before an activation a byte of mask a vector. The
@@ -57,10 +57,10 @@ template <typename T, int V, bool COLUMNS, bool RESIDUAL, bool ACTIVATION> struc
 };
 
 // x, y, residual   [N, C, S]; y may be x; residual is null without RESIDUAL
-// mask             a byte a vector: bit e tells of element e whether the activation blocks it. Null unless RESIDUAL
+// mask             a byte per vector: bit e tells of element e whether the activation blocks it. Null unless RESIDUAL
 //                  and ACTIVATION, as without a residual the backward computes it again
-// vector           [4 * C + 4] exchanged; null to normalize by the running statistics
-// squares          [C + 3] exchanged, for float64 data; null for others
+// vector           [4 * C + 4] of all ranks; null to normalize by the running statistics
+// squares          [C + 3] of all ranks, for float64 data; null for others
 // weight, bias, running_mean, running_var   [C] or null, of the types told by float_types
 // num_batches_tracked   [1] or null
 // momentum         share of the batch in the running statistics; negative for 1 / num_batches_tracked

@@ -10,7 +10,7 @@
 //
 // about the pivot rounded to 12 bits, for the reason given in backends/__init__.py.
 //
-// Traffic: the tensor once, and 32 bytes a channel and split. Launch: THREADS threads, groups * splits blocks.
+// Traffic: the tensor once, and 32 bytes per channel and split. Launch: THREADS threads, groups * splits blocks.
 #include "common.cuh"
 #include "moments.cuh"
 
@@ -167,7 +167,7 @@ __device__ __forceinline__ void write_about_pivots(const Moments<T, V, COLUMNS>&
 
 // x         [N, C, S]
 // local     [3, C] pivot, Σ(x - pivot) and Σ(x - pivot)²; null if not wanted
-// vector    [4 * C + 4] for the exchange, ending in the trailer
+// vector    [4 * C + 4] for the ranks to add up, ending in the trailer
 // partials  [splits, C, 2], counters [groups]: see sum_by_channel
 template <typename T, int V, bool COLUMNS>
 __global__ void __launch_bounds__(THREADS, MIN_BLOCKS<V>)
@@ -208,10 +208,10 @@ __global__ void __launch_bounds__(THREADS, MIN_BLOCKS<V>)
     }
 }
 
-// float64 data's second exchange: [Σ(x - mean)² (C) | trailer (3)] about the mean over all ranks.
+// The second vector of float64 data: [Σ(x - mean)² (C) | trailer (3)] about the mean over all ranks.
 //
 // local     [3, C] from `statistics`
-// vector    [4 * C + 4] exchanged
+// vector    [4 * C + 4] of all ranks
 // squares   [C + 3]
 // Launch: a thread a channel.
 __global__ void __launch_bounds__(THREADS)

@@ -1,0 +1,243 @@
+"""Every instance of the CUDA kernels, compiled for every architecture by NVRTC, without a GPU.
+
+What a launch depends on is in the assembler's report: registers, shared memory, and none of the local memory
+that spilled registers are written to. What the accesses to memory are is in the PTX.
+"""
+
+import dataclasses
+import os
+import re
+from typing import NamedTuple
+
+import pytest
+
+from cupy_syncbn.backends.cuda import kernels
+from support import nvrtc
+
+pytestmark = pytest.mark.mpi_skip
+
+THREADS = 256  # a block: common.cuh
+REGISTERS = 65536  # a multiprocessor's, on all architectures
+LOADS = 4  # of 16 bytes that a thread has under way: common.cuh
+
+# KiB of shared memory a multiprocessor has: CUDA Programming Guide, "Technical Specifications per Compute
+# Capability". From 8.0 on, a block takes 1 KiB more than its own.
+SHARED = {75: 64, 80: 164, 90: 228, 100: 228, 120: 100}
+
+
+class Instance(NamedTuple):
+    kernel: str
+    type: str = ""
+    width: int = 1
+    columns: bool = False
+    residual: bool = False
+    activation: bool = False
+
+    @classmethod
+    def parse(cls, name):
+        kernel, _, rest = name.rstrip(">").partition("<")
+        if not rest:
+            return cls(kernel)
+        data_type, width, *flags = rest.split(", ")
+        return cls(kernel, data_type, int(width), *(flag == "true" for flag in flags))
+
+    def vector_stores(self):
+        """Return the stores of 16 bytes that the loop over the tensor has."""
+        if self.width == 1:
+            return 0
+        if self.kernel == "normalize":
+            return LOADS // 2 if self.residual else LOADS
+        return LOADS // 2 if self.kernel == "input_gradient" or self.residual else 0
+
+
+def access_bytes(instruction):
+    """Return how many bytes a load or store such as ld.global.nc.v4.f32 is of."""
+    vector, bits = re.search(r"(?:\.v(\d))?\.[busf](\d+)$", instruction).groups()
+    return int(vector or 1) * int(bits) // 8
+
+
+def count_accesses(kernel, kind, size):
+    """Return how many there are in the PTX, but for the loads from L2 of what other blocks have summed."""
+    return sum(
+        count
+        for instruction, count in kernel.accesses.items()
+        if re.match(rf"{kind}\.global\.(?!cg\.)", instruction) and access_bytes(instruction) == size
+    )
+
+
+def float_atomics(kernel):
+    return [access for access in kernel.accesses if re.search(r"^(atom|red)\..*\.b?f\d", access)]
+
+
+def offences(job, compiled):
+    """Yield (instance, fact) for all that is not as it must be."""
+    expected = set(kernels.instances(job.file, job.dtype))
+    yield from ((name, "is not among what was compiled") for name in expected - compiled.kernels.keys())
+    yield from ((str(job), warning) for warning in compiled.warnings)
+    for name, kernel in compiled.kernels.items():
+        instance = Instance.parse(name)
+        yield from ((name, fact) for fact in facts_of_resources(kernel, instance, job.architecture))
+        yield from ((name, fact) for fact in facts_of_accesses(kernel, instance))
+
+
+def facts_of_resources(kernel, instance, architecture):
+    """Yield what a kernel has too much of: local memory, registers, shared memory."""
+    if kernel.stack:
+        yield f"has {kernel.stack} bytes of stack"
+    if kernel.spill_stores or kernel.spill_loads:
+        yield f"spills {kernel.spill_stores} bytes and loads {kernel.spill_loads}"
+    cap = kernels.REGISTERS[instance.width]
+    if kernel.registers > cap:
+        yield f"takes {kernel.registers} registers, where {cap} are the cap"
+    # Shared memory leaves room for as many blocks as the cap on registers is for.
+    blocks, reserved = REGISTERS // (THREADS * cap), 1024 if architecture >= 80 else 0
+    if blocks * (kernel.shared + reserved) > SHARED[architecture] * 1024:
+        yield f"has {kernel.shared} bytes of shared memory, which leave no room for {blocks} blocks"
+
+
+def facts_of_accesses(kernel, instance):
+    """Yield what is wrong with the instructions: accesses to vectors, atomics, how pivots are split."""
+    loads, stores = (count_accesses(kernel, kind, 16) for kind in ("ld", "st"))
+    if instance.width == 1:
+        if loads or stores:
+            yield f"has {loads} loads and {stores} stores of 16 bytes for single elements"
+    else:
+        if loads < LOADS:
+            yield f"has {loads} loads of 16 bytes, where {LOADS} are under way"
+        if stores < instance.vector_stores():
+            yield f"has {stores} stores of 16 bytes, of {instance.vector_stores()}"
+        if not instance.columns and not count_accesses(kernel, "ld", 16 // instance.width):
+            yield "has no loads for the edges of rows"
+    if atomics := float_atomics(kernel):
+        yield f"has atomics on floating point: {atomics}"
+    # A mul.f64 may become part of an fma, which does not have the rounding that splits a pivot.
+    splittings = (
+        {"mul.rn.f64"} if instance.kernel in ("statistics", "centered_squares", "normalize") else set()
+    )
+    if set(kernel.splittings) != splittings:
+        yield f"splits pivots by {set(kernel.splittings) or 'nothing'}, not {splittings or 'nothing'}"
+
+
+@pytest.fixture(scope="session")
+def compiler():
+    if reason := nvrtc.missing():
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(reason)
+
+
+# The file that takes longest first: at the end, no processor is left to work alone.
+@pytest.mark.parametrize("architecture", nvrtc.ARCHITECTURES)
+@pytest.mark.parametrize("file", kernels.FILES[::-1])
+def test_instances(compiler, compilations, file, architecture):
+    """All compile without a warning, within the resources of a launch, and access memory as they should."""
+    found = [
+        f"{name} {fact}"
+        for job in nvrtc.jobs_of(file, architecture)
+        for name, fact in offences(job, compilations[job].result())
+    ]
+    assert not found, "\n".join([f"{len(found)} offences on sm_{architecture}", *found])
+
+
+# That the test can fail.
+
+
+@pytest.mark.parametrize(
+    ("change", "fact"),
+    [
+        ({"stack": 8}, "has 8 bytes of stack"),
+        ({"spill_stores": 4}, "spills 4 bytes and loads 0"),
+        ({"registers": 255}, "takes 255 registers"),
+        ({"shared": 100_000}, "has 100000 bytes of shared memory"),
+        ({"accesses": {}}, "has 0 loads of 16 bytes"),
+        ({"accesses": {"atom.global.add.f32": 1}}, "has atomics on floating point"),
+        ({"splittings": ["fma.rn.f64"]}, "splits pivots by {'fma.rn.f64'}"),
+        ({"splittings": []}, "splits pivots by nothing"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_each_offence_is_told(compiler, change, fact):
+    job = nvrtc.Job("statistics.cu", "float32", 90)
+    compiled = nvrtc.compile_job(job)
+    assert list(offences(job, compiled)) == []
+    name = next(name for name in compiled.kernels if Instance.parse(name).width > 1)
+    changed = compiled.kernels | {name: dataclasses.replace(compiled.kernels[name], **change)}
+    found = list(offences(job, dataclasses.replace(compiled, kernels=changed)))
+    assert {who for who, _ in found} == {name}
+    assert any(told.startswith(fact) for _, told in found), found
+
+
+def test_what_is_missing_or_warned_of_is_told(compiler):
+    job = nvrtc.Job("statistics.cu", "float32", 90)
+    compiled = nvrtc.compile_job(job)
+    missing, *others = compiled.kernels
+    kept = {name: compiled.kernels[name] for name in others}
+    changed = dataclasses.replace(compiled, kernels=kept, warnings=["line 3: warning: unused"])
+    assert list(offences(job, changed)) == [
+        (missing, "is not among what was compiled"),
+        (str(job), "line 3: warning: unused"),
+    ]
+
+
+def compile_planted(body, arguments="float* x", bounds=""):
+    source = f'extern "C" __global__ void {bounds} planted({arguments}) {{ {body} }}'
+    return nvrtc.compile_source(source, 90, ("planted",))
+
+
+def test_a_spill_is_seen(compiler):
+    body = """
+        float values[48];
+        #pragma unroll
+        for (int i = 0; i < 48; ++i) values[i] = x[i * 1024 + threadIdx.x];
+        #pragma unroll
+        for (int i = 0; i < 48; ++i) x[threadIdx.x * 48 + 47 - i] = values[i];
+    """
+    spilled = compile_planted(body, bounds="__launch_bounds__(1024, 2)").kernels["planted"]
+    assert spilled.registers == 32
+    assert min(spilled.stack, spilled.spill_stores, spilled.spill_loads) > 0
+    roomy = compile_planted(body, bounds="__launch_bounds__(1024, 1)").kernels["planted"]
+    assert roomy.stack == roomy.spill_stores == roomy.spill_loads == 0
+
+
+def test_an_array_in_local_memory_is_seen(compiler):
+    body = "float values[300]; for (int i = 0; i < 300; ++i) values[i] = x[i]; x[0] = values[k];"
+    kernel = compile_planted(body, "float* x, int k").kernels["planted"]
+    assert (kernel.stack, kernel.spill_stores) == (1200, 0)
+
+
+def test_shared_memory_is_seen(compiler):
+    body = (
+        "__shared__ float values[300]; values[threadIdx.x] = x[0]; __syncthreads(); x[1] = values[x[2] > 0];"
+    )
+    assert compile_planted(body).kernels["planted"].shared == 1200
+
+
+def test_accesses_are_seen(compiler):
+    kernel = compile_planted(
+        "x[0] = x[1]; y[0] = y[1]; z[0] = z[1];", "float* x, float4* y, double2* z"
+    ).kernels["planted"]
+    for kind in ("ld", "st"):
+        assert count_accesses(kernel, kind, 4) == 1
+        assert count_accesses(kernel, kind, 16) == 2
+
+
+@pytest.mark.parametrize("data_type", ["float", "double", "__half2"])
+def test_an_atomic_in_floating_point_is_seen(compiler, data_type):
+    source = f"""
+        #include <cuda_fp16.h>
+        extern "C" __global__ void used({data_type}* x) {{ x[1] = atomicAdd(x, {data_type}()); }}
+        extern "C" __global__ void unused({data_type}* x) {{ atomicAdd(x, {data_type}()); }}
+        extern "C" __global__ void integer(unsigned int* x) {{ atomicAdd(x, 1u); }}
+    """
+    found = nvrtc.compile_source(source, 90, ("used", "unused", "integer")).kernels
+    assert [len(float_atomics(found[name])) for name in found] == [1, 1, 0]
+
+
+def test_a_warning_is_seen(compiler):
+    (warning,) = compile_planted("int unused;").warnings
+    assert '"unused" was declared but never referenced' in warning
+
+
+def test_an_error_raises_with_the_log(compiler):
+    with pytest.raises(nvrtc.CompileError, match='identifier "undefined" is undefined'):
+        compile_planted("x[0] = undefined;")
+    with pytest.raises(nvrtc.CompileError, match="absent"):
+        nvrtc.compile_source("__global__ void there() {}", 90, ("absent",))

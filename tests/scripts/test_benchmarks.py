@@ -1,0 +1,113 @@
+"""The benchmark scripts run and leave their files. How fast anything is, no test asserts."""
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from support.launcher import REPOSITORY, clean_environment
+
+pytestmark = pytest.mark.mpi_skip
+
+PLOTS = importlib.util.find_spec("matplotlib") is not None
+TORCH = importlib.util.find_spec("torch") is not None
+
+
+def run(script, folder, *arguments):
+    path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
+    env = clean_environment(PYTHONPATH=path, PYTHONIOENCODING="utf-8")
+    command = [sys.executable, str(REPOSITORY / "scripts" / "benchmarks" / script), "--quick", *arguments]
+    finished = subprocess.run(
+        [*command, "--output", str(folder)],
+        env=env,
+        cwd=folder,
+        capture_output=True,
+        encoding="utf-8",
+        timeout=120,
+    )
+    assert finished.returncode == 0, finished.stderr
+    (path,) = folder.glob("*.json")
+    text = path.read_text()
+    assert str(folder) not in text
+    assert str(REPOSITORY) not in text
+    record = json.loads(text)
+    assert {"machine", "date", "versions", "threads", "command"} <= record.keys()
+    assert re.fullmatch(rf"{Path(script).stem}(-[a-z-]+)?-{record['date']}\.json", path.name)
+    pictures = list(folder.glob("*.png"))
+    assert len(pictures) == PLOTS
+    for picture in pictures:
+        assert picture.read_bytes().startswith(b"\x89PNG")
+    return finished.stdout, record
+
+
+def headings(output, first):
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in output.splitlines()]
+    return [row for row in rows if row[0] == first]
+
+
+def test_cpu(tmp_path):
+    output, record = run(
+        "cpu.py", tmp_path, "--repeats", "2", "--channels-last", "--dtypes", "float16", "float64"
+    )
+    expected = ["shape", "ours ms", "torch ms", "ratio", "quartiles", "ours/limit", "copy GB/s", "peak"]
+    assert headings(output, "shape") == [expected] * 3
+    assert ("torch is not installed" in output) is not TORCH
+    variants = {result["variant"] for result in record["results"]}
+    assert variants == {"plain", "relu", "add+relu"} <= record["summary"].keys()
+    for result in record["results"]:
+        assert result["ours_ms"] > 0
+        assert ("ratio" in result) is (TORCH and result["dtype"] == "float32")
+        assert result["peak"] >= 1  # y itself
+
+
+def test_cpu_counts_the_batch_norms_of_resnet50(monkeypatch):
+    monkeypatch.syspath_prepend(str(REPOSITORY / "scripts" / "benchmarks"))
+    spec = importlib.util.spec_from_file_location("cpu", REPOSITORY / "scripts" / "benchmarks" / "cpu.py")
+    cpu = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(cpu)
+    layers = cpu.resnet50(8)
+    assert layers.total() == 53
+    # A batch norm has two parameters a channel: 53 120 in torchvision's resnet50.
+    assert sum(2 * shape[1] * times for (shape, _), times in layers.items()) == 53_120
+    assert layers[(8, 128, 56, 56), "relu"] == 1  # before the strided convolution: v1.5
+    assert len({shape for shape, _ in layers}) == 12
+
+
+@pytest.mark.launch
+def test_exchange(tmp_path):
+    output, record = run("exchange.py", tmp_path)
+    assert [row[0] for row in headings(output, "ranks, C")] == ["ranks, C"] * 2
+    assert set(record["measured"]) == {"2", "4"}
+    for by_channels in record["measured"].values():
+        for times in by_channels.values():
+            assert min(times.values()) > 0
+    for times in record["model"]["us"].values():
+        for modelled in times.values():
+            assert 0 < modelled["2"] < modelled["16384"]
+
+
+def test_accuracy(tmp_path):
+    output, record = run("accuracy.py", tmp_path, "--emulate")
+    methods = [
+        "ours",
+        "our kernels",
+        *(["torch"] if TORCH else []),
+        "E[x²]-E[x]²",
+        "Welford",
+        "first-value shift",
+    ]
+    wire = ["mean, m2: median", "worst", "pivoted: median", "worst"]
+    assert headings(output, "mean/sd") == [["mean/sd", *methods], ["mean/sd", *wire]]
+    assert record["methods"] == methods
+    for row in record["variance"]:
+        assert row["errors"]["ours"] < 1e-6, row["data"]
+        assert row["errors"]["our kernels"] < 1e-6, row["data"]
+    for row in record["wire"]:
+        _, worst = row["errors"]["pivoted"]
+        assert worst < 1e-7, row["data"]
+    assert [row["data"] for row in record["variance"]] == ["0", "100", "1000", "10000", "100000", "outlier"]

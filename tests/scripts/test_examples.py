@@ -1,0 +1,150 @@
+"""scripts/examples, each run as its user would."""
+
+import importlib.util
+import os
+import re
+import sys
+
+import pytest
+
+from support.launcher import OVERSUBSCRIBE, REPOSITORY, clean_environment, find_launcher, run, vendor_of
+
+pytestmark = [pytest.mark.launch, pytest.mark.mpi_skip]
+
+DEADLINE = 60
+DIRECTORY = REPOSITORY / "scripts" / "examples"
+NEEDS = {"torch_autograd": "torch", "jax_custom_vjp": "jax"}
+EXAMPLES = sorted(path.stem for path in DIRECTORY.glob("*.py"))
+
+# Runs an example without what it is about: each rank keeps its own statistics.
+SABOTAGE = """
+import runpy, sys
+from cupy_syncbn.comm.call import Call
+Call.exchange = lambda self, group, vector: None
+sys.argv.pop(0)
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def run_example(name, ranks, *arguments, program=()):
+    """Run an example, on ranks of its own unless that is 0; return its exit status and output."""
+    library = NEEDS.get(name)
+    if library and importlib.util.find_spec(library) is None:
+        pytest.skip(f"{name}.py needs {library}, which is not installed")
+    path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
+    variables = clean_environment(
+        PYTHONPATH=path, PYTHONWARNINGS="error", OMP_NUM_THREADS="1", CUPY_SYNCBN_TIMEOUT="30"
+    )
+    if os.geteuid() == 0:
+        variables |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    command = [sys.executable, *program, str(DIRECTORY / f"{name}.py"), *arguments]
+    if ranks:
+        options = OVERSUBSCRIBE.get(vendor_of(sys.executable), [])
+        command[1:1] = ["-m", "mpi4py"]
+        command[:0] = [find_launcher(sys.executable), *options, "-n", str(ranks)]
+    return run(command, variables, DEADLINE)
+
+
+def numbers(pattern, output):
+    """Return the numbers in the groups of a pattern, which occurs once."""
+    (found,) = re.findall(pattern, output)
+    return [float(number) for number in ([found] if isinstance(found, str) else found)]
+
+
+def check_training_loop(output):
+    first, last = numbers(r"loss (\S+) at first, (\S+) at last", output)
+    assert 1 < first < 2  # guessing among three classes costs log(3), and more when sure of it
+    assert last < 0.5
+    assert numbers(r"within (\S+) of one process's", output)[0] <= 1e-9
+
+
+def check_convert_model(output):
+    assert "4 of 4 layers converted, parameters kept: True" in output
+    assert max(numbers(r"y (\S+), dx (\S+), tolerance", output)) <= 1e-5
+
+
+def check_node_groups(output, groups=1):
+    found, distance = numbers(r"in (\d+) group\(s\), (\S+) from one group of all", output)
+    assert found == groups
+    assert distance > 0.1 if groups > 1 else distance < 1e-5
+    assert numbers(r"y (\S+), tolerance", output)[0] <= 1e-5
+    assert max(numbers(r"weight.grad (\S+), bias.grad (\S+), tolerance", output)) <= 1e-4
+
+
+def check_mixed_precision(output):
+    parts = dict(re.findall(r"(?m)(?:^|\s)(float16|bfloat16), (\d rank[\s\S]+?not scaled: \S+)", output))
+    assert parts.keys() == {"float16", "bfloat16"}
+    for dtype, text in parts.items():
+        mean, naive = numbers(r"mean (\S+), by a \w+ sum (\S+)", text)
+        assert 299 < mean < 310
+        assert naive == float("inf") if dtype == "float16" else naive < 30
+        assert max(numbers(r"mean within (\S+), variance within (\S+),", text)) <= 1e-6
+        scaled, scale, plain = numbers(r"gradient within (\S+), .* by (\S+); not scaled: (\S+)", text)
+        assert scaled <= 1e-2
+        # In float16, what is not scaled is lost, and the first scale, 2**48, is too large.
+        assert (plain > 0.1, scale < 2.0**47) == (dtype == "float16",) * 2
+
+
+def check_deviations(output, names):
+    found = dict(re.findall(r"  (\S+): (\S+)", output))
+    assert list(found) == names
+    assert max(map(float, found.values())) <= 1e-5
+
+
+def check_torch_autograd(output):
+    trained = ["weight", "bias", "running_mean", "running_var", "num_batches_tracked"]
+    check_deviations(output, ["y", "dx", "weight.grad", "bias.grad", *trained])
+
+
+def check_jax_custom_vjp(output):
+    check_deviations(output, ["y", "dx", "dweight", "dbias"])
+
+
+@pytest.mark.parametrize("ranks", [0, 3])
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_example(name, ranks):
+    status, output = run_example(name, ranks)
+    assert status == 0, output
+    assert f"{ranks or 1} rank(s)" in output
+    globals()[f"check_{name}"](output)  # each example has its check
+
+
+@pytest.mark.parametrize(("size", "groups"), [(1, 4), (3, 2)])
+def test_node_groups(size, groups):
+    status, output = run_example("node_groups", 4, "--ranks-per-group", str(size))
+    assert status == 0, output
+    check_node_groups(output, groups)
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_example_notices_local_statistics(tmp_path, name):
+    """The negative control: without the exchange, each example says how far off it is, and fails."""
+    program = tmp_path / "sabotaged.py"
+    program.write_text(SABOTAGE)
+    status, output = run_example(name, 2, program=[str(program)])
+    assert status == 1, output
+    assert "2 rank(s)" in output
+    assert "Traceback" not in output
+    with pytest.raises(AssertionError):
+        globals()[f"check_{name}"](output)
+
+
+# A batch so large that JAX copies it in a thread, and one core, for which it has one thread.
+ONE_CORE = """
+import os, sys
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+with open(sys.argv[1]) as file:
+    source = file.read()
+larger = source.replace("3, 4, 5, 5", "32, 4, 96, 96")
+assert larger != source
+exec(compile(larger, sys.argv[1], "exec"))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="processes cannot be bound to a core here")
+def test_jax_callback_on_one_core_does_not_wait_for_itself(tmp_path):
+    program = tmp_path / "one_core.py"
+    program.write_text(ONE_CORE)
+    status, output = run_example("jax_custom_vjp", 0, program=[str(program)])
+    assert status is not None, "it did not end"
+    check_jax_custom_vjp(output)

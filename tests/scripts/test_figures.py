@@ -1,0 +1,31 @@
+"""The scripts that draw the README's figures."""
+
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+
+import pytest
+
+from support.launcher import REPOSITORY, clean_environment
+
+pytestmark = pytest.mark.mpi_skip
+
+FIGURES = REPOSITORY / "scripts" / "figures"
+
+
+@pytest.mark.parametrize("script", sorted(FIGURES.glob("*.py")), ids=lambda path: path.stem)
+def test_figure_is_drawn(script, tmp_path):
+    """It has as many parts as the committed one: fonts may differ by the release of matplotlib."""
+    pytest.importorskip("matplotlib")
+    subprocess.run(
+        [sys.executable, str(script), str(tmp_path)], env=clean_environment(), check=True, timeout=120
+    )
+    drawn, committed = (folder / f"{script.stem}.svg" for folder in (tmp_path, FIGURES))
+    counts = [
+        sum(
+            element.tag.endswith("}g") and element.get("id", "").startswith(("patch", "text"))
+            for element in tree
+        )
+        for tree in (ElementTree.parse(path).iter() for path in (drawn, committed))
+    ]
+    assert counts[0] == counts[1] > 20

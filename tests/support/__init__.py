@@ -1,0 +1,1 @@
+"""What the tests share: the reference, the ranks, arrays and their comparison, stand-ins for libraries."""
