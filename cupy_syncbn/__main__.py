@@ -1,4 +1,4 @@
-"""``python -m cupy_syncbn``: what is installed, each rank's GPU and transport, and whether they work."""
+"""``python -m cupy_syncbn``: the report of `show_config` in the shell."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from cupy_syncbn.diagnosis.survey import survey
 
 
 def main() -> int:
-    """Bind the GPUs as a training program does, write the report on rank 0; return the exit status."""
+    """Bind the GPUs as a training program does, and write the report on rank 0; return the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m cupy_syncbn",
         description="Show what is installed, the GPU and the transport of each rank, and test them. "

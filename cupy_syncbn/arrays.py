@@ -1,4 +1,4 @@
-"""Arrays: which library they are of, on which device, and how those of other libraries come in."""
+"""Arrays: their library, their device, and the conversion of those of other libraries."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ import numpy as np
 Array: TypeAlias = "np.ndarray[Any, Any]"  # or a cupy.ndarray: it has the same methods
 
 _CUDA = 2
-"""The type of device that DLPack calls kDLCUDA."""
+"""DLPack's device type kDLCUDA."""
 
 
 def is_cupy(array: object) -> bool:
-    """Tell whether an object is an array of CuPy, without importing CuPy."""
+    """Tell whether an object is a CuPy array, without importing CuPy."""
     return isinstance(array, getattr(sys.modules.get("cupy"), "ndarray", ()))
 
 
@@ -26,22 +26,10 @@ def _is_torch(array: object) -> bool:
 
 
 def as_array(array: Any, *, host: bool = True) -> Any:
-    """Return another library's array as one of CuPy or NumPy, without a copy if there is a way.
+    """Return another library's array as a CuPy or NumPy array, by DLPack without a copy if possible.
 
-    Parameters
-    ----------
-    array : object
-        A torch tensor, which may require gradients, an array with DLPack, ``__array__`` or
-        ``__cuda_array_interface__``, or of a subclass of NumPy's. What is none of these comes back as it is.
-    host : bool
-        Whether to take arrays in memory of the host too: it might be by a copy, of no use to write to.
-
-    Raises
-    ------
-    TypeError
-        If there is no way to the array's memory, or it has a mask.
-    ModuleNotFoundError
-        If it is on a GPU and CuPy is not installed, or of bfloat16 and ml_dtypes is not.
+    Other objects come back unchanged. So do arrays in memory of the host unless `host`: a copy of one would
+    be of no use to write to.
     """
     if type(array) is np.ndarray or array is None or isinstance(array, np.generic) or is_cupy(array):
         return array
@@ -99,13 +87,7 @@ def type_name(array: object) -> str:
 
 
 def import_cupy() -> ModuleType:
-    """Import CuPy.
-
-    Raises
-    ------
-    ModuleNotFoundError
-        If it is not installed.
-    """
+    """Import CuPy; the ModuleNotFoundError says how to install it."""
     try:
         import cupy
     except ModuleNotFoundError as error:
@@ -129,26 +111,9 @@ def why_no_gpu() -> str:
 
 
 def array_module(device: str | None) -> ModuleType:
-    """Return the array library of a device.
+    """Return the library of arrays on "cpu" or "cuda".
 
-    Parameters
-    ----------
-    device : {"cpu", "cuda", None}
-        None is what CUPY_SYNCBN_DEVICE says, or "cuda" where CuPy sees a GPU, else "cpu".
-
-    Returns
-    -------
-    module
-        numpy or cupy.
-
-    Raises
-    ------
-    ValueError
-        If there is no such device.
-    ModuleNotFoundError
-        If `device` is "cuda", and CuPy is not installed.
-    RuntimeError
-        If `device` is "cuda", and CuPy has no driver or no GPU.
+    None means CUPY_SYNCBN_DEVICE, or by default "cuda" where CuPy sees a GPU, else "cpu".
     """
     if device is None:
         device = os.environ.get("CUPY_SYNCBN_DEVICE") or _best_device()
@@ -169,30 +134,24 @@ def _best_device() -> str:
 
 
 def module_of(array: object) -> ModuleType:
-    """Return the library of an array: cupy, or numpy for all else."""
+    """Return cupy for a CuPy array, numpy for all else."""
     return sys.modules["cupy"] if is_cupy(array) else np
 
 
 def current_device() -> int:
-    """Return the number of the GPU that CuPy works on."""
+    """Return the number of CuPy's current GPU."""
     number: int = sys.modules["cupy"].cuda.runtime.getDevice()
     return number
 
 
 def check_writeable(name: str, array: object) -> None:
-    """Check that an array can be written to.
-
-    Raises
-    ------
-    ValueError
-        If NumPy has it read-only.
-    """
+    """Raise ValueError if NumPy has an array read-only."""
     if isinstance(array, np.ndarray) and not array.flags.writeable:
         raise ValueError(f"expected a writeable array as {name} (got a read-only one)")
 
 
 def move(array: Any, module: ModuleType) -> Array:
-    """Return an array, or what NumPy makes one of, as an array of `module`: numpy or cupy."""
+    """Convert an array, or a list or number, to an array of `module`: numpy or cupy."""
     array = as_array(array)
     if module is np and is_cupy(array):
         array = array.get()

@@ -1,4 +1,4 @@
-"""Checks of arguments: one function per argument; errors say what, got, expected and a remedy."""
+"""Checks of arguments: one function per argument; errors say what was expected, what came, and a remedy."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from cupy_syncbn.arrays import Array, check_writeable, module_of
+from cupy_syncbn.arrays import Array, check_writeable, module_of, type_name
 from cupy_syncbn.backends import backend_of
 from cupy_syncbn.backends.interface import Backend
 from cupy_syncbn.backends.layout import Layout
@@ -27,37 +27,19 @@ def is_data_type(dtype: np.dtype[Any]) -> bool:
 
 
 def check_data_type(dtype: np.dtype[Any]) -> None:
-    """Check that data may have a type.
-
-    Raises
-    ------
-    TypeError
-        If they may not.
-    """
+    """Raise TypeError unless data may have a type."""
     if not is_data_type(dtype):
         raise TypeError(f"expected x of type {', '.join(DATA_TYPES)} (got {dtype}): use x.astype(...)")
 
 
 def check_grad_reduction(grad_reduction: str) -> None:
-    """Check that gradients can be reduced so.
-
-    Raises
-    ------
-    ValueError
-        If it is none of GRAD_REDUCTIONS.
-    """
+    """Raise ValueError unless gradients can be reduced so."""
     if grad_reduction not in GRAD_REDUCTIONS:
         raise ValueError(f"expected grad_reduction 'none', 'sum' or 'mean' (got {grad_reduction!r})")
 
 
 def check_settings(eps: float, momentum: float | None) -> None:
-    """Check the settings that have a range.
-
-    Raises
-    ------
-    ValueError
-        If one is out of it.
-    """
+    """Raise ValueError if a setting is out of its range."""
     if not eps >= 0:
         raise ValueError(f"expected eps of at least 0 (got {eps!r})")
     if momentum is not None and not 0 <= momentum <= 1:
@@ -83,13 +65,7 @@ def check_input(x: Array, channels_last: bool, channels: int) -> tuple[Backend, 
 
 
 def check_types(name: str, dtype: np.dtype[Any], x_type: np.dtype[Any]) -> None:
-    """Check that parameters of `dtype` go with data of `x_type`: the same type, or float32 with 16 bits.
-
-    Raises
-    ------
-    TypeError
-        If they do not.
-    """
+    """Raise TypeError unless parameters have the type of the data, or float32 for 16-bit data."""
     if dtype == x_type:
         return
     check_data_type(x_type)
@@ -103,11 +79,11 @@ def check_types(name: str, dtype: np.dtype[Any], x_type: np.dtype[Any]) -> None:
 
 
 def check_backend(backend: Backend, name: str, array: Array) -> None:
-    """Check that an array is where the input is."""
+    """Check that an array is on the device of the input."""
     if backend_of(array) is not backend:
         raise TypeError(
-            f"expected {name} on the device of the input (got {type(array).__module__}."
-            f"{type(array).__qualname__}): use cupy.asarray or cupy.asnumpy, or the layer's .to(device)"
+            f"expected {name} on the device of the input (got {type_name(array)}): "
+            "use cupy.asarray or cupy.asnumpy, or the layer's .to(device)"
         )
     backend.check_device(array)
 
@@ -115,20 +91,14 @@ def check_backend(backend: Backend, name: str, array: Array) -> None:
 def check_layer(
     x: Array, own: Array | None, dimensions: tuple[int, ...] | None, dtype: np.dtype[Any]
 ) -> None:
-    """Check that `x` is on a layer's device, as its array `own` is, has its number of axes, and its type.
-
-    Raises
-    ------
-    TypeError, ValueError
-        If it does not.
-    """
+    """Check that `x` is on the device of a layer and its array `own`, and has its axes and its type."""
     if own is not None and backend_of(x) is not backend_of(own):
         here, there = ("cpu", "cuda") if module_of(own) is np else ("cuda", "cpu")
         raise TypeError(
             f"expected the input on the layer's device, {here} (got {module_of(x).__name__}.ndarray): "
             f"move the layer by .to({there!r}), or the input by cupy.asarray or .get()"
         )
-    backend_of(x)
+    backend_of(x)  # raises an error for other objects
     if dimensions and x.ndim not in dimensions:
         wanted = " or ".join(f"{n}D" for n in dimensions)
         raise ValueError(f"expected {wanted} input (got {x.ndim}D input)")
@@ -136,7 +106,7 @@ def check_layer(
 
 
 def check_parameter(backend: Backend, name: str, values: Array, x_type: Any, channels: int) -> None:
-    """Check that an array has a value per channel, of a type that goes with the data."""
+    """Check that an array has one value per channel, of a type that goes with the data."""
     check_backend(backend, name, values)
     if values.shape != (channels,):
         raise ValueError(f"expected {name} of shape ({channels},) (got {values.shape})")
@@ -146,7 +116,7 @@ def check_parameter(backend: Backend, name: str, values: Array, x_type: Any, cha
 def check_running(
     backend: Backend, mean: Array | None, var: Array | None, tracked: Array | None, momentum: float | None
 ) -> None:
-    """Check which of the running statistics are there, and the counter; they are also parameters."""
+    """Check that the running statistics and the counter go together; all else is as for parameters."""
     if mean is None or var is None:
         if mean is not var:
             raise ValueError("expected running_mean and running_var together (got one of them)")
@@ -169,7 +139,7 @@ def check_like(name: str, array: Array, x: Array) -> None:
 
 
 def check_out(backend: Backend, out: Array, x: Array, residual: Array | None, training: bool) -> None:
-    """Check that a result can be written to `out` while the other arrays are read."""
+    """Check that `out` can be written to while the other arrays are read."""
     check_writeable("out", out)
     if backend.overlaps(out, x) and (training or out is not x):
         raise ValueError(
@@ -180,13 +150,7 @@ def check_out(backend: Backend, out: Array, x: Array, residual: Array | None, tr
 
 
 def activation_slope(activation: Activation) -> float | None:
-    """Return the slope of an activation below zero; None for no activation.
-
-    Raises
-    ------
-    ValueError
-        If the activation is unknown, or its slope not between 0 and 1.
-    """
+    """Return the slope of an activation below zero, or None for no activation."""
     if activation is None:
         return None
     name, *rest = (activation,) if isinstance(activation, str) else activation
@@ -203,7 +167,7 @@ def activation_slope(activation: Activation) -> float | None:
 
 
 def check_output_gradient(backend: Backend, dy: Array, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
-    """Check that `dy` is on the device of the output, and of its shape and type."""
+    """Check that `dy` has the shape, type and device of the output."""
     check_backend(backend, "dy", dy)
     if dy.shape != shape:
         raise ValueError(f"expected dy of the output's size {shape} (got {dy.shape})")
@@ -212,15 +176,7 @@ def check_output_gradient(backend: Backend, dy: Array, shape: tuple[int, ...], d
 
 
 def data_type(dtype: Any) -> np.dtype[Any]:
-    """Return the type of parameters and buffers that an argument `dtype` means.
-
-    Raises
-    ------
-    TypeError
-        If it is none of the types of data.
-    ModuleNotFoundError
-        If it is "bfloat16" and ml_dtypes is not installed.
-    """
+    """Return the type of parameters and buffers that an argument `dtype` means."""
     if dtype == "bfloat16":
         import ml_dtypes
 

@@ -1,1 +1,1 @@
-"""Ranks: groups of them, their messages, and what they say of each other's faults."""
+"""Ranks: their groups, their messages, and their errors."""

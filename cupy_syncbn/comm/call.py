@@ -27,19 +27,19 @@ class Call(NamedTuple):
     direction: str
     """"forward" or "backward"."""
     number: int
-    """How many calls the layer had made before; a backward has the number of its forward."""
+    """Calls that the layer has made before; a backward has the number of its forward."""
 
     def __str__(self) -> str:
         count = f" ({self.channels} channels)" if self.channels else ""
         return f"{self.direction} {self.number} of {self.name}{count}"
 
     def trailer(self, group: ProcessGroup) -> tuple[float, float, float]:
-        """End of the vector of a rank without fault, ``(fault, tag, tag²)``.
+        """Return the end of a faultless rank's vector, ``(fault, tag, tag²)``.
 
-        The sums of tag and tag² satisfy ``size Σtag² = (Σtag)²`` exactly if all tags are equal (equality
-        in Cauchy and Schwarz's inequality), and in float64 exactly for 12-bit tags of up to 2^14 ranks.
-        Calls of a layer in one direction have equal tags only if their numbers differ by a multiple of 4096,
-        as the factor is odd; other calls collide with probability 2^-12.
+        The sums satisfy ``size Σtag² = (Σtag)²`` exactly if all tags are equal (equality in Cauchy and
+        Schwarz's inequality), and in float64 exactly for 12-bit tags of up to 2^14 ranks. Calls of a layer
+        in one direction have equal tags only if their numbers differ by a multiple of 4096, as the factor is
+        odd; other calls collide with probability 2^-12.
         """
         if group.size == 1:
             return 0.0, 0.0, 0.0
@@ -48,17 +48,7 @@ class Call(NamedTuple):
         return 0.0, tag, tag * tag
 
     def allreduce_checked(self, group: ProcessGroup, vector: Array) -> None:
-        """Replace `vector` by its sum over the ranks (**collective**).
-
-        Raises
-        ------
-        RemoteRankError
-            If another rank found its input wrong.
-        RankMismatchError
-            If the ranks are in different calls.
-        CollectiveTimeoutError
-            If a rank does not come within the group's timeout.
-        """
+        """Replace `vector` by its sum, and raise the error that its trailer tells of (**collective**)."""
         if group.size == 1:
             return
         try:
@@ -78,7 +68,7 @@ class Call(NamedTuple):
     def tell_others(
         self, group: ProcessGroup, error: Exception, length: int, arrays: tuple[Any, ...]
     ) -> None:
-        """Join the sum that the other ranks wait in, with a fault flag: they raise RemoteRankError."""
+        """Join the sum in which the other ranks wait, with a fault flag: they raise RemoteRankError."""
         library = next((module for module in map(module_of, arrays) if module is not np), np)
         vector = np.zeros(length)
         vector[-3:] = self.trailer(group)
@@ -94,7 +84,7 @@ class Call(NamedTuple):
             error.add_note(f"The other ranks did not hear of it: {str(late) or type(late).__name__}")
 
     def _raise_fault(self, group: ProcessGroup, trailer: list[float]) -> None:
-        """Raise the error that the trailer of a sum tells of, if it does."""
+        """Raise the error that the trailer of a sum tells of, if any."""
         fault, tag, tag_square = trailer
         if fault == 0 and group.size * tag_square == tag * tag:
             return
@@ -109,13 +99,13 @@ class Call(NamedTuple):
         group.defer(trailer, functools.partial(self._raise_fault, group), self)
 
     def _name_in(self, error: Exception) -> None:
-        """Let a timeout tell of this call, unless it is that of an earlier call which shows only now."""
+        """Name this call in a timeout that names no earlier one."""
         if isinstance(error, CollectiveTimeoutError):
             error.call = error.call or self
 
 
 class Preparing:
-    """The context of all that can fail on one rank alone: the other ranks hear of an error in it.
+    """The context of all that can fail on one rank alone: it tells the other ranks of an error.
 
     They wait in a sum of vectors of `length` numbers: of CuPy if any of `arrays` is, else of NumPy.
     """
@@ -145,7 +135,7 @@ def was_heard_by(group: ProcessGroup, error: Exception) -> bool:
 
 @functools.cache
 def _hash(name: str, channels: int, direction: str) -> int:
-    """Return the number that the tags of a layer's calls in one direction are counted from."""
+    """Return the first tag of a layer's calls in one direction."""
     return zlib.crc32(repr((name, channels, direction)).encode())
 
 

@@ -1,7 +1,7 @@
 """The sum of a NumPy vector over ranks that may be out of step: those too get an answer, not a crash.
 
-MPI's own allreduce demands that all ranks bring the same length, and some libraries crash if they do not.
-Here the length of each message is looked at when it arrives: ranks that meet with different lengths mark the
+MPI's own allreduce demands the same length on all ranks, and some libraries crash if lengths differ. Here
+each rank looks at the length of each message that arrives: ranks that meet with different lengths mark the
 sum and go on. So every rank ends in the same call, and knows.
 
 No message may be longer than its receive buffer: MPI calls that an error, but Open MPI (5.0.11, at more than
@@ -29,7 +29,7 @@ _TAG = 1
 
 
 class _Messages(NamedTuple):
-    """The requests of one step, to be started for each sum, and the memory that they send."""
+    """The requests of one step, started anew for each sum, and the memory that they send."""
 
     partner: int
     incoming: MPI.Prequest | None
@@ -42,24 +42,13 @@ class CheckedSum:
     """Sums of vectors of one length, with requests and memory that every sum uses again.
 
     MPI is given no other memory: a sum can be given up in the middle, as long as this object lives.
-
-    Parameters
-    ----------
-    comm : mpi4py.MPI.Comm
-        The ranks, with no other messages of this kind under way.
-    rank, size : int
-        Of `comm`.
-    length : int
-        At least 3: the trailer.
-    receive_buffer : array
-        LONGEST float64, shared by the sums of all lengths.
     """
 
     def __init__(self, comm: MPI.Comm, rank: int, size: int, length: int, receive_buffer: Array) -> None:
         self._comm, self._receive_buffer = comm, receive_buffer
         self._nbytes = length * receive_buffer.itemsize
         self._expected = receive_buffer[:length]
-        self._long = receive_buffer
+        self._long = receive_buffer  # of a longer vector: kept, as MPI may write to it after an error
         self._messages: list[_Messages] = []
         self._outgoing: list[tuple[MPI.Prequest, int]] = []
         for partner, sends, receives, replaces in steps(rank, size):
@@ -71,15 +60,7 @@ class CheckedSum:
             self._outgoing += [(request, partner) for request in outgoing]
 
     def sum(self, vector: Array, wait: Callable[[MPI.Request, int], MPI.Status]) -> None:
-        """Replace `vector`, float64, by its sum; ``vector[FAULT]`` is NaN where lengths differed.
-
-        Parameters
-        ----------
-        vector : array
-            Of the length, the last three being the trailer.
-        wait : callable
-            Waits for a request, given also the partner, and returns its status.
-        """
+        """Replace `vector`, float64, by its sum; ``vector[FAULT]`` is NaN where lengths differed."""
         for partner, incoming, outgoing, sent, replaces in self._messages:
             if incoming is not None:
                 incoming.Start()
@@ -104,7 +85,7 @@ class CheckedSum:
                 wait(request, partner)
 
     def free(self) -> None:
-        """Free the requests, when no sum is under way."""
+        """Free the requests when no sum is under way."""
         for message in self._messages:
             for request in filter(None, [message.incoming, *message.outgoing]):
                 request.Free()

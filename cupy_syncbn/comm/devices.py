@@ -1,4 +1,4 @@
-"""Which of a node's GPUs is this process's."""
+"""The GPU of each process of a node."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def local_rank(comm: MPI.Intracomm | None = None) -> int:
     Returns
     -------
     int
-        0 to the number of processes on the node less 1.
+        From 0 on.
 
     Raises
     ------
@@ -34,8 +34,8 @@ def local_rank(comm: MPI.Intracomm | None = None) -> int:
 
     Notes
     -----
-    **Collective** over `comm`: processes know their node by its kernel, not by
-    MPI_COMM_TYPE_SHARED: some builds and launchers of MPI put each process in a part of its own there.
+    **Collective** over `comm`: processes know their node by its kernel, not by MPI_COMM_TYPE_SHARED, where
+    some builds and launchers of MPI put each process in a part of its own.
     """
     if comm is None and default_group().size == 1:
         return 0
@@ -50,7 +50,7 @@ def local_rank_in(group: MPIProcessGroup) -> int:
 
 
 def _node() -> str:
-    """Name the node that this process is on."""
+    """Return a name of this process's node."""
     with contextlib.suppress(OSError):
         return Path("/proc/sys/kernel/random/boot_id").read_text()  # of a kernel, whatever its containers
     return socket.gethostname()
@@ -67,15 +67,13 @@ def bind_device(comm: MPI.Intracomm | None = None) -> int:
     Returns
     -------
     int
-        The number of the GPU among those that this process sees: its local rank, modulo their number. So it
-        is 0 where the launcher shows each process a GPU of its own.
+        The GPU: the local rank, modulo the number of GPUs that this process sees; so 0 where the launcher
+        shows each process a GPU of its own.
 
     Raises
     ------
-    ModuleNotFoundError
-        If CuPy is not installed.
-    RuntimeError
-        If it finds no driver, or no GPU.
+    ModuleNotFoundError, RuntimeError
+        If CuPy is not installed, or finds no driver or no GPU.
     CollectiveTimeoutError
         As in `local_rank`.
 

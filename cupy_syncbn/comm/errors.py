@@ -2,10 +2,7 @@
 
 
 class RemoteRankError(RuntimeError):
-    """Another rank found its input wrong, and said so in the exchange.
-
-    The rank itself raises its own error; nothing was changed on any rank.
-    """
+    """Another rank failed, and said so in the sum; it raises its own error, and no rank changes anything."""
 
 
 class RankMismatchError(RuntimeError):
@@ -18,9 +15,9 @@ class CollectiveTimeoutError(RuntimeError):
     Parameters
     ----------
     message : str
-        Who waited, how long, and for whom.
+        The rank that waited, the time, and the missing ranks.
     call : object
-        What did not end in time, such as "forward 3 of stem (64 channels)"; None if that is not known.
+        The call that did not end, such as "forward 3 of stem (64 channels)"; None if that is not known.
     """
 
     def __init__(self, message: str, call: object = None) -> None:

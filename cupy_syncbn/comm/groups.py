@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from mpi4py import MPI
 
 DEFAULT_TIMEOUT = 600.0
-"""Seconds that a collective waits for the other ranks, unless CUPY_SYNCBN_TIMEOUT says otherwise."""
+"""In seconds, unless CUPY_SYNCBN_TIMEOUT says otherwise."""
 
 
 class ProcessGroup(ABC):
@@ -51,88 +51,40 @@ class ProcessGroup(ABC):
 
     @abstractmethod
     def allreduce(self, buffer: Array) -> Array:
-        """Replace `buffer`, contiguous, by its sum over the ranks (**collective**).
+        """Replace a contiguous array by its sum over the ranks (**collective**).
 
         Parameters
         ----------
         buffer : array
-            A NumPy or CuPy array. One of CuPy is ready in the order of the current stream, and so is the sum.
+            Of NumPy, or of CuPy: ready in the order of the current stream, as the sum is.
 
         Returns
         -------
         array
-            The sum where the host reads it best: in pinned memory of the host if it came by there, valid
-            until the next call, else `buffer`.
+            `buffer`, or a copy in pinned memory of the host if it went through there, until the next call.
 
         Raises
         ------
         CollectiveTimeoutError
-            If a rank does not come within the timeout.
         RuntimeError
-            If the transport that was asked for is not there.
+            If the requested transport is not there.
         """
 
     def allreduce_checked(self, vector: Array) -> Array:
-        """Replace `vector` by its sum, as `allreduce`, among ranks that may be out of step (**collective**).
+        """Replace `vector`, which ends in a trailer, by its sum among ranks that may be out of step.
 
-        Parameters
-        ----------
-        vector : array
-            In float64, ending in the trailer of `Call.trailer`.
-
-        Returns
-        -------
-        array
-            An array that ends in the sum's trailer; in memory of the host if it is there already. A group
-            that notices different lengths sets the fault flag to NaN on all ranks.
-
-        Raises
-        ------
-        CollectiveTimeoutError
-            If a rank does not come within the timeout.
+        Returns an array that ends with the sum of the trailers, in memory of the host if the sum went through
+        there. The fault flag is NaN on all ranks if the group notices different lengths.
         """
         return self.allreduce(vector)
 
     def match_peers(self, vector: Array, library: ModuleType) -> Array:
-        """Turn a NumPy vector into one that meets those of the other ranks, which are arrays of `library`.
-
-        Parameters
-        ----------
-        vector : array
-            Of NumPy.
-        library : module
-            numpy or cupy.
-
-        Returns
-        -------
-        array
-            Of `library`; or `vector`, if the others' come by memory of the host: then the GPU needs none.
-
-        Raises
-        ------
-        MemoryError
-            If the GPU has none left.
-        """
+        """Convert a NumPy vector for a sum with vectors of `library`, numpy or cupy, on the other ranks."""
         result: Array = library.asarray(vector)
         return result
 
     def defer(self, trailer: Array, check: Callable[[list[float]], None], call: object) -> None:
-        """Look at the trailer of a sum that is not in memory of the host: now, or by NCCL when it is ready.
-
-        Parameters
-        ----------
-        trailer : array
-            Of CuPy.
-        check : callable
-            Is given the numbers, and raises an error if they tell of one.
-        call : object
-            The call that the sum belongs to, for an error that it did not end in time.
-
-        Raises
-        ------
-        RemoteRankError, RankMismatchError
-            The error of `check`, unless that is called later: see `check_errors`.
-        """
+        """Show the trailer of a sum on the GPU to `check`, which may raise: now, or by NCCL later."""
         check(trailer.tolist())
 
     def check_errors(self) -> None:  # noqa: B027, most have nothing to do
@@ -146,31 +98,30 @@ class ProcessGroup(ABC):
 
         Notes
         -----
-        Call it also when sums in a CUDA graph have been replayed, on the stream that it was launched on. The
-        graph must be captured in CuPy's mode, the relaxed one, as NCCL is watched meanwhile.
+        Call it also after the replay of a CUDA graph with sums, on the stream of the launch. Capture the
+        graph in CuPy's mode, the relaxed one, as NCCL is watched meanwhile.
         """
 
     @abstractmethod
     def broadcast(self, buffer: Array, root: int = 0) -> None:
-        """Replace `buffer`, contiguous, by that of rank `root` (**collective**).
+        """Replace a contiguous array by that of rank `root` (**collective**).
 
         Parameters
         ----------
         buffer : array
             Of NumPy or CuPy, of one size and type on all ranks.
         root : int
-            The rank.
+            A rank of the group.
 
         Raises
         ------
         CollectiveTimeoutError
-            If a rank does not come within the timeout.
         ValueError
             If `buffer` is not contiguous.
         """
 
     def has_same_ranks(self, other: ProcessGroup) -> bool:
-        """Tell whether two groups, both with this process in them, are of the same ranks.
+        """Tell whether two groups of this process have the same ranks, in any order.
 
         Parameters
         ----------
@@ -180,11 +131,10 @@ class ProcessGroup(ABC):
         Returns
         -------
         bool
-            Whatever the order of the ranks.
         """
         return self is other or self.size == other.size == 1
 
-    # A layer may be copied; its group is where it is, and stays the same.
+    # A copied layer keeps its group.
     def __copy__(self) -> ProcessGroup:
         return self
 
@@ -257,6 +207,7 @@ class MPIProcessGroup(ProcessGroup):
         self.transport = transport_name(transport)
         self._comm = comm
         self._private_comm: PrivateComm | None = None
+        self._token = uuid.uuid4().hex
 
     def allreduce(self, buffer: Array) -> Array:
         if not _is_numpy(buffer):
@@ -298,23 +249,7 @@ class MPIProcessGroup(ProcessGroup):
             private.complete(private.comm.Ibcast(data, root), data)
 
     def gather_objects(self, value: Any) -> list[Any]:
-        """Return the small objects of all ranks (**collective**).
-
-        Parameters
-        ----------
-        value : object
-            This rank's, of at most 1024 bytes as a pickle.
-
-        Returns
-        -------
-        list of object
-            In the order of the ranks.
-
-        Raises
-        ------
-        CollectiveTimeoutError
-            If a rank does not come within the timeout.
-        """
+        """Return the objects of all ranks, of at most 1024 bytes as pickles (**collective**)."""
         data = pack(value)
         everyones = np.empty((self.size, data.size), np.uint8)
         with self._taken() as private:
@@ -322,49 +257,16 @@ class MPIProcessGroup(ProcessGroup):
         return [unpack(row) for row in everyones]
 
     def broadcast_object(self, value: Any) -> Any:
-        """Return rank 0's small object (**collective**).
-
-        Parameters
-        ----------
-        value : object
-            Of at most 1024 bytes as a pickle; of rank 0 only.
-
-        Returns
-        -------
-        object
-            That of rank 0.
-
-        Raises
-        ------
-        CollectiveTimeoutError
-            If a rank does not come within the timeout.
-        """
+        """Return the object of rank 0, of at most 1024 bytes as a pickle (**collective**)."""
         data = pack(value)
         self.broadcast(data)
         return unpack(data)
 
     @contextlib.contextmanager
     def messages(self, needed: list[Any]) -> Iterator[tuple[MPI.Comm, Callable[[Any, int], MPI.Status]]]:
-        """Lend the communicator for messages between ranks, with a wait that ends by the timeout.
+        """Lend the communicator for messages between ranks, and the function that waits for one.
 
         After an error inside, the communicator is used no more, and the memory that MPI needed is kept.
-
-        Parameters
-        ----------
-        needed : list of array
-            The memory that MPI may write or read.
-
-        Yields
-        ------
-        comm : mpi4py.MPI.Comm
-            The communicator.
-        wait : callable
-            Given a request and the partner's rank, waits and returns the status.
-
-        Raises
-        ------
-        CollectiveTimeoutError
-            If an earlier call was given up; `wait` also if the partner does not come in time.
         """
         with self._taken() as private:
             try:
@@ -383,13 +285,13 @@ class MPIProcessGroup(ProcessGroup):
         return MPI.Comm.Compare(self._comm, other._comm) != MPI.UNEQUAL
 
     def __reduce__(self) -> tuple[Callable[..., ProcessGroup | None], tuple[str, ...]]:
-        """Pickle all ranks of the world as `default_group()` where they are loaded; others by a token."""
+        """Pickle the world as `default_group()` of the process that loads it, other groups as a token."""
         if self._is_world:
             return MPIProcessGroup._unpickled_world, ()
         _pickled[self._token] = self
         return MPIProcessGroup._unpickled, (self._token,)
 
-    # Class methods, as these are pickled by the name of the class, which is that of no file.
+    # Class methods: these are pickled by the name of the class, which is that of no file.
     @classmethod
     def _unpickled(cls, token: str) -> ProcessGroup:
         """Return the group of a token, in the process that pickled it."""
@@ -400,21 +302,17 @@ class MPIProcessGroup(ProcessGroup):
 
     @classmethod
     def _unpickled_world(cls) -> ProcessGroup | None:
-        """Return the group of all ranks; None, which means it, where it is not known to be more than one."""
+        """Return the group of all ranks, or None, which means it, where that is one rank by now."""
         group = default_group() if "mpi4py.MPI" in sys.modules else SINGLE
         return None if group.size == 1 else group
 
     @functools.cached_property
-    def _token(self) -> str:
-        return uuid.uuid4().hex
-
-    @functools.cached_property
     def _transport(self) -> Transport:
-        """The way of CuPy arrays, chosen when the first comes (**collective**)."""
+        """The transport of CuPy arrays, chosen when the first comes (**collective**)."""
         return transport_for(self, self.transport)
 
     def _opened(self) -> PrivateComm:
-        """Return the private communicator, made at the first use (**collective**)."""
+        """Return the private communicator, made at its first use (**collective**)."""
         if self._private_comm is None:
             self._private_comm = private_comm_of(self._comm, self.timeout)
         return self._private_comm
@@ -428,17 +326,17 @@ class MPIProcessGroup(ProcessGroup):
 
 
 class NCCLProcessGroup(MPIProcessGroup):
-    """The ranks of an MPI communicator, each with a GPU of its own, between which NCCL moves CuPy arrays.
+    """The ranks of an MPI communicator, each with a GPU of its own; NCCL carries their CuPy arrays.
 
-    Its operations are enqueued on the current stream: the host does not wait, and they can be captured in a
-    CUDA graph. Errors of other ranks are therefore raised later: see `check_errors`. NumPy arrays go by MPI.
+    Its operations are enqueued on the current stream: the host does not wait, and a CUDA graph can capture
+    them. So errors of other ranks are raised later: see `check_errors`. NumPy arrays go by MPI.
 
     Parameters
     ----------
     comm : mpi4py.MPI.Intracomm, optional
         The communicator; default MPI.COMM_WORLD.
-    timeout : float, optional
-        Seconds that a collective call waits for the other ranks; default CUPY_SYNCBN_TIMEOUT, or 600.
+    timeout : see `MPIProcessGroup`
+        Seconds.
 
     Raises
     ------
@@ -454,17 +352,17 @@ class NCCLProcessGroup(MPIProcessGroup):
         from mpi4py import MPI
 
         super().__init__(MPI.COMM_WORLD if comm is None else comm, transport="nccl", timeout=timeout)
-        self._transport  # noqa: B018, an error tells here and now what is missing
+        self._transport  # noqa: B018, raises the error of a missing transport now, not at the first sum
 
 
 class UnusableGroup(ProcessGroup):
-    """The group of a process that is not in it, or has lost it: each use is an error that says why."""
+    """The group of a process that is not in it, or has lost it: each use raises an error that says why."""
 
     def __init__(self, reason: str) -> None:
         self._reason = reason
 
     def __getattr__(self, name: str) -> Any:
-        """Raise RuntimeError for the attributes that a group has and this one lacks: rank, size, timeout."""
+        """Raise RuntimeError for rank, size and timeout, which only a usable group has."""
         if name in ProcessGroup.__annotations__:
             raise RuntimeError(self._reason)
         raise AttributeError(name)
@@ -479,12 +377,12 @@ class UnusableGroup(ProcessGroup):
         return f"<no group: {self._reason}>"
 
 
+# The groups that this process has pickled, by their tokens.
 _pickled: weakref.WeakValueDictionary[str, MPIProcessGroup] = weakref.WeakValueDictionary()
-"""The groups that this process has pickled, by their tokens."""
 
 
 def _is_numpy(buffer: object) -> bool:
-    """Tell an array of NumPy from one of CuPy."""
+    """Tell a NumPy array from a CuPy array; raise TypeError for all else."""
     if isinstance(buffer, np.ndarray):
         return True
     if not isinstance(buffer, getattr(sys.modules.get("cupy"), "ndarray", ())):
@@ -493,7 +391,7 @@ def _is_numpy(buffer: object) -> bool:
 
 
 def transport_name(name: str | None) -> str:
-    """Return the name of a transport, by default the one that CUPY_SYNCBN_TRANSPORT says."""
+    """Return the name of a transport, by default that in CUPY_SYNCBN_TRANSPORT."""
     name = (os.environ.get("CUPY_SYNCBN_TRANSPORT") or "auto") if name is None else name
     if name not in TRANSPORTS:
         raise ValueError(f"expected a transport of {', '.join(map(repr, TRANSPORTS))} (got {name!r})")
@@ -501,7 +399,7 @@ def transport_name(name: str | None) -> str:
 
 
 def timeout_of(seconds: float | None) -> float:
-    """Return a timeout, by default the one that CUPY_SYNCBN_TIMEOUT says."""
+    """Return a timeout, by default that in CUPY_SYNCBN_TIMEOUT."""
     if seconds is None:
         text = os.environ.get("CUPY_SYNCBN_TIMEOUT") or str(DEFAULT_TIMEOUT)
         try:
@@ -522,8 +420,8 @@ def default_group() -> ProcessGroup:
     Returns
     -------
     ProcessGroup
-        All ranks of MPI.COMM_WORLD, when an MPI launcher started this process or it has imported
-        mpi4py.MPI already; else this process by itself, and MPI is not initialised.
+        All ranks of MPI.COMM_WORLD, if an MPI launcher started this process or it has imported mpi4py.MPI;
+        else this process by itself, and MPI is not initialised.
 
     Examples
     --------
@@ -541,15 +439,7 @@ def default_group() -> ProcessGroup:
 
 
 def as_group(process_group: ProcessGroup | MPI.Intracomm | None) -> ProcessGroup:
-    """Return the group that an argument `process_group` means.
-
-    A communicator of one rank is a SingleProcessGroup, another always the same group.
-
-    Raises
-    ------
-    TypeError
-        If it is neither None, which is the whole world, nor a group, nor a communicator.
-    """
+    """Return the group that an argument `process_group` means; for a communicator always the same one."""
     if process_group is None:
         return default_group()
     if isinstance(process_group, ProcessGroup):
@@ -575,7 +465,7 @@ def as_group(process_group: ProcessGroup | MPI.Intracomm | None) -> ProcessGroup
 
 @functools.cache
 def _keyval() -> int:
-    """Key of the attribute in which a communicator keeps its group."""
+    """Return the key of the attribute in which a communicator keeps its group."""
     from mpi4py import MPI
 
     return MPI.Comm.Create_keyval()

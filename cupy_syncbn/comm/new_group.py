@@ -1,4 +1,4 @@
-"""Making groups of some of the ranks: new_group, split_group."""
+"""Groups of some of the ranks: new_group, split_group."""
 
 from __future__ import annotations
 
@@ -15,17 +15,7 @@ if TYPE_CHECKING:
 
 
 def _agree(group: MPIProcessGroup, request: str, error: Exception | None) -> None:
-    """Compare what all ranks ask for, and wait for them before MPI does, for ever (**collective**).
-
-    Raises
-    ------
-    Exception
-        `error`, which this rank has found in its own arguments.
-    RemoteRankError
-        If another rank has found one.
-    RankMismatchError
-        If the ranks ask for different groups.
-    """
+    """Raise `error`, or an error if another rank has one or another request (**collective**)."""
     digest = hashlib.sha256(request.encode()).hexdigest()
     everyones = group.gather_objects((error is not None, digest, request[:200])) if group.size > 1 else []
     if error is not None:
@@ -55,11 +45,9 @@ def new_group(
     ranks : iterable of int, optional
         Ranks of `comm`, in the order that they have in the group; default all.
     comm : mpi4py.MPI.Intracomm, optional
-        The communicator that the ranks are counted in; default MPI.COMM_WORLD.
-    transport : {"auto", "mpi", "cuda-aware-mpi", "nccl"}, optional
-        What carries CuPy arrays, see `MPIProcessGroup`; default CUPY_SYNCBN_TRANSPORT, or "auto".
-    timeout : float, optional
-        Seconds that an exchange waits for the other ranks; default CUPY_SYNCBN_TIMEOUT, or 600.
+        The communicator of the ranks; default MPI.COMM_WORLD.
+    transport, timeout : see `MPIProcessGroup`
+        The way of CuPy arrays, and seconds.
 
     Returns
     -------
@@ -70,12 +58,8 @@ def new_group(
     ------
     TypeError, ValueError
         If the ranks are not distinct ranks of `comm`, or the transport is unknown.
-    RemoteRankError
-        If that is so of the ranks that another process gives.
-    RankMismatchError
-        If other processes give other ranks.
-    CollectiveTimeoutError
-        If a rank of `comm` does not come within the timeout.
+    RemoteRankError, RankMismatchError, CollectiveTimeoutError
+        If another process has such an error, has other arguments, or does not come within the timeout.
 
     Notes
     -----
@@ -95,7 +79,7 @@ def new_group(
             raise ValueError(f"expected distinct ranks between 0 and {comm.size - 1} (got {members})")
     except TypeError:
         error = TypeError(f"expected ranks to be integers, or None for all (got {ranks!r})")
-    except Exception as wrong:  # also what an iterable raises
+    except Exception as wrong:  # an iterable may raise any
         error = wrong
     _agree(parent, f"new_group({members}, transport={transport!r})", error)
     is_member = comm.rank in members
@@ -117,13 +101,9 @@ def split_group(
     Parameters
     ----------
     group_size : int
-        Ranks a group; it must divide the number of ranks.
-    comm : mpi4py.MPI.Intracomm, optional
-        The communicator to divide; default MPI.COMM_WORLD.
-    transport : {"auto", "mpi", "cuda-aware-mpi", "nccl"}, optional
-        What carries CuPy arrays, see `MPIProcessGroup`; default CUPY_SYNCBN_TRANSPORT, or "auto".
-    timeout : float, optional
-        Seconds that an exchange waits for the other ranks; default CUPY_SYNCBN_TIMEOUT, or 600.
+        Ranks per group, a divisor of the number of ranks.
+    comm, transport, timeout : see `new_group`
+        The communicator to divide, the way of CuPy arrays, and seconds.
 
     Returns
     -------
@@ -134,12 +114,8 @@ def split_group(
     ------
     TypeError, ValueError
         If `group_size` is no integer that divides the number of ranks, or the transport is unknown.
-    RemoteRankError
-        If that is so of another process's.
-    RankMismatchError
-        If other processes give another `group_size`.
-    CollectiveTimeoutError
-        If a rank of `comm` does not come within the timeout.
+    RemoteRankError, RankMismatchError, CollectiveTimeoutError
+        As in `new_group`.
 
     Notes
     -----

@@ -34,29 +34,20 @@ _SPINS_BEFORE_YIELD = range(50)
 class PrivateComm:
     """The one duplicate of a communicator, its memory, and the wait for its messages.
 
-    A collective operation takes it, and releases it in the end. All waits in between have one deadline.
-
-    Parameters
-    ----------
-    comm : mpi4py.MPI.Comm
-        The duplicate, which may still be under way.
-    rank, size : int
-        Of the communicator.
+    A collective operation takes it, and releases it at its end. All waits in between have one deadline.
     """
 
     def __init__(self, comm: MPI.Comm, rank: int, size: int) -> None:
         from mpi4py import MPI
 
         self.comm, self.rank, self.size = comm, rank, size
-        self._unusable: tuple[type[RuntimeError], str] | None = None
-        """The error that tells why no more messages can travel here, if so."""
+        self._unusable: tuple[type[RuntimeError], str] | None = None  # the error of each further use
         self._lock = threading.Lock()
         self._timeout = math.inf
         self._deadline: float | None = None
         self._status = MPI.Status()
         self._receive_buffer = np.empty(LONGEST)
-        self._sums: dict[int, CheckedSum] = {}
-        """By the length of the vector."""
+        self._sums: dict[int, CheckedSum] = {}  # by the length of the vector
         _private_comms.add(self)
 
     def take(self, timeout: float) -> Self:
@@ -79,7 +70,7 @@ class PrivateComm:
         self._lock.release()
 
     def sum(self, vector: Array, timeout: float) -> None:
-        """Replace a NumPy vector by its sum over the ranks, as an operation by itself; see `CheckedSum`."""
+        """Replace a NumPy vector by its sum over the ranks, as an operation of its own; see `CheckedSum`."""
         self.take(timeout)
         try:
             checked_sum = self._sums.get(vector.size)
@@ -94,7 +85,7 @@ class PrivateComm:
             self._lock.release()
 
     def complete(self, request: MPI.Request, *needed: Array) -> None:
-        """Wait for a collective request, which needs some arrays to live as long as it does."""
+        """Wait for a collective request that needs some arrays to live as long as it does."""
         try:
             self.wait(request)
         except BaseException as error:
@@ -102,7 +93,7 @@ class PrivateComm:
             raise
 
     def wait(self, request: MPI.Request, partner: int | None = None) -> MPI.Status:
-        """Wait for a request to or from a rank, or to all, until the deadline."""
+        """Wait until the deadline for a request to or from a rank, or to all."""
         status, test = self._status, request.Test
         for _ in _SPINS_BEFORE_YIELD:
             if test(status):
@@ -130,7 +121,7 @@ class PrivateComm:
         _left_to_mpi.append((self, needed))
 
     def free(self) -> None:
-        """Free the duplicate together with the communicator that it is of, unless MPI may still use it."""
+        """Free the duplicate together with its communicator, unless MPI may still use it."""
         from mpi4py import MPI
 
         if not self._unusable and not MPI.Is_finalized():
@@ -139,16 +130,9 @@ class PrivateComm:
                 checked_sum.free()
             self.comm.Free()
 
-    def forbid_in_child(self) -> None:
-        """Keep a forked process from using the duplicate of its parent."""
-        self._unusable = RuntimeError, _FORKED
-
 
 def private_comm_of(comm: MPI.Comm, timeout: float) -> PrivateComm:
-    """Return the duplicate of a communicator, made when it is first asked for (**collective**).
-
-    The communicator keeps it as an attribute, so that all groups on it share the one.
-    """
+    """Return the duplicate that a communicator keeps as an attribute, made at first use (**collective**)."""
     from mpi4py import MPI
 
     if comm == MPI.COMM_NULL:
@@ -173,29 +157,27 @@ def private_comm_of(comm: MPI.Comm, timeout: float) -> PrivateComm:
 
 @functools.cache
 def _keyval() -> int:
-    """Key of the attribute in which a communicator keeps its duplicate."""
+    """Return the key of the attribute in which a communicator keeps its duplicate."""
     from mpi4py import MPI
 
     return MPI.Comm.Create_keyval(delete_fn=lambda comm, keyval, private: private.free())
 
 
-_opening = threading.Lock()
-"""Held while a communicator is duplicated: two threads would make two duplicates."""
+_opening = threading.Lock()  # two threads would make two duplicates of one communicator
 
 _private_comms: weakref.WeakSet[PrivateComm] = weakref.WeakSet()
 
+# The memory of operations that were given up: kept for ever, as MPI may still read and write it.
 _left_to_mpi: list[tuple[PrivateComm, tuple[Array, ...]]] = []
-"""The memory of operations that were given up: kept for ever, as MPI may still read and write it."""
 
-_forked: list[bool] = []
-"""Not empty in a process that was forked from one with MPI."""
+_forked: list[bool] = []  # not empty in a process that was forked from one with MPI
 
 
 def _after_fork() -> None:
     if "mpi4py.MPI" in sys.modules:
         _forked.append(True)
     for private in _private_comms:
-        private.forbid_in_child()
+        private._unusable = RuntimeError, _FORKED
 
 
 if hasattr(os, "register_at_fork"):  # not on Windows

@@ -1,4 +1,4 @@
-"""Who sends what to whom in a sum over ranks; pure, so that it is tested without MPI."""
+"""Who sends to whom in a sum over ranks; pure functions, so that tests need no MPI."""
 
 from __future__ import annotations
 
@@ -6,25 +6,25 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 FAULT = -3
-"""Where a vector has its fault flag; NaN there tells that lengths differed."""
+"""Index of the fault flag in a vector; NaN there tells that lengths differed."""
 
 
 class Step(NamedTuple):
-    """What a rank does with a partner, in one step of the sum."""
+    """A message or two between a rank and a partner, in one step of the sum."""
 
     partner: int
     sends: bool
     receives: bool
     replaces: bool
-    """Whether what it receives is the sum already."""
+    """Whether it receives the final sum."""
 
 
 def steps(rank: int, size: int) -> Iterator[Step]:
-    """Yield what a rank does: recursive doubling over a power of two of the ranks.
+    """Yield the steps of a rank: recursive doubling over a power of two of the ranks.
 
     In step k partners whose numbers differ in bit k swap their sums, so that after log2(size) steps all have
     the whole, to the same bits, since a + b is b + a. Each of the ranks beyond the power of two first hands
-    its vector to a neighbour, and takes the sum from it in the end (Thakur, Rabenseifner and Gropp 2005).
+    its vector to a neighbour, and takes the sum from it at the end (Thakur, Rabenseifner and Gropp 2005).
     """
     power = 1 << size.bit_length() - 1
     beyond = size - power

@@ -1,4 +1,4 @@
-"""Small Python objects as messages of one size: the ranks that wait for one cannot know its size."""
+"""Small Python objects as messages of one size: a receiver knows the size in advance."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What is installed, which GPU and transport each rank has, and whether they work together."""
+"""The report: packages, GPUs, transports, and whether they work together."""

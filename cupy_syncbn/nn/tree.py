@@ -28,8 +28,8 @@ class Tree:
         self.named_leaves: list[tuple[str, Any]] = []
         """Dotted name and leaf, each once."""
         self._root: _Seen | None = None
-        self._nodes: list[_Seen] = []
-        self._containers: list[_Seen] = []
+        self._seen: list[_Seen] = []
+        """Of all other nodes, and of the containers that hold nodes or leaves."""
         if kinds is not None:
             self._walk(root, kinds)
         self.leaves = [leaf for _, leaf in self.named_leaves]
@@ -58,7 +58,7 @@ class Tree:
                 self.root_leaves, self._root = own, attributes._replace(values=None)
             else:
                 self.within.append((prefix, node, own))
-                self._nodes.append(attributes)
+                self._seen.append(attributes)
 
     def _members(self, node: Any, kinds: Kinds) -> Iterator[tuple[str, Any]]:
         """Yield the leaves and nodes of a node that are not within another one."""
@@ -73,22 +73,13 @@ class Tree:
                 met.add(id(value))
                 containers.append(value)
                 pending += [(f"{name}.{key}", item) for key, item in items_of(value)][::-1]
-        self._containers += [_Seen.of(each, kinds) for each in containers if _has_members(each, kinds)]
+        self._seen += [_Seen.of(each, kinds) for each in containers if _has_members(each, kinds)]
 
     def is_current(self, root: Any) -> bool:
         """Tell whether everything within holds what it did: a comparison, without a walk."""
         if self._root is None or not self._root.is_same(vars(root)):
             return False
-        for attributes, types, held, plain in self._nodes:  # as _Seen.is_same, without a call for each
-            if list(map(type, attributes.values())) != types:
-                return False
-            for name, value in held:
-                if attributes.get(name) is not value:
-                    return False
-            for name, form in plain:
-                if _form(attributes.get(name)) != form:
-                    return False
-        return all(seen.is_same(seen.values) for seen in self._containers)
+        return all(seen.is_same(seen.values) for seen in self._seen)
 
     def __reduce__(self) -> Any:
         """Let a copy see for itself."""
@@ -125,8 +116,10 @@ class _Seen(NamedTuple):
         if list(map(type, values.values() if isinstance(values, dict) else values)) != self.types:
             return False
         try:
-            same = all(values[key] is value for key, value in self.held)
-            return same and all(_form(values[key]) == form for key, form in self.plain)
+            for key, value in self.held:
+                if values[key] is not value:
+                    return False
+            return not self.plain or all(_form(values[key]) == form for key, form in self.plain)
         except KeyError:
             return False
 

@@ -16,6 +16,7 @@ from mpi4py import MPI
 import cupy_syncbn
 from cupy_syncbn import show_config
 from cupy_syncbn.comm import small_objects
+from cupy_syncbn.diagnosis import report, self_test
 from cupy_syncbn.diagnosis import survey as config
 from support import nccl_stand_in
 from support.launcher import REPOSITORY, clean_environment, launch, other_python, run, vendor_of
@@ -189,7 +190,7 @@ def test_empty_transport_counts_as_unset(monkeypatch):
 
 
 def test_longest_row_fits_into_a_message():
-    reason, name = config._REASON * "x", config._NAME * "x"
+    reason, name = report.REASON * "x", config._NAME * "x"
     row = (
         name,
         10**6,
@@ -215,7 +216,7 @@ def test_gpus_are_bound_by_local_rank(world, gpus):
 
 def test_wrong_sum_is_found(world, monkeypatch):
     """One rank's error is everyone's failure."""
-    right = config._batch
+    right = self_test._batch
     if world.rank == world.size - 1:
         changes = iter([1])  # the data of the layer, not those of the reference
 
@@ -224,17 +225,17 @@ def test_wrong_sum_is_found(world, monkeypatch):
             x[0, 0, 0] += next(changes, 0)
             return x, dy
 
-        monkeypatch.setattr(config, "_batch", wrong)
+        monkeypatch.setattr(self_test, "_batch", wrong)
     facts = show_config("dicts")
     assert not facts["self_test"]["passed"]
     assert not facts["ok"]
     assert facts["self_test"]["deviation"] > 1e-4
-    assert "FAILED" in config._verdict(facts)
+    assert "FAILED" in report.verdict(facts)
 
 
 def test_error_on_one_rank(world, monkeypatch):
     if world.rank == world.size - 1:
-        monkeypatch.setattr(config, "_batch", lambda rank: (np.zeros(3, "f4"), np.zeros(3, "f4")))
+        monkeypatch.setattr(self_test, "_batch", lambda rank: (np.zeros(3, "f4"), np.zeros(3, "f4")))
     facts = show_config("dicts")
     assert not facts["ok"]
     assert "rank" in facts["self_test"]["error"]

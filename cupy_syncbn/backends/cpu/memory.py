@@ -1,7 +1,7 @@
 """Memory of the NumPy backend: it begins on cache lines, and is used again instead of allocated again.
 
-A loop that writes across cache lines takes twice as long. Memory that is fresh from the operating system
-costs a page fault every 4 KiB, which can take as long as all that is computed into it.
+A loop that writes across cache lines takes twice as long. Fresh memory from the operating system costs a page
+fault every 4 KiB, which can take as long as the computation of its contents.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from cupy_syncbn.arrays import Array
 CACHE_LINE = 64
 """Bytes."""
 KEPT_OUTPUTS = 4
-"""How many outputs that nobody refers to any more are kept: y, dx, dresidual, and one more."""
+"""Outputs without a reference that are kept: y, dx, dresidual, and one more."""
 SMALL = 1 << 17
-"""Bytes below which none of this is worth its while."""
+"""Bytes below which none of this is worth the effort."""
 LARGEST_KEPT = 1 << 25
-"""Bytes of the largest output that is kept; at most 128 MiB are, all in all."""
+"""Bytes of the largest output that is kept; all of them have at most 128 MiB."""
 
 
 def _aligned(buffer: Array) -> Array:
-    """Return the bytes of a buffer from the first cache line on, less a line."""
+    """Return the bytes of a buffer from its first cache line on, one line less in all."""
     start = -buffer.ctypes.data % CACHE_LINE
     return buffer[start : start + buffer.size - CACHE_LINE]
 
@@ -55,7 +55,7 @@ _free: deque[Array] = deque(maxlen=KEPT_OUTPUTS)  # its operations are atomic
 
 
 class _Lease:
-    """The base of an output and of all its views: when the last of them goes, its memory is free again."""
+    """The base of an output and of all its views: when the last of them goes, it gives back the memory."""
 
     def __init__(self, buffer: Array) -> None:
         self._buffer = buffer
@@ -68,9 +68,10 @@ class _Lease:
 
 def output(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
     """Allocate an array for a result."""
-    if math.prod(shape) * dtype.itemsize < SMALL:
+    nbytes = math.prod(shape) * dtype.itemsize
+    if nbytes < SMALL:
         return np.empty(shape, dtype)
-    size = math.prod(shape) * dtype.itemsize + CACHE_LINE
+    size = nbytes + CACHE_LINE
     buffer = None
     for _ in range(len(_free)):
         try:

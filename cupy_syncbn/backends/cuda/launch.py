@@ -1,4 +1,4 @@
-"""How the CUDA kernels share a tensor among blocks: the one place where launches are shaped.
+"""How the CUDA kernels share a tensor among blocks: the only place where launches are shaped.
 
 See kernels/common.cuh for the two ways to walk a tensor. Nothing here needs CUDA.
 """
@@ -15,22 +15,22 @@ THREADS = 256
 """Of a block, as in common.cuh."""
 
 BLOCKS = 8
-"""A multiprocessor, where there is work for them: 2048 threads, the most that it holds. Where registers allow
-fewer, the rest follow as blocks end."""
+"""Per multiprocessor, where there is work for them: 2048 threads, the most that it holds. Where registers
+allow fewer, the others start as blocks end."""
 
 MIN_ITEMS = 4
-"""Vectors a thread: as many as it loads at once. With fewer, more time would go to adding up blocks."""
+"""Vectors per thread: as many as it loads at once. Fewer would cost more time for the sum over blocks."""
 
 MAX_ITEMS = 64
-"""Vectors a thread: the length of its sums in float32, whose rounding errors grow with it. 64 keep the
+"""Vectors per thread: the length of its sums in float32, whose rounding errors grow with it. 64 keep the
 variance within 1e-6, and give a block 64 KiB to 256 KiB to read."""
 
 ROW_BYTES = 256
-"""Of a row of a matrix that a block reads side by side: two cache lines. Wider blocks would have more
-channels, and more sums to pass on for the same number of elements."""
+"""Bytes of a matrix row that a block reads: two cache lines. Wider blocks would have more channels, and more
+sums to pass on for the same number of elements."""
 
 SMALL_MAP = 64
-"""Threads side by side that maps of several channels should fill; one map may need up to THREADS."""
+"""Threads side by side that the maps of several channels should fill; one map may need up to THREADS."""
 
 
 class Launch(NamedTuple):
@@ -39,7 +39,7 @@ class Launch(NamedTuple):
     columns: bool
     """Whether the tensor is walked as a matrix; see common.cuh for the rest."""
     width: int
-    """Elements a vector."""
+    """Elements per vector."""
     lanes: int
     group: int
     per_split: int
@@ -48,7 +48,6 @@ class Launch(NamedTuple):
 
     @property
     def blocks(self) -> int:
-        """Blocks of the grid."""
         return self.groups * self.splits
 
 
@@ -58,65 +57,44 @@ def _ceil(a: int, b: int) -> int:
 
 @functools.lru_cache(maxsize=1024)
 def launch_for(shape: tuple[int, int, int], itemsize: int, aligned: bool, multiprocessors: int) -> Launch:
-    """Shape the launch for a contiguous tensor.
+    """Shape the launch for a contiguous tensor of `shape` (N, C, S), with S = 1 for channels-last data.
 
-    Parameters
-    ----------
-    shape : tuple of int
-        (N, C, S); S is 1 for channels-last data.
-    itemsize : int
-        Bytes an element.
-    aligned : bool
-        Whether all tensors begin at multiples of 16 bytes.
-    multiprocessors : int
-        Of the GPU.
-
-    Returns
-    -------
-    Launch
-        The launch.
-
-    Raises
-    ------
-    ValueError
-        If a map has more elements than 32 bits can number the vectors of.
+    Tensors are `aligned` if all of them begin at multiples of 16 bytes.
     """
     N, C, S = shape
     width = vector_width(itemsize) if aligned else 1
-    columns, column_width, lanes, group = _columns(C, S, itemsize, width)
+    columns = _columns(C, S, itemsize, width)
     if columns:
-        width = column_width
-        height = THREADS // lanes
-        steps = _ceil(N, height)
-        unit = height
+        width, lanes, group = columns
+        unit = THREADS // lanes
+        steps = _ceil(N, unit)
     else:
-        lanes, group = 1, 1
+        lanes, group, unit = 1, 1, THREADS
         if S // width >= 2**31:
             raise ValueError(
                 f"expected fewer than {2**31 * width} elements a channel and sample (got {S}): "
                 "cut each into several samples: the statistics are the same"
             )
-        steps = _ceil(N * max(S // width, 1), THREADS)
-        unit = THREADS
+        steps = _ceil(N * max(S // width, 1), unit)
     groups = _ceil(C, group)
     items = _ceil(steps, max(1, multiprocessors * BLOCKS // groups))
     items = min(max(items, MIN_ITEMS), MAX_ITEMS)
-    return Launch(columns, width, lanes, group, items * unit, groups, max(1, _ceil(steps, items)))
+    return Launch(columns is not None, width, lanes, group, items * unit, groups, max(1, _ceil(steps, items)))
 
 
-def _columns(C: int, S: int, itemsize: int, width: int) -> tuple[bool, int, int, int]:
-    """Return whether to walk the matrix (N, C*S) by columns, and its vectors' width, lanes and group."""
+def _columns(C: int, S: int, itemsize: int, width: int) -> tuple[int, int, int] | None:
+    """Return the width of vectors, lanes and group for the matrix (N, C*S); None to walk row by row."""
     width = width if C * S % width == 0 else 1
     if S == 1:
         vectors = C // width
         lanes = _ceil(vectors, _ceil(vectors, ROW_BYTES // (width * itemsize)))  # as even as may be
-        return True, width, lanes, lanes * width
+        return width, lanes, lanes * width
     # The least number of channels that are whole vectors together, and of threads for them.
     channels = width // math.gcd(S, width)
     lanes = channels * S // width
     # Maps of odd sizes lack 16-byte vectors as a matrix; longer ones have enough of them row by row.
     long_rows = S // vector_width(itemsize) >= 16
     if lanes > THREADS or (width < vector_width(itemsize) and long_rows):
-        return False, 0, 0, 0
+        return None
     several = min(max(1, SMALL_MAP // lanes), _ceil(C, channels))
-    return True, width, several * lanes, several * channels
+    return width, several * lanes, several * channels

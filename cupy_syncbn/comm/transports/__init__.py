@@ -1,4 +1,4 @@
-"""How CuPy arrays travel between ranks: through the host, by an MPI that knows GPUs, or by NCCL."""
+"""The ways of CuPy arrays between ranks: through the host, by an MPI that knows GPUs, or by NCCL."""
 
 from __future__ import annotations
 

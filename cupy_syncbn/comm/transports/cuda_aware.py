@@ -1,4 +1,4 @@
-"""CUDA-aware MPI: the addresses of CuPy arrays are handed to MPI."""
+"""CUDA-aware MPI: MPI gets the addresses of CuPy arrays."""
 
 from __future__ import annotations
 
@@ -14,16 +14,15 @@ from cupy_syncbn.comm.transports.host_staged import HostStaged
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-_TAG = 2
-"""Of messages that carry arrays on the GPU; those of `checked_sum` have another."""
+_TAG = 2  # of messages that carry arrays on the GPU; those of `checked_sum` have another
 
 
 class CUDAAware(Transport):
     """Hands addresses on the GPU to MPI. An MPI that does not know them ends with a segmentation fault.
 
     Sums are made here, on the GPU, from messages between two ranks: Open MPI takes such addresses there, but
-    in no collective call that does not wait (its documentation names MPI_Iallreduce and MPI_Ibcast among the
-    functions that are not CUDA-aware). What is broadcast, once, goes through the host.
+    not in collective calls that do not wait (its documentation names MPI_Iallreduce and MPI_Ibcast among the
+    functions that are not CUDA-aware). A broadcast happens once, and goes through the host.
     """
 
     name = "cuda-aware-mpi"
@@ -34,55 +33,50 @@ class CUDAAware(Transport):
         self._steps = tuple(steps(group.rank, group.size))
 
     def allreduce(self, buffer: Array) -> Array:
-        """Replace a buffer by its sum, and return it."""
         if not self._add_up(buffer):
             raise RankMismatchError("the ranks add up arrays of different sizes")
         return buffer
 
     def allreduce_checked(self, vector: Array) -> Array:
-        """Do the same to a vector that ends in a trailer, and return the trailer in memory of the host."""
         self._add_up(vector, marks_mismatch=True)
-        trailer: Array = vector[-3:].get()
-        return trailer
+        return vector[-3:].get()
 
     def broadcast(self, buffer: Array, root: int) -> None:
-        """Replace a buffer by that of a rank."""
         self._through_host.broadcast(buffer, root)
 
     def _add_up(self, buffer: Array, marks_mismatch: bool = False) -> bool:
-        """Replace a buffer by its sum, and tell whether no message had another length."""
+        """Replace a buffer by its sum, and tell whether all messages had its length."""
         if not buffer.size:
             return True
         cupy = import_cupy()
         stream = cupy.cuda.get_current_stream()
-        own = buffer.reshape(-1).view("u1")  # MPI may have no 16-bit floats
-        other = cupy.empty_like(own)
-        summand = other.view(buffer.dtype).reshape(buffer.shape)
-        is_right = True
-        needed = [own, other]
+        sent = buffer.reshape(-1).view("u1")  # MPI may have no 16-bit floats
+        receive_buffer = cupy.empty_like(sent)
+        received = receive_buffer.view(buffer.dtype).reshape(buffer.shape)
+        needed, all_fit = [sent, receive_buffer], True
         with self._group.messages(needed) as (comm, wait):
             for partner, sends, receives, replaces in self._steps:
                 stream.synchronize()  # MPI knows nothing of streams
-                sending = comm.Isend(own, partner, _TAG) if sends else None
+                sending = comm.Isend(sent, partner, _TAG) if sends else None
+                fits = True
                 if receives:
-                    # None may be longer than its place, and its length is known when it has come.
+                    # No message may be longer than its buffer; its length is known when it has come.
                     nbytes = wait(_Arrival(comm, partner), partner).count
-                    fits = nbytes == own.nbytes
-                    needed.append(other if fits else cupy.empty(nbytes, "u1"))
-                    wait(comm.Irecv(needed[-1], partner, _TAG), partner)
+                    fits = nbytes == sent.nbytes
+                    if not fits:
+                        needed.append(cupy.empty(nbytes, "u1"))
+                    wait(comm.Irecv(receive_buffer if fits else needed[-1], partner, _TAG), partner)
                 if sending is not None:
                     wait(sending, partner)
-                if not receives:
-                    continue
                 if not fits:
-                    is_right = False
+                    all_fit = False
                     if marks_mismatch:
                         buffer[FAULT] = math.nan
                 elif replaces:
-                    buffer[...] = summand
-                else:
-                    buffer += summand
-        return is_right
+                    buffer[...] = received
+                elif receives:
+                    buffer += received
+        return all_fit
 
 
 class _Arrival:
@@ -92,5 +86,4 @@ class _Arrival:
         self._comm, self._partner = comm, partner
 
     def Test(self, status: MPI.Status) -> bool:  # noqa: N802, mpi4py's name
-        """Tell whether a message has come, and describe it."""
         return self._comm.Iprobe(self._partner, _TAG, status)

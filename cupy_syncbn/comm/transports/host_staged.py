@@ -1,4 +1,4 @@
-"""Host staging: CuPy arrays go through pinned memory of the host, and MPI carries that."""
+"""Host staging: CuPy arrays go through pinned memory of the host, and MPI sends that."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cupy_syncbn.comm.transports.base import Array, HostGroup, Transport
 
 
 class HostStaged(Transport):
-    """Copies to pinned memory of the host, a message of MPI, and back."""
+    """Copies an array to pinned memory of the host, calls MPI, and copies it back."""
 
     name = "mpi"
 
@@ -20,41 +20,34 @@ class HostStaged(Transport):
         self._group = group
 
     def allreduce(self, buffer: Array) -> Array:
-        """Replace a buffer by its sum, and return that in pinned memory, as it is until the next call."""
         host = _on_host(buffer)
         self._group.allreduce(host)
         buffer.set(host)
         return host
 
     def allreduce_checked(self, vector: Array) -> Array:
-        """Do the same to a vector that ends in a trailer."""
         host = _on_host(vector)
         self._group.allreduce_checked(host)
         vector.set(host)
         return host
 
     def match_peers(self, vector: Array) -> Array:
-        """Return `vector` itself: those of the others come by memory of the host too."""
-        return vector
+        return vector  # those of the other ranks go through memory of the host too
 
     def broadcast(self, buffer: Array, root: int) -> None:
-        """Replace a buffer by that of a rank."""
         host = _on_host(buffer)
         self._group.broadcast(host, root)
         buffer.set(host)
 
 
+# Memory that is used again, by thread, device and stream; and the stream: no other must get its address.
+# When the host has waited for a copy out, the stream's copy in before it has ended too: so one piece per
+# stream is enough. It is freed only for a larger one, as a copy in may be under way when the group is gone.
 _pinned: dict[tuple[int, int, int], tuple[Array, Any]] = {}
-"""Memory that is used again, by thread, device and stream, and the stream: another must not get its address.
-
-What a stream copies out is there when the host has waited for it, and by then its copy in before that has
-ended too: so one piece is enough for a stream, and one for all would be too few. It is freed only for a
-larger one, as a copy in may be under way when the group is gone.
-"""
 
 
 def _on_host(buffer: Array) -> Array:
-    """Return a copy of a CuPy array in pinned memory, when it is complete."""
+    """Return a complete copy of a CuPy array in pinned memory."""
     cupy = import_cupy()
     stream = cupy.cuda.get_current_stream()
     key = threading.get_ident(), buffer.device.id, stream.ptr
@@ -64,5 +57,5 @@ def _on_host(buffer: Array) -> Array:
         pinned = np.frombuffer(memory, np.uint8)
     host: Array = pinned[: buffer.nbytes].view(buffer.dtype).reshape(buffer.shape)
     buffer.get(out=host)
-    _pinned[key] = pinned, stream  # only now has the copy in ended that may have read a smaller one
+    _pinned[key] = pinned, stream  # only now, as the last copy in may have read the smaller piece until here
     return host

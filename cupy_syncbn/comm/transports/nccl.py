@@ -9,6 +9,7 @@ import warnings
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
@@ -19,37 +20,17 @@ from cupy_syncbn.comm.errors import CollectiveTimeoutError
 from cupy_syncbn.comm.small_objects import SIZE
 from cupy_syncbn.comm.transports.base import Array, HostGroup, Transport
 
-_PERIOD = 0.1
-"""Seconds between two looks at what NCCL does."""
-
-_LEAVING = 10.0
-"""Seconds that the host gets to leave a call of NCCL, before that is ended under it."""
-
-_NOT_READY = 600
-"""CUDA's cudaErrorNotReady: what an event is asked about has not ended."""
+_PERIOD = 0.1  # seconds between two looks at the operations
+_LEAVING = 10.0  # seconds that the host has to leave a call of NCCL before an abort
+_NOT_READY = 600  # CUDA's cudaErrorNotReady: the stream has not come to an event
 
 
 class NCCL(Transport):
     """Enqueues NCCL's operations on the current stream: the host waits for nothing.
 
-    What an exchange tells of faults is therefore looked at when the GPU has it: at the group's next exchange,
-    in `check_errors`, and by a thread that watches meanwhile. After an error that thread aborts the
-    communicator, as also if an operation has not ended by the group's timeout, or NCCL reports an error:
-    otherwise the stream might wait for ever.
-
-    Parameters
-    ----------
-    group : HostGroup
-        The ranks, each with a GPU of its own as its current device; their messages carry NCCL's unique id.
-
-    Raises
-    ------
-    RuntimeError
-        If NCCL is missing on a rank, two ranks share a GPU, or NCCL finds no way between the ranks in time.
-
-    Notes
-    -----
-    **Collective.**
+    So the trailer of a sum is looked at when the GPU has it: at the group's next sum, in `check_errors`, and
+    by a thread that watches meanwhile. That thread aborts the communicator after an error: of a trailer, of
+    NCCL, or of an operation that exceeds the group's timeout. Otherwise the stream might wait for ever.
     """
 
     name = "nccl"
@@ -69,30 +50,20 @@ class NCCL(Transport):
         weakref.finalize(self, self._operations.close).atexit = False
 
     def allreduce(self, buffer: Array) -> Array:
-        """Replace a buffer by its sum, and return it."""
         kind = getattr(self._nccl, f"NCCL_{buffer.dtype.name.upper()}", None)
         if kind is None:
             raise TypeError(f"expected a type that NCCL adds up (got {buffer.dtype.name})")
-
-        def enqueue(communicator: Any, pointer: int, stream: int) -> None:
-            communicator.allReduce(pointer, pointer, buffer.size, kind, self._nccl.NCCL_SUM, stream)
-
-        self._enqueue(enqueue, buffer)
+        add = self._nccl.NCCL_SUM
+        self._enqueue(buffer, lambda nccl, at, stream: nccl.allReduce(at, at, buffer.size, kind, add, stream))
         return buffer
 
-    def allreduce_checked(self, vector: Array) -> Array:
-        """Do the same to a vector that ends in a trailer."""
-        return self.allreduce(vector)
-
     def broadcast(self, buffer: Array, root: int) -> None:
-        """Replace a buffer by that of a rank."""
+        kind = self._nccl.NCCL_UINT8
+        self._enqueue(
+            buffer, lambda nccl, at, stream: nccl.broadcast(at, at, buffer.nbytes, kind, root, stream)
+        )
 
-        def enqueue(communicator: Any, pointer: int, stream: int) -> None:
-            communicator.broadcast(pointer, pointer, buffer.nbytes, self._nccl.NCCL_UINT8, root, stream)
-
-        self._enqueue(enqueue, buffer)
-
-    def _enqueue(self, enqueue: Callable[[Any, int, int], None], buffer: Array) -> None:
+    def _enqueue(self, buffer: Array, enqueue: Callable[[Any, int, int], None]) -> None:
         self._operations.raise_errors()
         if buffer.device.id != self._device:
             raise ValueError(
@@ -103,17 +74,15 @@ class NCCL(Transport):
             self._operations.enqueue(enqueue, buffer.data.ptr, import_cupy().cuda.get_current_stream())
 
     def defer(self, trailer: Array, check: Callable[[list[float]], None], call: object) -> None:
-        """Show the trailer of an exchange to `check` when the GPU has it; what that raises is raised then."""
         cupy = import_cupy()
         pinned = np.frombuffer(cupy.cuda.alloc_pinned_memory(trailer.nbytes), trailer.dtype, trailer.size)
         pinned[:] = 0
         trailer.get(out=pinned, blocking=False)
-        operation = _Operation(pinned, check, call)
+        operation = _Operation(call, lambda: check(pinned.tolist()))
         if not self._operations.add(operation, cupy.cuda.get_current_stream()):
             self._captured.append(operation)
 
     def check_errors(self) -> None:
-        """Wait for all operations, those of replayed graphs too, and raise the first error among them."""
         if self._captured:  # graphs that the stream was given
             self._operations.add(_Operation(), import_cupy().cuda.get_current_stream())
         self._operations.wait()
@@ -121,23 +90,16 @@ class NCCL(Transport):
         self._operations.raise_errors()
 
 
+@dataclass(eq=False, slots=True)
 class _Operation:
-    """What the GPU has been given, as the host sees it."""
+    """An operation on the GPU, as the host sees it."""
 
-    __slots__ = ("call", "check", "event", "since", "trailer")
-
-    def __init__(
-        self,
-        trailer: Array | None = None,
-        check: Callable[[list[float]], None] | None = None,
-        call: object = None,
-    ) -> None:
-        self.event: Any = None
-        """Recorded behind it; None while the host is still in NCCL's call, which may wait too."""
-        self.trailer, self.check = trailer, check
-        """In pinned memory, and what looks at it there."""
-        self.call = call
-        self.since = time.monotonic()
+    call: object = None
+    look: Callable[[], None] = lambda: None
+    """Raises the error that the trailer tells of."""
+    event: Any = None
+    """Recorded behind the operation; None while the host is still in NCCL's call, which may wait too."""
+    since: float = field(default_factory=time.monotonic)
 
     @property
     def ended(self) -> bool:
@@ -149,14 +111,9 @@ class _Operation:
             raise runtime.CUDARuntimeError(status)
         return bool(status == 0)
 
-    def look(self) -> None:
-        """Raise the error that the trailer tells of."""
-        if self.check is not None and self.trailer is not None:
-            self.check(self.trailer.tolist())
-
 
 class _Operations:
-    """All operations of a communicator that the host has not seen to end, and the first error among them."""
+    """The operations of a communicator whose end the host has not seen, and the first error among them."""
 
     def __init__(self, communicator: Any, device: int, group: HostGroup) -> None:
         self._communicator, self._device = communicator, device
@@ -169,7 +126,7 @@ class _Operations:
         self._closed = False
 
     def enqueue(self, enqueue: Callable[[Any, int, int], None], pointer: int, stream: Any) -> None:
-        """Let a function give NCCL an operation, and watch that from now on."""
+        """Call a function that enqueues an operation, and watch that from now on."""
         operation = _Operation()
         with self._lock:
             if self._error:
@@ -187,7 +144,7 @@ class _Operations:
                     self._pending.remove(operation)
 
     def add(self, operation: _Operation, stream: Any) -> bool:
-        """Watch an operation that the stream has been given; tell whether that can be: not in a graph."""
+        """Watch an operation at the end of a stream; return False where a graph captures that."""
         operation.event = _event_behind(stream)
         if operation.event is not None:
             with self._lock:
@@ -215,14 +172,14 @@ class _Operations:
                 operation.look()
 
     def watch(self) -> None:
-        """Look on from a thread of its own, which ends the communicator in the end."""
+        """Look on from a thread of its own, which ends the communicator at last."""
         import_cupy().cuda.runtime.setDevice(self._device)  # or a query would take up memory of device 0
         while not self._error and (self._pending or not self._closed):
             time.sleep(min(_PERIOD, self._timeout / 4))
             with self._keep_error():
                 self._look()
                 self._check_progress()
-        # Both calls may wait for the other ranks. What the GPU may still write to stays in `_pending`.
+        # Both calls may wait for the other ranks. Memory that the GPU may still write to stays in `_pending`.
         if self._error:
             while self._host_is_inside():
                 time.sleep(1e-3)
@@ -231,7 +188,7 @@ class _Operations:
             self._communicator.destroy()
 
     def _host_is_inside(self) -> bool:
-        """Tell whether the host is in a call of NCCL, which abort would end under it, and seems not stuck."""
+        """Tell whether the host is in a call of NCCL and not stuck: an abort would end the call under it."""
         patience = min(self._timeout, _LEAVING)
         with self._lock:
             return any(
@@ -240,11 +197,10 @@ class _Operations:
             )
 
     def close(self) -> None:
-        """Let the thread end when all operations have. The garbage collector calls this, anywhere."""
+        """Let the thread end after the last operation. The garbage collector calls this, anywhere."""
         self._closed = True
 
     def _look(self) -> None:
-        """Look at the operations that have ended."""
         while not self._error and self._pending and self._pending[0].ended:
             self._last_end = time.monotonic()
             self._pending.popleft().look()
@@ -254,7 +210,7 @@ class _Operations:
         if self._pending:
             waited = time.monotonic() - max(self._pending[0].since, self._last_end)
             if waited > self._timeout:
-                # The first is the sum itself; what an exchange defers comes right behind its own.
+                # The first is a sum itself; the check of its trailer is right behind it, and knows the call.
                 call = next((each.call for each in islice(self._pending, 2) if each.call), None)
                 raise CollectiveTimeoutError(
                     f"{self._rank} waited {self._timeout:g} s for the other ranks, in an operation of NCCL: "
@@ -265,7 +221,7 @@ class _Operations:
 
     @contextlib.contextmanager
     def _keep_error(self) -> Iterator[None]:
-        """Hold the lock, and keep the first error that shows inside."""
+        """Hold the lock, and keep the first error inside."""
         with self._lock:
             try:
                 yield
@@ -274,7 +230,7 @@ class _Operations:
 
 
 def _event_behind(stream: Any) -> Any:
-    """Return an event that tells when a stream has come here; None if that is being captured."""
+    """Return an event at the end of a stream; None if a graph captures that."""
     cupy = import_cupy()
     if stream.ptr and cupy.cuda.runtime.streamIsCapturing(stream.ptr):
         return None
@@ -284,24 +240,21 @@ def _event_behind(stream: Any) -> Any:
 
 
 def _unique_id(nccl: Any, group: HostGroup) -> Any:
-    """Return rank 0's unique id, or raise what it could not be made for, on all ranks (**collective**)."""
-    own = None
+    """Return rank 0's unique id, or raise its error on all ranks (**collective**)."""
+    unique_id = None
     if group.rank == 0:
         try:
-            own = nccl.get_unique_id()
+            unique_id = nccl.get_unique_id()
         except RuntimeError as error:
-            own = f"rank 0: {error}"[: SIZE // 4]
-    unique_id = group.broadcast_object(own)
+            unique_id = f"rank 0: {error}"[: SIZE // 4]
+    unique_id = group.broadcast_object(unique_id)
     if isinstance(unique_id, str):
         raise RuntimeError(f"transport 'nccl': {unique_id}")
     return unique_id
 
 
 def _communicator(nccl: Any, unique_id: Any, group: HostGroup, device: int) -> Any:
-    """Return NCCL's communicator, or raise what it could not be made for, on all ranks (**collective**).
-
-    NCCL waits for all ranks there, without an end if one has failed: so a thread does, which is left behind.
-    """
+    """Return NCCL's communicator, or raise the error of a rank on all ranks (**collective**)."""
     made: list[Any] = []
 
     def make() -> None:
@@ -311,27 +264,27 @@ def _communicator(nccl: Any, unique_id: Any, group: HostGroup, device: int) -> A
         except Exception as error:
             made.append(error)
 
+    # NCCL waits for all ranks, without an end if one has failed: so a thread does, which is left behind.
     thread = threading.Thread(target=make, name="cupy_syncbn NCCL's start", daemon=True)
     thread.start()
     # Half of it, as a rank that has failed waits below for those that wait here.
     patience = min(group.timeout / 2, threading.TIMEOUT_MAX)
     thread.join(patience)
-    own: Any = made[0] if made else None
-    if own is None:
+    communicator: Any = made[0] if made else None
+    outcome = (0, "")
+    if communicator is None:
         outcome = (1, f"it waited {patience:g} s for the other ranks")
-    elif isinstance(own, Exception):
-        outcome = (2, str(own)[: SIZE // 4])
-    else:
-        outcome = (0, "")
+    elif isinstance(communicator, Exception):
+        outcome = (2, str(communicator)[: SIZE // 4])
     everyones: list[tuple[int, str]] = group.gather_objects(outcome)
     worst = max(everyones)  # an error rather than a wait for the rank that has it
     if worst[0]:
         if outcome[0] == 0:
-            own.abort()
+            communicator.abort()
         raise RuntimeError(
             f"transport 'nccl': NCCL made no communicator on rank {everyones.index(worst)}: {worst[1]}"
         )
-    return own
+    return communicator
 
 
 def import_nccl() -> Any:
@@ -345,7 +298,7 @@ def import_nccl() -> Any:
 
 
 def missing_for_nccl() -> tuple[str, str]:
-    """Tell what this process lacks for NCCL, or nothing, and which GPU it has."""
+    """Tell why this process cannot use NCCL, or nothing, and which GPU it has."""
     try:
         runtime = import_cupy().cuda.runtime
     except ImportError as error:
@@ -354,11 +307,9 @@ def missing_for_nccl() -> tuple[str, str]:
         gpu = runtime.deviceGetPCIBusId(runtime.getDevice())
     except RuntimeError as error:
         return f"CuPy finds no GPU: {error}", ""
-    try:
+    with contextlib.suppress(ImportError):
         if getattr(import_nccl(), "available", False):
             return "", gpu
-    except ImportError:
-        pass
     return "CuPy finds no NCCL: install nvidia-nccl-cu12 or nvidia-nccl-cu13, by the CUDA version of CuPy", ""
 
 
