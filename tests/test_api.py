@@ -57,6 +57,13 @@ NO_ERRORS = {
 }
 
 
+# Methods of public classes that only the package itself calls: a sentence is enough.
+INTERNAL = {
+    *(f"ProcessGroup.{name}" for name in ("allreduce_checked", "match_peers", "defer")),
+    *(f"MPIProcessGroup.{name}" for name in ("gather_objects", "broadcast_object", "messages")),
+}
+
+
 def public_methods(value):
     """Yield (method, whether it overrides another of the package) of a class, private bases' methods too."""
     for member in dir(value):
@@ -77,7 +84,7 @@ def public_objects():
         value = getattr(cupy_syncbn, name)
         yield name, value
         for found, overrides in public_methods(value) if inspect.isclass(value) else ():
-            if not overrides:
+            if not overrides and found.__qualname__ not in INTERNAL:
                 yield found.__qualname__, found
 
 

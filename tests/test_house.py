@@ -135,7 +135,7 @@ def functions_in(package):
 
 
 # Public signatures: torch's, and those that grew from it.
-MANY_PARAMETERS = {"sync_batch_norm", "BatchNormBase.__init__", "SyncBatchNorm.__init__"}
+MANY_PARAMETERS = {"sync_batch_norm", "BatchNormBase.__init__"}
 
 
 def long_parameter_lists(package):

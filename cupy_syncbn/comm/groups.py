@@ -71,65 +71,20 @@ class ProcessGroup(ABC):
         """
 
     def allreduce_checked(self, vector: Array) -> Array:
-        """Replace `vector` by its sum, among ranks that may be out of step (**collective**).
+        """Replace `vector`, which ends in a trailer, by its sum among ranks that may be out of step.
 
-        Parameters
-        ----------
-        vector : array
-            Of float64, with the trailer of `Call.trailer` at its end.
-
-        Returns
-        -------
-        array
-            An array that ends with the sum of the trailers, in memory of the host if the sum went through
-            there. The fault flag is NaN on all ranks if the group notices different lengths.
-
-        Raises
-        ------
-        CollectiveTimeoutError
+        Returns an array that ends with the sum of the trailers, in memory of the host if the sum went through
+        there. The fault flag is NaN on all ranks if the group notices different lengths.
         """
         return self.allreduce(vector)
 
     def match_peers(self, vector: Array, library: ModuleType) -> Array:
-        """Convert a NumPy vector for a sum with vectors of `library` on the other ranks.
-
-        Parameters
-        ----------
-        vector : array
-            Of NumPy.
-        library : module
-            numpy or cupy.
-
-        Returns
-        -------
-        array
-            Of `library`, or `vector` itself if the others' go through memory of the host.
-
-        Raises
-        ------
-        MemoryError
-            If the GPU has no memory left.
-        """
+        """Convert a NumPy vector for a sum with vectors of `library`, numpy or cupy, on the other ranks."""
         result: Array = library.asarray(vector)
         return result
 
     def defer(self, trailer: Array, check: Callable[[list[float]], None], call: object) -> None:
-        """Show the trailer of a sum on the GPU to `check`: now, or by NCCL when it is ready.
-
-        Parameters
-        ----------
-        trailer : array
-            Of CuPy.
-        check : callable
-            Takes the numbers, and raises an error if they tell of one.
-        call : object
-            The call that the sum belongs to, named in the error if it does not end in time.
-
-        Raises
-        ------
-        RemoteRankError, RankMismatchError
-            The error of `check`, unless `check_errors` raises it later.
-        """
+        """Show the trailer of a sum on the GPU to `check`, which may raise an error: now, or by NCCL later."""
         check(trailer.tolist())
 
     def check_errors(self) -> None:  # noqa: B027, most have nothing to do
@@ -294,21 +249,7 @@ class MPIProcessGroup(ProcessGroup):
             private.complete(private.comm.Ibcast(data, root), data)
 
     def gather_objects(self, value: Any) -> list[Any]:
-        """Return the small objects of all ranks, in their order (**collective**).
-
-        Parameters
-        ----------
-        value : object
-            This rank's, of at most 1024 bytes as a pickle.
-
-        Returns
-        -------
-        list of object
-
-        Raises
-        ------
-        CollectiveTimeoutError
-        """
+        """Return the objects of all ranks, of at most 1024 bytes as pickles (**collective**)."""
         data = pack(value)
         everyones = np.empty((self.size, data.size), np.uint8)
         with self._taken() as private:
@@ -316,45 +257,16 @@ class MPIProcessGroup(ProcessGroup):
         return [unpack(row) for row in everyones]
 
     def broadcast_object(self, value: Any) -> Any:
-        """Return rank 0's small object (**collective**).
-
-        Parameters
-        ----------
-        value : object
-            As for `gather_objects`; only rank 0's matters.
-
-        Returns
-        -------
-        object
-
-        Raises
-        ------
-        CollectiveTimeoutError
-        """
+        """Return the object of rank 0, of at most 1024 bytes as a pickle (**collective**)."""
         data = pack(value)
         self.broadcast(data)
         return unpack(data)
 
     @contextlib.contextmanager
     def messages(self, needed: list[Any]) -> Iterator[tuple[MPI.Comm, Callable[[Any, int], MPI.Status]]]:
-        """Lend the communicator for messages between ranks; after an error inside, it is used no more.
+        """Lend the communicator for messages between ranks, and the function that waits for one.
 
-        Parameters
-        ----------
-        needed : list of array
-            The memory that MPI reads or writes, kept for ever after an error.
-
-        Yields
-        ------
-        comm : mpi4py.MPI.Comm
-            The communicator.
-        wait : callable
-            Takes a request and the partner's rank, waits, and returns the status.
-
-        Raises
-        ------
-        CollectiveTimeoutError
-            If an earlier call was given up; in `wait` also if the partner does not come in time.
+        After an error inside, the communicator is used no more, and the memory that MPI needed is kept.
         """
         with self._taken() as private:
             try:
@@ -379,16 +291,17 @@ class MPIProcessGroup(ProcessGroup):
         _pickled[self._token] = self
         return MPIProcessGroup._unpickled, (self._token,)
 
-    @staticmethod
-    def _unpickled(token: str) -> ProcessGroup:
+    # Class methods: these are pickled by the name of the class, which is that of no file.
+    @classmethod
+    def _unpickled(cls, token: str) -> ProcessGroup:
         """Return the group of a token, in the process that pickled it."""
         return _pickled.get(token) or UnusableGroup(
             "this group of some ranks was pickled in another process, or is gone: "
             "assign layer.process_group, for instance new_group(ranks)"
         )
 
-    @staticmethod
-    def _unpickled_world() -> ProcessGroup | None:
+    @classmethod
+    def _unpickled_world(cls) -> ProcessGroup | None:
         """Return the group of all ranks, or None, which means it, where that is one rank by now."""
         group = default_group() if "mpi4py.MPI" in sys.modules else SINGLE
         return None if group.size == 1 else group

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import operator
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, TypedDict, Unpack
 
 import numpy as np
 
@@ -65,6 +65,7 @@ class BatchNormBase(Module):
         momentum: float | None = 0.1,
         affine: bool = True,
         track_running_stats: bool = True,
+        process_group: ProcessGroup | MPI.Intracomm | None = None,
         *,
         dtype: Any = "float32",
         device: str | None = None,
@@ -90,6 +91,8 @@ class BatchNormBase(Module):
         self.running_var = xp.ones(shape, dtype) if track_running_stats else None
         self.num_batches_tracked = xp.zeros((), np.int64) if track_running_stats else None
         self.dtype = dtype
+        # None stays None: the world is known at the first sum, not at import.
+        self._group = None if process_group is None else as_group(process_group)
         restart_calls(self)
 
     def forward(self, x: Array, residual: Array | None = None, out: Array | None = None) -> Array:
@@ -155,11 +158,7 @@ class BatchNormBase(Module):
         saved, weight, bias = self._saved, self.weight, self.bias
         if saved is _NO_FORWARD:
             self._refuse_backward(dy)
-        accumulates = (weight is not None and weight.grad is not None) or (
-            bias is not None and bias.grad is not None
-        )
-        check = self._check_gradients if accumulates else None
-        gradients = functional.backward(dy, saved, self.grad_reduction, check)
+        gradients = functional.backward(dy, saved, self.grad_reduction, self._check_gradients)
         # A rank that fails after the sum has another number than the others, and they find out.
         self._calls_made += saved.plan.training or self.grad_reduction != "none"
         self._saved = _NO_FORWARD
@@ -350,37 +349,6 @@ class SyncBatchNorm(BatchNormBase):
     (8, 3, 4, 4)
     """
 
-    def __init__(
-        self,
-        num_features: int,
-        eps: float = 1e-5,
-        momentum: float | None = 0.1,
-        affine: bool = True,
-        track_running_stats: bool = True,
-        process_group: ProcessGroup | MPI.Intracomm | None = None,
-        *,
-        dtype: Any = "float32",
-        device: str | None = None,
-        channels_last: bool = False,
-        activation: Activation = None,
-        grad_reduction: str = "none",
-        name: str | None = None,
-    ) -> None:
-        super().__init__(
-            num_features,
-            eps,
-            momentum,
-            affine,
-            track_running_stats,
-            dtype=dtype,
-            device=device,
-            channels_last=channels_last,
-            activation=activation,
-            grad_reduction=grad_reduction,
-            name=name,
-        )
-        self.process_group = process_group
-
     @property
     def process_group(self) -> ProcessGroup | None:
         """The ranks whose batches are one; None is all."""
@@ -388,7 +356,6 @@ class SyncBatchNorm(BatchNormBase):
 
     @process_group.setter
     def process_group(self, group: ProcessGroup | MPI.Intracomm | None) -> None:
-        # None stays None: the world is known at the first sum, not at import.
         self._group = None if group is None else as_group(group)
         restart_calls(self)
 
@@ -416,10 +383,30 @@ class SyncBatchNorm(BatchNormBase):
         return convert_sync_batchnorm(module, process_group)
 
 
-class _LocalBatchNorm(BatchNormBase):
-    """Batch normalization by the statistics of this rank's batch: all settings but the group's."""
+class LayerSettings(TypedDict, total=False):
+    """The keywords that all batch normalizations take."""
 
-    _group = SINGLE
+    dtype: Any
+    device: str | None
+    channels_last: bool
+    activation: Activation
+    grad_reduction: str
+    name: str | None
+
+
+class _LocalBatchNorm(BatchNormBase):
+    """Batch normalization by the statistics of this rank's batch."""
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        **settings: Unpack[LayerSettings],
+    ) -> None:
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, SINGLE, **settings)
 
 
 class BatchNorm1d(_LocalBatchNorm):
