@@ -57,29 +57,11 @@ def _node() -> str:
 
 
 def bind_device(comm: MPI.Intracomm | None = None) -> int:
-    """Make one of the node's GPUs the current device of this process, by its local rank.
+    """Make one of the node's GPUs the current device, and return its number; see `local_rank`.
 
-    Parameters
-    ----------
-    comm : mpi4py.MPI.Intracomm, optional
-        As in `local_rank`.
-
-    Returns
-    -------
-    int
-        The GPU: the local rank, modulo the number of GPUs that this process sees; so 0 where the launcher
-        shows each process a GPU of its own.
-
-    Raises
-    ------
-    ModuleNotFoundError, RuntimeError
-        If CuPy is not installed, or finds no driver or no GPU.
-    CollectiveTimeoutError
-        As in `local_rank`.
-
-    Notes
-    -----
-    **Collective** over `comm`.
+    The number is the local rank, modulo the number of GPUs that this process sees; so 0 where the launcher
+    shows each process a GPU of its own. It raises ModuleNotFoundError if CuPy is not installed, RuntimeError
+    if CuPy finds no driver or no GPU. **Collective** over `comm`.
     """
     rank = local_rank(comm)
     cupy = array_module("cuda")

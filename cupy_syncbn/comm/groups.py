@@ -326,26 +326,11 @@ class MPIProcessGroup(ProcessGroup):
 
 
 class NCCLProcessGroup(MPIProcessGroup):
-    """The ranks of an MPI communicator, each with a GPU of its own; NCCL carries their CuPy arrays.
+    """The ranks of `comm`, by default the world, each with a GPU of its own for NCCL; see `MPIProcessGroup`.
 
-    Its operations are enqueued on the current stream: the host does not wait, and a CUDA graph can capture
-    them. So errors of other ranks are raised later: see `check_errors`. NumPy arrays go by MPI.
-
-    Parameters
-    ----------
-    comm : mpi4py.MPI.Intracomm, optional
-        The communicator; default MPI.COMM_WORLD.
-    timeout : see `MPIProcessGroup`
-        Seconds.
-
-    Raises
-    ------
-    RuntimeError
-        If CuPy finds no NCCL on a rank, or two ranks share a GPU.
-
-    Notes
-    -----
-    **Collective** over `comm`.
+    Operations on CuPy arrays are enqueued on the current stream: the host does not wait, and a CUDA graph can
+    capture them. So errors of other ranks are raised later: see `check_errors`. NumPy arrays go by MPI. It
+    raises RuntimeError if CuPy finds no NCCL on a rank, or two ranks share a GPU. **Collective** over `comm`.
     """
 
     def __init__(self, comm: MPI.Intracomm | None = None, *, timeout: float | None = None) -> None:

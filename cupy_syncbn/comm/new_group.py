@@ -96,30 +96,10 @@ def split_group(
     transport: str | None = None,
     timeout: float | None = None,
 ) -> ProcessGroup:
-    """Divide the ranks into groups of `group_size` consecutive ranks and return this process's.
+    """Divide the ranks into groups of `group_size` consecutive ranks and return one's own; see `new_group`.
 
-    Parameters
-    ----------
-    group_size : int
-        Ranks per group, a divisor of the number of ranks.
-    comm, transport, timeout : see `new_group`
-        The communicator to divide, the way of CuPy arrays, and seconds.
-
-    Returns
-    -------
-    ProcessGroup
-        The group that this process is in.
-
-    Raises
-    ------
-    TypeError, ValueError
-        If `group_size` is no integer that divides the number of ranks, or the transport is unknown.
-    RemoteRankError, RankMismatchError, CollectiveTimeoutError
-        As in `new_group`.
-
-    Notes
-    -----
-    **Collective** over `comm`.
+    It raises ValueError if `group_size` does not divide the number of ranks of `comm`. **Collective** over
+    `comm`.
     """
     from mpi4py import MPI
 
