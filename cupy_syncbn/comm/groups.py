@@ -84,7 +84,7 @@ class ProcessGroup(ABC):
         return result
 
     def defer(self, trailer: Array, check: Callable[[list[float]], None], call: object) -> None:
-        """Show the trailer of a sum on the GPU to `check`, which may raise an error: now, or by NCCL later."""
+        """Show the trailer of a sum on the GPU to `check`, which may raise an error; by NCCL later."""
         check(trailer.tolist())
 
     def check_errors(self) -> None:  # noqa: B027, most have nothing to do
