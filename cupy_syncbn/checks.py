@@ -129,13 +129,15 @@ def check_running(
             raise ValueError(f"expected num_batches_tracked to be a 0-d int64 array (got {tracked!r})")
 
 
-def check_like(name: str, array: Array, x: Array) -> None:
-    """Check that an array has the shape, type and device of `x`."""
-    check_backend(backend_of(x), name, array)
-    if array.shape != x.shape:
-        raise ValueError(f"expected {name} of the input's size {x.shape} (got {array.shape})")
-    if array.dtype.newbyteorder("=") != x.dtype.newbyteorder("="):
-        raise TypeError(f"expected {name} of the input's type {x.dtype.name} (got {array.dtype})")
+def check_like(
+    backend: Backend, name: str, array: Array, model: str, shape: tuple[int, ...], dtype: np.dtype[Any]
+) -> None:
+    """Check that an array has the device, shape and type of its model: the input or the output."""
+    check_backend(backend, name, array)
+    if array.shape != shape:
+        raise ValueError(f"expected {name} of the {model}'s size {shape} (got {array.shape})")
+    if array.dtype.newbyteorder("=") != dtype.newbyteorder("="):
+        raise TypeError(f"expected {name} of the {model}'s type {dtype.name} (got {array.dtype})")
 
 
 def check_out(backend: Backend, out: Array, x: Array, residual: Array | None, training: bool) -> None:
@@ -164,15 +166,6 @@ def activation_slope(activation: Activation) -> float | None:
         "expected activation None, 'relu', 'leaky_relu' or ('leaky_relu', slope between 0 and 1) "
         f"(got {activation!r})"
     )
-
-
-def check_output_gradient(backend: Backend, dy: Array, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
-    """Check that `dy` has the shape, type and device of the output."""
-    check_backend(backend, "dy", dy)
-    if dy.shape != shape:
-        raise ValueError(f"expected dy of the output's size {shape} (got {dy.shape})")
-    if dy.dtype.newbyteorder("=") != dtype.newbyteorder("="):
-        raise TypeError(f"expected dy of the output's type {dtype.name} (got {dy.dtype})")
 
 
 def data_type(dtype: Any) -> np.dtype[Any]:

@@ -23,7 +23,6 @@ from cupy_syncbn.checks import (
     check_layer,
     check_like,
     check_out,
-    check_output_gradient,
     check_parameter,
     check_running,
     check_settings,
@@ -200,7 +199,7 @@ def _checked(x: Any, arguments: Arguments, settings: Settings, channels: int, al
     plan = Plan(x, arguments, settings, backend, layout)
     for name, array in (("residual", residual), ("out", out)):
         if array is not None:
-            check_like(name, array, x)
+            check_like(backend, name, array, "input", x.shape, x.dtype)
     if plan.uses_batch and alone and layout.shape_3d[0] * layout.shape_3d[2] == 1:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
     return plan
@@ -217,7 +216,7 @@ def prepare_gradient(dy: Any, plan: Plan, grad_reduction: str) -> Array:
         is_known = False
     if not is_known:
         check_grad_reduction(grad_reduction)
-        check_output_gradient(plan.backend, dy, plan.layout.shape, plan.dtype)
+        check_like(plan.backend, "dy", dy, "output", plan.layout.shape, plan.dtype)
         if len(plan.gradients) >= MOST_GRADIENTS:
             plan.gradients.clear()
         plan.gradients.add((kind, grad_reduction))
