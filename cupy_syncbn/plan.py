@@ -62,7 +62,7 @@ class Settings(NamedTuple):
 
 
 class Plan:
-    """What a kind of input leads to."""
+    """All that follows from a kind of input."""
 
     __slots__ = (
         "as_tensor", "backend", "bias_type", "dtype", "gradients", "has_residual", "has_squares", "layout",
@@ -97,11 +97,11 @@ class Plan:
 
 _plans: dict[Any, Plan] = {}
 
-_kind_on_host = attrgetter("__class__", "dtype", "shape", "strides")
-_kind_on_gpu = attrgetter("__class__", "dtype", "shape", "strides", "device.id")
+_BATCH_ON_HOST = attrgetter("__class__", "dtype", "shape", "strides")
+_BATCH_ON_GPU = attrgetter("__class__", "dtype", "shape", "strides", "device.id")
 # Of parameters and running statistics, whose strides do not matter.
-_small_on_host = attrgetter("__class__", "dtype", "shape")
-_small_on_gpu = attrgetter("__class__", "dtype", "shape", "device.id")
+_SMALL_ON_HOST = attrgetter("__class__", "dtype", "shape")
+_SMALL_ON_GPU = attrgetter("__class__", "dtype", "shape", "device.id")
 
 
 class Prepared(NamedTuple):
@@ -125,49 +125,15 @@ def prepare(x: Any, arguments: Arguments, settings: Settings, channels: int, alo
 
     `channels` is the number that the other ranks expect, `alone` tells that there are none.
     """
-    weight, bias, mean, var, tracked, residual, out = arguments
-    if settings.frozen:
-        mean = var = tracked = None
-    in_place = out is x
-    if type(x) is not np.ndarray:
-        x = as_array(x)
-    if residual is not None:
-        residual = as_array(residual)
-    if out is not None:
-        out = as_array(out, host=False)
-        if in_place and isinstance(out, np.ndarray):  # of a subclass, it has become two views
-            out = x
-    try:
-        is_on_host = type(x) is np.ndarray
-        kind_of = _kind_on_host if is_on_host else _kind_on_gpu
-        small = _small_on_host if is_on_host else _small_on_gpu
-        kind: Any = (
-            settings,
-            channels,
-            alone,
-            kind_of(x),
-            None if weight is None else small(weight),
-            None if bias is None else small(bias),
-            None if mean is None else small(mean),
-            None if var is None else small(var),
-            None if tracked is None else small(tracked),
-            None if residual is None else kind_of(residual),
-            None if out is None else kind_of(out),
-            None if is_on_host else current_device(),
-        )
-        plan = _plans.get(kind)
-    except (AttributeError, KeyError, TypeError):  # of a list, say: the checks below tell what is wrong
-        kind, plan = None, None
+    own = arguments.running_mean if arguments.weight is None else arguments.weight
+    x, arguments = _converted(x, arguments, settings.frozen)
+    kind, plan = _look_up(x, arguments, settings, channels, alone)
     if plan is None:
         if settings.layer_type is not None:
-            own = arguments.running_mean if weight is None else weight
             check_layer(x, own, settings.dimensions, settings.layer_type)
-        arguments = Arguments(weight, bias, mean, var, tracked, residual, out)
         plan = _checked(x, arguments, settings, channels, alone)
-        if kind is not None:
-            if len(_plans) >= MOST_PLANS:
-                _plans.clear()
-            _plans[kind] = plan
+        _remember(kind, plan)
+    _, _, mean, var, tracked, residual, out = arguments
     running = None
     if mean is not None and var is not None:
         running = Running(mean, var, tracked, settings.momentum)
@@ -187,8 +153,55 @@ def prepare(x: Any, arguments: Arguments, settings: Settings, channels: int, alo
     return Prepared(plan, plan.as_tensor(x), y, added, running, out, is_copy, input_kept)
 
 
+def _converted(x: Any, arguments: Arguments, frozen: bool) -> tuple[Array, Arguments]:
+    """Turn arrays of other libraries into arrays of NumPy or CuPy; leave out statistics that are frozen."""
+    residual, out = arguments.residual, arguments.out
+    if residual is not None or out is not None:
+        in_place, out = out is x, as_array(out, host=False)
+        if in_place and isinstance(out, np.ndarray):  # of a subclass, it would become two views
+            x = out
+        arguments = arguments._replace(residual=as_array(residual), out=out)
+    if frozen:
+        arguments = arguments._replace(running_mean=None, running_var=None, num_batches_tracked=None)
+    return x if type(x) is np.ndarray else as_array(x), arguments
+
+
+def _look_up(
+    x: Array, arguments: Arguments, settings: Settings, channels: int, alone: bool
+) -> tuple[Any, Plan | None]:
+    """Return the kind of input and its plan: None if that is not known, and for both if there is no kind."""
+    weight, bias, mean, var, tracked, residual, out = arguments
+    is_on_host = type(x) is np.ndarray
+    batch, small = (_BATCH_ON_HOST, _SMALL_ON_HOST) if is_on_host else (_BATCH_ON_GPU, _SMALL_ON_GPU)
+    try:
+        kind = (
+            settings,
+            channels,
+            alone,
+            batch(x),
+            None if weight is None else small(weight),
+            None if bias is None else small(bias),
+            None if mean is None else small(mean),
+            None if var is None else small(var),
+            None if tracked is None else small(tracked),
+            None if residual is None else batch(residual),
+            None if out is None else batch(out),
+            None if is_on_host else current_device(),
+        )
+        return kind, _plans.get(kind)
+    except (AttributeError, KeyError, TypeError):  # of a list, or a setting without a hash: checks will tell
+        return None, None
+
+
+def _remember(kind: Any, plan: Plan) -> None:
+    if kind is not None:
+        if len(_plans) >= MOST_PLANS:
+            _plans.clear()
+        _plans[kind] = plan
+
+
 def _checked(x: Any, arguments: Arguments, settings: Settings, channels: int, alone: bool) -> Plan:
-    """Check the kinds of all arguments, and return what they lead to."""
+    """Check the kinds of all arguments, and return the plan."""
     weight, bias, mean, var, tracked, residual, out = arguments
     check_settings(settings.eps, settings.momentum)
     backend, layout = check_input(x, settings.channels_last, channels)
@@ -210,7 +223,7 @@ def prepare_gradient(dy: Any, plan: Plan, grad_reduction: str) -> Array:
     if type(dy) is not np.ndarray:
         dy = as_array(dy)
     try:
-        kind: Any = _kind_on_host(dy) if plan.on_host else (_kind_on_gpu(dy), current_device())
+        kind: Any = _BATCH_ON_HOST(dy) if plan.on_host else (_BATCH_ON_GPU(dy), current_device())
         is_known = (kind, grad_reduction) in plan.gradients
     except (AttributeError, TypeError):  # of a list, say: the checks below tell what is wrong
         is_known = False
