@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Install the project beside each of two MPI libraries, as wheels, and run the tests. Arguments go to pytest.
 #
-# The suite runs by itself, and again under mpirun with 1 to 4 ranks of MPICH and 2 and 3 of Open MPI. Tests that need
-# torch, JAX, safetensors, numpydoc, Slurm or g++ are skipped where it is missing.
+# The suite runs by itself, and again under mpirun with 1 to 4 ranks of MPICH and 2 and 3 of Open MPI, each time without
+# the tests that gain nothing from it: tests/test_under_mpirun.py says which. Tests that need torch, JAX, safetensors,
+# numpydoc, Slurm or g++ are skipped where it is missing.
 # Needs Python 3.11 or newer (PYTHON names another than python3) and a network for the wheels.
 set -euo pipefail
 cd "$(dirname "$0")/.."

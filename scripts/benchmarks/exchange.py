@@ -1,6 +1,6 @@
 """What synchronization costs: our exchange beside a bare allreduce, and beside an allgather with a merge.
 
-    ours         `Call.exchange` of the forward's vector, 4C + 4 numbers of float64: with the fault flag and
+    ours         `Call.allreduce_checked` of the forward's vector, 4C + 4 numbers of float64: with the fault flag and
                  the tag, made and checked, a look at the length of every message, and a timeout
     unchecked    the same messages and sums with none of these: the difference is what they cost
     iallreduce   MPI's Iallreduce of the same vector, waited for by Test, so that a timeout is possible
@@ -90,7 +90,7 @@ def merge_seconds(ranks: int, channels: int, repeats: int) -> float:
 
 
 def unchecked_sum(comm: Any, vector: np.ndarray) -> Callable[[], None]:
-    """Return what adds up a vector by the messages of `host_exchange`, and nothing else."""
+    """Return what adds up a vector by the messages of `checked_sum`, and nothing else."""
     messages = []
     for partner, sends, receives, replaces in steps(comm.rank, comm.size):
         place, sent = np.empty_like(vector), np.empty_like(vector)

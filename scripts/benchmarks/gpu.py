@@ -958,16 +958,18 @@ def measure_host(gpu: Gpu) -> dict[str, dict[str, float]]:
 @contextlib.contextmanager
 def launch_constants(constants: Mapping[str, int]) -> Iterator[None]:
     """Replace constants of launch.py."""
+    from cupy_syncbn.backends.cuda import operations
+
     before = {name: getattr(launch, name) for name in constants}
     try:
         for name, value in constants.items():
             setattr(launch, name, value)
-        launch.launch_for.cache_clear()
+        operations.forget_launches()
         yield
     finally:
         for name, value in before.items():
             setattr(launch, name, value)
-        launch.launch_for.cache_clear()
+        operations.forget_launches()
 
 
 def launch_of(gpu: Gpu, case: Case) -> launch.Launch:
@@ -1007,10 +1009,7 @@ def sweep_case(gpu: Gpu, case: Case, effort: Effort) -> list[dict[str, Any]]:
             kernels = Kernels(tensors, "plain")
             made.append(kernels)
             if number:
-                kernels.y, kernels.dx = (
-                    made[0].y,
-                    made[0].dx,
-                )  # the same for all: memory is what there is of it
+                kernels.y, kernels.dx = made[0].y, made[0].dx  # shared by all, as memory is scarce
             for kernel in STEP:
                 graph, counts[number, kernel] = kernels.graph(kernel)
                 runs[f"{number} {kernel}"] = gpu.timed(graph)

@@ -243,9 +243,8 @@ def test_traffic_is_what_the_kernels_move(gpu, small, cupy, dtype, variant, shap
     odd = np.prod(shape[2:]) % 2 == 1
     for name in once:
         more, expected = twice[name] - once[name], np.array(gpu.traffic(name, variant, nbytes))
-        if (
-            odd and variant == "add+relu"
-        ):  # the elements before and behind the vectors have masks of their own
+        # The elements before and behind the vectors have masks of their own.
+        if odd and variant == "add+relu":
             assert (more >= expected).all()
             assert (more <= 1.1 * expected).all()
         else:
@@ -419,6 +418,16 @@ def test_launch_constants(gpu, small, fast_cupy, tmp_path):
     monstrous = gpu.Case((2048, 1024), "float16", False)
     with gpu.launch_constants({"ROW_BYTES": 4096}), pytest.raises(ValueError, match="lower --row-bytes"):
         gpu.launch_of(fake(gpu, fast_cupy)(None), monstrous)
+
+
+def test_constants_change_launches_that_are_known(gpu, fast_cupy):
+    """A sweep would measure the same launch again and again."""
+    case = gpu.Case((64, 5, 300), "float32", False)
+    kernels = gpu.Kernels(gpu.Tensors(fake(gpu, fast_cupy)(None), case, 1), "plain")
+    usual = kernels.normalize(0).passes.launch
+    with gpu.launch_constants({"MIN_ITEMS": 1, "MAX_ITEMS": 1}):
+        assert kernels.normalize(0).passes.launch.splits > usual.splits
+    assert kernels.normalize(0).passes.launch == usual
 
 
 def test_sweep(gpu, small, fast_cupy, tmp_path, capsys, monkeypatch):

@@ -169,8 +169,14 @@ def _float_types(x_type: Any, *types: Any) -> int:
     )
 
 
-_LAUNCHES: tuple[Any, ...] = (_passes, _kernel_of)
+_LAUNCHES: tuple[Any, ...] = (launch_for, _passes, _kernel_of)
 _CACHES: tuple[Any, ...] = (*_LAUNCHES, _kernel, _multiprocessors)
+
+
+def forget_launches() -> None:
+    """Shape all launches anew, as after a constant of launch.py has changed."""
+    for cache in _LAUNCHES:
+        cache.cache_clear()
 
 
 def forget() -> None:

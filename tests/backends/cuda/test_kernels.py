@@ -202,13 +202,11 @@ def assert_step(cupy, step, put=aligned, number=None):
 @contextlib.contextmanager
 def remembering_nothing(backend):
     """Shape the launches inside anew, and those behind it."""
+    backend.forget_launches()
     try:
-        for cache in backend._LAUNCHES:
-            cache.cache_clear()
         yield
     finally:
-        for cache in backend._LAUNCHES:
-            cache.cache_clear()
+        backend.forget_launches()
 
 
 @contextlib.contextmanager
