@@ -1,7 +1,7 @@
 """What synchronization costs: our exchange beside a bare allreduce, and beside an allgather with a merge.
 
-    ours         `Call.allreduce_checked` of the forward's vector, 4C + 4 numbers of float64: with the fault flag and
-                 the tag, made and checked, a look at the length of every message, and a timeout
+    ours         `Call.allreduce_checked` of the forward's vector, 4C + 4 numbers of float64: with the fault
+                 flag and the tag, made and checked, a look at the length of every message, and a timeout
     unchecked    the same messages and sums with none of these: the difference is what they cost
     iallreduce   MPI's Iallreduce of the same vector, waited for by Test, so that a timeout is possible
     allreduce    MPI's Allreduce of it, which waits for ever
