@@ -89,11 +89,11 @@ def check_backend(backend: Backend, name: str, array: Array) -> None:
 
 
 def check_layer(
-    x: Array, own: Array | None, dimensions: tuple[int, ...] | None, dtype: np.dtype[Any]
+    x: Array, layer_array: Array | None, dimensions: tuple[int, ...] | None, dtype: np.dtype[Any]
 ) -> None:
-    """Check that `x` is on the device of a layer and its array `own`, and has its axes and its type."""
-    if own is not None and backend_of(x) is not backend_of(own):
-        here, there = ("cpu", "cuda") if module_of(own) is np else ("cuda", "cpu")
+    """Check that `x` is on the device of a layer, which has `layer_array`, and its axes and its type."""
+    if layer_array is not None and backend_of(x) is not backend_of(layer_array):
+        here, there = ("cpu", "cuda") if module_of(layer_array) is np else ("cuda", "cpu")
         raise TypeError(
             f"expected the input on the layer's device, {here} (got {module_of(x).__name__}.ndarray): "
             f"move the layer by .to({there!r}), or the input by cupy.asarray or .get()"

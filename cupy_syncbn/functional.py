@@ -28,7 +28,7 @@ class Saved:
     x: Array
     """(outer, C, inner), see `Layout`."""
     normalization: Any
-    """The backend's: what it did to each element."""
+    """The backend's record of its step at each element."""
     group: ProcessGroup | MPI.Intracomm | None
     peers: ProcessGroup
     """The ranks whose batches were one: in evaluation this one alone."""

@@ -1,7 +1,8 @@
 """Plans: all that depends only on the kind of input, checked once and found again by one look-up.
 
 The kind of input is the shapes, types, strides and devices of the arrays, which of them are there, and the
-settings. What can change from call to call is looked at in each: whether arrays are writeable, and overlap.
+settings. Some things can change from call to call, and are looked at in each: whether arrays are writeable,
+and whether they overlap.
 """
 
 from __future__ import annotations
@@ -125,12 +126,12 @@ def prepare(x: Any, arguments: Arguments, settings: Settings, channels: int, alo
 
     `channels` is the number that the other ranks expect, `alone` tells that there are none.
     """
-    own = arguments.running_mean if arguments.weight is None else arguments.weight
+    layer_array = arguments.running_mean if arguments.weight is None else arguments.weight
     x, arguments = _converted(x, arguments, settings.frozen)
     kind, plan = _look_up(x, arguments, settings, channels, alone)
     if plan is None:
         if settings.layer_type is not None:
-            check_layer(x, own, settings.dimensions, settings.layer_type)
+            check_layer(x, layer_array, settings.dimensions, settings.layer_type)
         plan = _checked(x, arguments, settings, channels, alone)
         _remember(kind, plan)
     _, _, mean, var, tracked, residual, out = arguments
@@ -225,7 +226,7 @@ def prepare_gradient(dy: Any, plan: Plan, grad_reduction: str) -> Array:
     try:
         kind: Any = _BATCH_ON_HOST(dy) if plan.on_host else (_BATCH_ON_GPU(dy), current_device())
         is_known = (kind, grad_reduction) in plan.gradients
-    except (AttributeError, TypeError):  # of a list, say: the checks below tell what is wrong
+    except (AttributeError, TypeError):  # of a list, say: the checks below will tell
         is_known = False
     if not is_known:
         check_grad_reduction(grad_reduction)

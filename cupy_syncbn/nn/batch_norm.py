@@ -189,7 +189,7 @@ class BatchNormBase(Module):
         return self._group
 
     def __getstate__(self) -> Any:
-        """Return what copies and pickles have: not the forward that waits for its backward."""
+        """Return the state that copies and pickles have: without a forward that waits for its backward."""
         whole = super().__getstate__()  # `(dict, slots)` if a subclass has slots
         attributes = whole[0] if isinstance(whole, tuple) else whole
         state = {name: value for name, value in attributes.items() if name not in _TRANSIENT}

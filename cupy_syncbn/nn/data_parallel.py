@@ -226,15 +226,15 @@ def _check_alike(group: ProcessGroup, description: list[str]) -> None:
     """Compare a description with that of rank 0, exactly: broadcasts of other lengths would crash."""
     if group.size == 1:
         return
-    own = json.dumps(description).encode()
-    length = np.array([len(own)])
+    encoded = json.dumps(description).encode()
+    length = np.array([len(encoded)])
     group.broadcast(length)
     first = np.zeros(length[0], np.uint8)
     if group.rank == 0:
-        first[:] = np.frombuffer(own, np.uint8)
+        first[:] = np.frombuffer(encoded, np.uint8)
     group.broadcast(first)
     differs = np.zeros(group.size)
-    differs[group.rank] = first.tobytes() != own
+    differs[group.rank] = first.tobytes() != encoded
     group.allreduce(differs)
     if not differs.any():
         return

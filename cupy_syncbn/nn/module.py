@@ -1,4 +1,4 @@
-"""Parameters, and the modules that hold them: what a network is made of."""
+"""Parameters, and the modules that hold them: the parts of a network."""
 
 from __future__ import annotations
 
@@ -227,18 +227,18 @@ class Module:
         TypeError
             If a type cannot be cast. Nothing has been changed in any of these cases.
         """
-        own = self.state_dict()
-        missing = [name for name in own if name not in state]
-        values = {name: move(state[name], np) for name in own if name in state}
+        targets = self.state_dict()
+        missing = [name for name in targets if name not in state]
+        values = {name: move(state[name], np) for name in targets if name in state}
         for name in [name for name in missing if name.split(".")[-1] == "num_batches_tracked"]:
             if f"{name.removesuffix('num_batches_tracked')}running_mean" in values:
                 missing.remove(name)
                 values[name] = np.zeros((), np.int64)
-        unexpected = [name for name in state if name not in own]
+        unexpected = [name for name in state if name not in targets]
         if strict and (missing or unexpected):
             raise KeyError(f"state_dict has missing keys {missing} and unexpected keys {unexpected}")
         for name, value in values.items():
-            target = own[name]
+            target = targets[name]
             check_writeable(name, target)
             if target.shape == () and value.size == 1:  # torch had counters of shape (1,) before 0.4
                 values[name] = value = value.reshape(())
@@ -249,7 +249,7 @@ class Module:
             elif not _can_cast(value, target.dtype):
                 raise TypeError(f"expected {name} to be {target.dtype} (got {value.dtype})")
         for name, value in values.items():
-            own[name][...] = module_of(own[name]).asarray(value.astype(own[name].dtype))
+            targets[name][...] = module_of(targets[name]).asarray(value.astype(targets[name].dtype))
         return IncompatibleKeys(missing, unexpected)
 
     def to(self, device: str) -> Self:
@@ -369,13 +369,13 @@ def check_gradient(name: str, parameter: Parameter) -> None:
     kind = module_of(data).ndarray
     if isinstance(grad, np.generic) and data.shape == ():
         grad = np.asarray(grad)  # NumPy's sums give numbers for arrays without axes
-    for what, array in (f"{name}.data", data), (f"{name}.grad", grad):
+    for role, array in (f"{name}.data", data), (f"{name}.grad", grad):
         if not isinstance(array, kind):
             raise TypeError(
-                f"expected {what} to be a {kind.__module__}.{kind.__name__} "
+                f"expected {role} to be a {kind.__module__}.{kind.__name__} "
                 f"(got {type(array).__module__}.{type(array).__name__}): convert it"
             )
         if not (is_data_type(array.dtype) or array.dtype.kind in "fc"):
-            raise TypeError(f"expected {what} in floating point (got {array.dtype}): use .astype(...)")
+            raise TypeError(f"expected {role} in floating point (got {array.dtype}): use .astype(...)")
     if grad.shape != data.shape:
         raise ValueError(f"expected {name}.grad of the shape of its data, {data.shape} (got {grad.shape})")

@@ -76,7 +76,7 @@ class Tree:
         self._seen += [_Seen.of(each, kinds) for each in containers if _has_members(each, kinds)]
 
     def is_current(self, root: Any) -> bool:
-        """Tell whether everything within holds what it did: a comparison, without a walk."""
+        """Tell whether nothing within has changed: a comparison, without a walk."""
         if self._root is None or not self._root.is_same(vars(root)):
             return False
         return all(seen.is_same(seen.values) for seen in self._seen)
@@ -149,5 +149,5 @@ def items_of(container: list[Any] | tuple[Any, ...] | dict[Any, Any]) -> Iterabl
 
 
 def join(prefix: str, name: str) -> str:
-    """Return the dotted name of something within what has a dotted name."""
+    """Return the dotted name of a member of something that has a dotted name."""
     return f"{prefix}.{name}" if prefix else name

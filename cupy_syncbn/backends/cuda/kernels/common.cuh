@@ -11,7 +11,7 @@
 //            columns each, 16 bytes, and keep to them down the rows: every thread knows its channels once and
 //            for all. V divides C*S. For channels-last data, dense layers, and small maps such as 7 x 7.
 //   ROWS     The group is one channel. Each of its N rows of S elements is walked in vectors from the first
-//            16-byte boundary on; what precedes it and what is left behind the last one, the edges, is
+//            16-byte boundary on. The elements before it and behind the last vector, the edges, are
 //            walked element by element. For large maps.
 //
 // Sums of a thread are in the accumulator's type, over at most ITEMS (launch.py) elements each; all beyond is
@@ -224,7 +224,7 @@ __device__ __forceinline__ void walk(const Geometry& g, const Part& part, Body& 
     }
     if constexpr (!COLUMNS && V > 1) {
         if (g.S % V == 0) return;
-        // Each split has the edges of some rows: V places for what is before the first vector, V for the rest.
+        // Each split has the edges of some rows: V places for those before the first vector, V for the rest.
         const long long rows = (g.N + part.splits - 1) / part.splits, slots = max(g.S / V, 1LL);
         const long long first = part.split * rows, end = min(g.N, first + rows);
 #pragma unroll 1  // the registers are for the vectors
@@ -310,7 +310,7 @@ __device__ __forceinline__ bool sum_by_channel(const Geometry& g, const Part& pa
         if (threadIdx.x == 0) counters[part.index] = 0;
     }
     // The whole grid waits for this block: as many threads share the splits of a channel as there are, and each has
-    // several loads under way. They are from L2: an L1 cache does not see what other multiprocessors write.
+    // several loads under way. They are from L2: an L1 cache does not see the writes of other multiprocessors.
     const int k = threadIdx.x % part.channels, number = threadIdx.x / part.channels;
     const int splits = static_cast<int>(part.splits);
     int threads = min(splits, THREADS / part.channels);

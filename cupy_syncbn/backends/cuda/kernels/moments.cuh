@@ -13,7 +13,7 @@ struct ChannelMoments {
     double mean, m2, count;  // m2 = Σ(x - mean)²
 };
 
-// vector    [4 * C + 4]: sums over the ranks of what `statistics` writes
+// vector    [4 * C + 4]: sums over the ranks of the vectors that `statistics` writes
 __device__ __forceinline__ ChannelMoments moments_of(const double* vector, long long c, long long C)
 {
     const double pivot_sum = vector[c], pivot_square = vector[C + c];

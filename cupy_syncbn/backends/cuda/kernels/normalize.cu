@@ -4,7 +4,7 @@
 //   shift = mean rounded to the accumulator's type, scale = invstd * weight, offset = bias - (mean - shift) * scale
 //
 // Each block finishes the statistics of its own channels: that takes some 50 operations in float64 per channel, and
-// spares a launch. The blocks of the first split also update the running statistics and save what the backward needs.
+// spares a launch. The blocks of the first split also update the running statistics and save values for the backward.
 //
 // Traffic: x once, y once, the residual once, and with a residual before an activation a byte of mask a vector. The
 // blocks go through memory in the reverse order of `statistics`, whose last reads may still be in L2.
