@@ -157,11 +157,7 @@ def sync_batch_norm(
 
 @np.errstate(all="ignore")  # infinities and NaN are the data's, and pass through
 def forward(
-    x: Any,
-    arguments: Arguments,
-    settings: Settings,
-    group: ProcessGroup | MPI.Intracomm | None,
-    call: Call,
+    x: Any, arguments: Arguments, settings: Settings, group: ProcessGroup | MPI.Intracomm | None, call: Call
 ) -> tuple[Array, Saved]:
     """See `sync_batch_norm`; the shapes are those of one rank's tensors and of the vectors."""
     peers = as_group(group) if settings.training else SINGLE

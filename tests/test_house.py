@@ -201,11 +201,7 @@ def test_optional_packages_are_imported_late(module):
 
 
 @pytest.mark.parametrize(
-    "use",
-    [
-        "",
-        "bn = cupy_syncbn.SyncBatchNorm(3, device='cpu'); bn.backward(bn(numpy.ones((4, 3), 'f4')))",
-    ],
+    "use", ["", "bn = cupy_syncbn.SyncBatchNorm(3, device='cpu'); bn.backward(bn(numpy.ones((4, 3), 'f4')))"]
 )
 def test_neither_cupy_nor_mpi_is_imported(use):
     code = f"""

@@ -106,12 +106,7 @@ class Backend(Protocol):
         """
 
     def reduce_gradients(
-        self,
-        dy: Array,
-        x: Array,
-        normalization: Any,
-        dresidual: Array | None,
-        trailer: tuple[float, ...],
+        self, dy: Array, x: Array, normalization: Any, dresidual: Array | None, trailer: tuple[float, ...]
     ) -> Reduced:
         """Reduce `dy` and `x` to the vector of the backward, and write dresidual."""
 

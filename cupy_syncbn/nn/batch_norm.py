@@ -11,13 +11,7 @@ import numpy as np
 
 from cupy_syncbn import functional
 from cupy_syncbn.arrays import Array, array_module, module_of
-from cupy_syncbn.checks import (
-    Activation,
-    activation_slope,
-    check_grad_reduction,
-    check_settings,
-    data_type,
-)
+from cupy_syncbn.checks import Activation, activation_slope, check_grad_reduction, check_settings, data_type
 from cupy_syncbn.comm.call import Call, Preparing
 from cupy_syncbn.comm.groups import SINGLE, ProcessGroup, as_group
 from cupy_syncbn.functional import Saved

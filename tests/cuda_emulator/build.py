@@ -48,10 +48,7 @@ def _contraction():
     return ("-ffp-contract=fast", *(["-mfma"] if has_fma else []))
 
 
-MODES = {
-    "checked": ("-O1", "-g1", *_SANITIZERS),
-    "fast": ("-O2", "-g0", *_contraction()),
-}
+MODES = {"checked": ("-O1", "-g1", *_SANITIZERS), "fast": ("-O2", "-g0", *_contraction())}
 
 # What holds cuda_fp16.h, crt/host_defines.h and nv/target: the pip packages of CUDA 13, and of CUDA 12.
 _INCLUDE_DIRECTORIES = (

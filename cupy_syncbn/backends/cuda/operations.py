@@ -244,12 +244,7 @@ def _contiguous(values: Array | None) -> Any:
 
 
 def normalize(
-    x: Array,
-    y: Array,
-    batch: BatchSums | None,
-    running: Running | None,
-    affine: Affine,
-    epilogue: Epilogue,
+    x: Array, y: Array, batch: BatchSums | None, running: Running | None, affine: Affine, epilogue: Epilogue
 ) -> _Normalization:
     """Write y by the statistics of the batch, and update the running ones; without a batch, by these."""
     vector, squares, ranks = batch or (None, None, 0)
@@ -299,11 +294,7 @@ def normalize(
 
 
 def reduce_gradients(
-    dy: Array,
-    x: Array,
-    normalization: _Normalization,
-    dresidual: Array | None,
-    trailer: tuple[float, ...],
+    dy: Array, x: Array, normalization: _Normalization, dresidual: Array | None, trailer: tuple[float, ...]
 ) -> Reduced:
     """Reduce `dy` and `x` to the vector of the backward, in one pass that also writes dresidual."""
     C = x.shape[1]

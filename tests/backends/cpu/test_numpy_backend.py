@@ -75,8 +75,7 @@ def layouts_of(dtype):
 
 @pytest.mark.parametrize("shape", [(6, 5, 4, 3), (3, 37, 9, 11), (600, 5)], ids=str)
 @pytest.mark.parametrize(
-    ("dtypes", "layout"),
-    [(dtypes, layout) for dtypes in list(DTYPES)[:4] for layout in layouts_of(dtypes)],
+    ("dtypes", "layout"), [(dtypes, layout) for dtypes in list(DTYPES)[:4] for layout in layouts_of(dtypes)]
 )
 def test_layouts(rng, shape, dtypes, layout):
     """Each layout for x, dy and the residual, beside another one."""

@@ -249,11 +249,7 @@ IN_KERNELS = {
         "normalize.cu", "k < V ? s >= head : s >= g.S", "k < V ? s > head : s >= g.S", "step rows", RACE
     ),
     "vectors from where a row begins": Bug(
-        "statistics.cu",
-        "V == 1 ? 0 : static_cast<int>(-element_ & (V - 1))",
-        "0",
-        "rows",
-        "misaligned",
+        "statistics.cu", "V == 1 ? 0 : static_cast<int>(-element_ & (V - 1))", "0", "rows", "misaligned"
     ),
     "a product in 32 bits": Bug(
         "common.cuh",
