@@ -125,7 +125,14 @@ def compiler():
 
 
 # The file that takes longest first: at the end, no processor is left to work alone.
-@pytest.mark.parametrize("architecture", nvrtc.ARCHITECTURES)
+# The oldest, the newest, and one between; the others are much like their neighbours.
+SAMPLE = {75, 90, 120}
+
+
+@pytest.mark.parametrize(
+    "architecture",
+    [pytest.param(each, marks=[] if each in SAMPLE else pytest.mark.long) for each in nvrtc.ARCHITECTURES],
+)
 @pytest.mark.parametrize("file", kernels.FILES[::-1])
 def test_instances(compiler, compilations, file, architecture):
     """All compile without a warning, within the resources of a launch, and access memory as they should."""
