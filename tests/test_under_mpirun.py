@@ -19,8 +19,8 @@ DEADLINE = 180
 OF_ONE_RANK = ("tests/comm", "tests/diagnosis", "tests/nn/test_batch_norm.py")
 
 # Tests that take long, and depend little on the number of ranks or on the MPI library, are left out of some
-# launches: the emulated kernels run on three ranks of MPICH, other libraries' arrays on two, NCCL's stand-in on
-# two and four of MPICH and on two of Open MPI.
+# launches. The emulated kernels run on three ranks of MPICH, the arrays of other libraries on two. NCCL's
+# stand-in runs on two and four of MPICH, and on two of Open MPI.
 NO_KERNELS = (
     "--ignore=tests/test_cupy_functional.py",
     "--deselect=tests/test_fuzz.py::test_drawn_cases[cupy]",
