@@ -152,7 +152,11 @@ class BatchNormBase(Module):
         saved, weight, bias = self._saved, self.weight, self.bias
         if saved is _NO_FORWARD:
             self._refuse_backward(dy)
-        gradients = functional.backward(dy, saved, self.grad_reduction, self._check_gradients)
+        has_gradient = (weight is not None and weight.grad is not None) or (
+            bias is not None and bias.grad is not None
+        )
+        check = self._check_gradients if has_gradient else None
+        gradients = functional.backward(dy, saved, self.grad_reduction, check)
         # A rank that fails after the sum has another number than the others, and they find out.
         self._calls_made += saved.plan.training or self.grad_reduction != "none"
         self._saved = _NO_FORWARD

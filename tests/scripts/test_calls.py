@@ -29,10 +29,10 @@ def test_calls_are_few(calls, world):
         assert 0 < later < first
         assert 0 < before < first_before
         assert 1 < frames < 12
-        if world.size < 3:  # with more, a sum has several messages
-            most, most_before = MOST[name]
-            assert later <= most
-            assert before <= most_before
+        most, most_before = MOST[name]
+        assert before <= most_before
+        if world.size < 3:  # with more, a sum has several messages; each may take a call more to be sent
+            assert later <= most + world.size - 1
 
 
 def test_a_count_is_of_calls(calls, tmp_path):
