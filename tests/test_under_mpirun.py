@@ -20,12 +20,14 @@ OF_ONE_RANK = ("tests/comm", "tests/diagnosis", "tests/nn/test_batch_norm.py")
 
 # Tests that take long, and depend little on the number of ranks or on the MPI library, are left out of some
 # launches. The emulated kernels run on three ranks of MPICH, the arrays of other libraries on two. NCCL's
-# stand-in runs on two and four of MPICH, and on two of Open MPI.
+# stand-in runs on two and four of MPICH, and on two of Open MPI. Bad input, drawn cases and the report run on
+# two and three of MPICH, and on two of Open MPI.
 NO_KERNELS = (
     "--ignore=tests/test_cupy_functional.py",
     "--deselect=tests/test_fuzz.py::test_drawn_cases[cupy]",
 )
 NO_LIBRARIES = ("--ignore=tests/test_arrays.py", "--ignore=tests/test_torch_parity.py")
+NO_SWEEPS = ("--ignore=tests/test_checks.py", "--ignore=tests/test_fuzz.py", "--ignore=tests/diagnosis")
 NO_NCCL = ("--ignore-glob=tests/comm/transports/test_nccl*",)
 
 
@@ -47,7 +49,7 @@ def launch_tests(python, ranks, *arguments):
 
 @pytest.mark.parametrize(
     ("ranks", "left_out"),
-    [(2, NO_KERNELS), (3, NO_LIBRARIES + NO_NCCL), (4, NO_KERNELS + NO_LIBRARIES)],
+    [(2, NO_KERNELS), (3, NO_LIBRARIES + NO_NCCL), (4, NO_KERNELS + NO_LIBRARIES + NO_SWEEPS)],
     ids=["2", "3", "4"],
 )
 def test_ranks(ranks, left_out):
@@ -60,7 +62,7 @@ def test_one_rank():
 
 @pytest.mark.parametrize(
     ("ranks", "left_out"),
-    [(2, NO_KERNELS + NO_LIBRARIES), (3, NO_KERNELS + NO_LIBRARIES + NO_NCCL)],
+    [(2, NO_KERNELS + NO_LIBRARIES), (3, NO_KERNELS + NO_LIBRARIES + NO_NCCL + NO_SWEEPS)],
     ids=["2", "3"],
 )
 def test_ranks_of_other_mpi(ranks, left_out):
