@@ -12,6 +12,8 @@ import functools
 import os
 import re
 import sys
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -54,6 +56,11 @@ def pytest_sessionstart(session):
         pytest.exit(f"expected {expected} ranks, got {size}: is this the mpirun of this Python's MPI?", 3)
     if size > 1 and not session.config.getoption("--with-mpi"):
         pytest.exit('ranks take --with-mpi -m "not mpi_skip and not long"', 3)
+    if size > 1:
+        # At its end pytest deletes what earlier runs left, and stumbles where another rank is at it too.
+        root = Path(tempfile.gettempdir(), f"pytest-of-rank-{World().rank}-{os.getuid()}")
+        root.mkdir(exist_ok=True, mode=0o700)
+        os.environ["PYTEST_DEBUG_TEMPROOT"] = str(root)
 
 
 @pytest.fixture(scope="session")

@@ -298,7 +298,9 @@ def test_directives_are_accepted(cluster, path, options):
 
 
 @slurm
-@pytest.mark.parametrize("shape", [(1, 2), (2, 1)], ids=["one-node", "two-nodes"])
+@pytest.mark.parametrize(
+    "shape", [pytest.param((1, 2), marks=pytest.mark.long, id="one-node"), pytest.param((2, 1), id="two-nodes")]
+)
 def test_training(cluster, tmp_path, shape):
     nodes, ranks = shape
     state, code, output = cluster.submit(

@@ -1,33 +1,62 @@
-"""NVRTC compiles while other tests run, in what time they leave to the processors."""
+"""The kernels are compiled while other tests run, in what time they leave to the processors."""
 
+import importlib.util
+import itertools
 import os
 from concurrent.futures import ThreadPoolExecutor
 
+import cuda_emulator
 import pytest
 
+from cupy_syncbn.backends.cuda import kernels
 from support import nvrtc
+from support.world import World
 
 POOL = pytest.StashKey()
 RESULTS = pytest.StashKey()
 
 
 def pytest_collection_modifyitems(items):
-    """Put what waits for NVRTC behind all other tests."""
-    items.sort(key=lambda item: "compilations" in getattr(item, "fixturenames", ()))
+    """Put what waits for the emulator's compiler behind all other tests, and then what waits for NVRTC."""
+    if World().size == 1:
+        items.sort(key=_wait)
+
+
+def _wait(item):
+    fixtures = getattr(item, "fixturenames", ())
+    if "compilations" in fixtures:
+        return 2
+    return int("cupy" in fixtures or item.path.name == "test_under_mpirun.py")
 
 
 def pytest_collection_finish(session):
-    if session.config.option.collectonly or nvrtc.missing():
+    if session.config.option.collectonly or World().size > 1:
         return
-    chosen = [item for item in session.items if "compilations" in getattr(item, "fixturenames", ())]
-    jobs = [
-        job
-        for item in chosen
-        for job in nvrtc.jobs_of(item.callspec.params["file"], item.callspec.params["architecture"])
-    ]
-    # On Linux, which NVRTC's wheels are for, a thread is nice by itself.
+    # On Linux, which both compilers are for here, a thread is nice by itself.
     session.stash[POOL] = pool = ThreadPoolExecutor(os.cpu_count(), initializer=os.nice, initargs=[19])
-    session.stash[RESULTS] = {job: pool.submit(nvrtc.compile_job, job) for job in jobs}
+    for library in _emulators_libraries(session.items):
+        pool.submit(cuda_emulator.build_all, [library])  # a test that needs one finds it, or the error
+    session.stash[RESULTS] = {job: pool.submit(nvrtc.compile_job, job) for job in _nvrtcs_jobs(session.items)}
+
+
+def _emulators_libraries(items):
+    """Yield what the tests that were chosen will have compiled by g++."""
+    if importlib.util.find_spec("cupy") or cuda_emulator.available():
+        return
+    modes = {
+        "checked": any(item.name.startswith("test_instance[") for item in items),
+        "fast": any("fast_cupy" in getattr(item, "fixturenames", ()) for item in items),
+    }
+    for mode, file, dtype in itertools.product(modes, kernels.FILES, kernels.TYPES):
+        if modes[mode]:
+            yield kernels.source(file), kernels.instances(file, dtype), (), mode
+
+
+def _nvrtcs_jobs(items):
+    if nvrtc.missing():
+        return []
+    chosen = [item.callspec.params for item in items if "compilations" in getattr(item, "fixturenames", ())]
+    return [job for each in chosen for job in nvrtc.jobs_of(each["file"], each["architecture"])]
 
 
 @pytest.fixture(scope="session")

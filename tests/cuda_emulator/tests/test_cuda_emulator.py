@@ -836,6 +836,7 @@ def test_prebuild_builds_together(cupy, monkeypatch):
     assert built == [("store<1>", "store<2>", "store<3>"), ("store<1>", "store<2>", "store<3>", "store<4>")]
 
 
+@pytest.mark.long
 def test_processes_may_build_at_once(tmp_path):
     program = f"""
 import cuda_emulator
