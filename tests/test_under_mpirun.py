@@ -60,11 +60,7 @@ def test_one_rank():
     launch_tests(sys.executable, 1, *OF_ONE_RANK)
 
 
-@pytest.mark.parametrize(
-    ("ranks", "left_out"),
-    [(2, ()), (3, NO_NCCL)],
-    ids=["2", "3"],
-)
+@pytest.mark.parametrize(("ranks", "left_out"), [(2, ()), (3, NO_NCCL)], ids=["2", "3"])
 def test_ranks_of_other_mpi(ranks, left_out):
     launch_tests(other_python(), ranks, *NO_KERNELS, *NO_LIBRARIES, *NO_SWEEPS, *left_out, "tests")
 

@@ -299,7 +299,8 @@ def test_directives_are_accepted(cluster, path, options):
 
 @slurm
 @pytest.mark.parametrize(
-    "shape", [pytest.param((1, 2), marks=pytest.mark.long, id="one-node"), pytest.param((2, 1), id="two-nodes")]
+    "shape",
+    [pytest.param((1, 2), marks=pytest.mark.long, id="one-node"), pytest.param((2, 1), id="two-nodes")],
 )
 def test_training(cluster, tmp_path, shape):
     nodes, ranks = shape

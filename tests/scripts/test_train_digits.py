@@ -76,11 +76,10 @@ def test_one_process(tmp_path):
     assert rows["SyncBatchNorm"][3] <= 1e-9
 
 
+@pytest.mark.long  # the main job, test_slurm.py and the test below run on ranks as well
 @pytest.mark.launch
 @pytest.mark.mpi_skip
-@pytest.mark.parametrize(
-    ("dtype", "tolerance"), [("float64", 1e-9), pytest.param("float32", 1e-3, marks=pytest.mark.long)]
-)
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-9), ("float32", 1e-3)])
 def test_three_ranks(tmp_path, dtype, tolerance):
     picture = tmp_path / "curves.png"
     status, output = run_ranks(3, SCRIPT, *SMALL, "--dtype", dtype, "--plot", str(picture))

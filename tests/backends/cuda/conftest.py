@@ -5,9 +5,9 @@ import itertools
 import os
 from concurrent.futures import ThreadPoolExecutor
 
-import cuda_emulator
 import pytest
 
+import cuda_emulator
 from cupy_syncbn.backends.cuda import kernels
 from support import nvrtc
 from support.world import World

@@ -191,13 +191,13 @@ def test_unique_id_that_cannot_be_made(world, cupy, nccl, monkeypatch):
 @pytest.mark.parametrize("fault", ["error", "wait"])
 def test_communicator_that_cannot_be_made(world, cupy, nccl, monkeypatch, fault):
     """Where a rank fails NCCL keeps the others waiting, longer than the timeout."""
-    monkeypatch.setattr(nccl_stand_in, "PATIENCE", 2.0)
+    monkeypatch.setattr(nccl_stand_in, "PATIENCE", 1.0)
     proceed = threading.Event()
 
     def broken(*arguments):
         if fault == "error":
             raise nccl.NcclError(1)
-        proceed.wait(3)
+        proceed.wait(1.5)
 
     if world.rank == 1:
         monkeypatch.setattr(nccl, "NcclCommunicator", broken)
