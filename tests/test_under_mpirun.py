@@ -22,6 +22,13 @@ OF_ONE_RANK = ("tests/comm", "tests/diagnosis", "tests/nn/test_batch_norm.py")
 # launches. The emulated kernels run on three ranks of MPICH, the arrays of other libraries on two. NCCL's
 # stand-in runs on two and four of MPICH, and on two of Open MPI. Bad input, drawn cases and the report run on
 # two and three of MPICH.
+FOUR = (
+    "tests/comm",
+    "tests/test_functional.py",
+    "tests/nn/test_data_parallel.py",
+    "tests/nn/test_batch_norm.py",
+)
+"""What the number of ranks matters to: on four, a power of two beyond two, no others run."""
 NO_KERNELS = (
     "--ignore=tests/test_cupy_functional.py",
     "--deselect=tests/test_fuzz.py::test_drawn_cases[cupy]",
@@ -48,12 +55,12 @@ def launch_tests(python, ranks, *arguments):
 
 
 @pytest.mark.parametrize(
-    ("ranks", "left_out"),
-    [(2, NO_KERNELS), (3, NO_LIBRARIES + NO_NCCL), (4, NO_KERNELS + NO_LIBRARIES + NO_SWEEPS)],
+    ("ranks", "chosen"),
+    [(2, (*NO_KERNELS, "tests")), (3, (*NO_LIBRARIES, *NO_NCCL, "tests")), (4, FOUR)],
     ids=["2", "3", "4"],
 )
-def test_ranks(ranks, left_out):
-    launch_tests(sys.executable, ranks, *left_out, "tests")
+def test_ranks(ranks, chosen):
+    launch_tests(sys.executable, ranks, *chosen)
 
 
 def test_one_rank():

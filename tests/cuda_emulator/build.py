@@ -122,8 +122,9 @@ def build_kernels(code, names, options=(), mode="checked"):
     Kernel number i of `names` is exported as ``emu_kernel_<i>``.
     """
     runtime = build_runtime()
-    flags = (*_COMMON, *MODES[mode], *(f"-I{directory}" for directory in include_directories()))
-    header = _precompiled_header(flags)
+    own = (*_COMMON, *MODES[mode])
+    flags = (*own, *(f"-I{directory}" for directory in include_directories()))
+    header = _precompiled_header(own, flags)
     exports = "".join(f"EMU_EXPORT({number}, {name})\n" for number, name in enumerate(names))
     text = f'#line 1 "kernels.cu"\n{prepass.rewrite(code)}\n#line 1 "exports"\n{exports}'
 
@@ -138,7 +139,7 @@ def build_kernels(code, names, options=(), mode="checked"):
         link = ("-shared", "-Wl,-z,defs", "-Wl,-Bsymbolic", f"-Wl,-rpath,{runtime.parent}")
         yield [compiler(), *link, str(compiled), str(runtime), "-o", str(scratch)]
 
-    return _build("kernels", ".so", (text, str(header), str(runtime), flags, options), commands)
+    return _build("kernels", ".so", (text, str(header), str(runtime), own, options), commands)
 
 
 def build_all(requests, jobs=None):
@@ -151,23 +152,31 @@ def build_all(requests, jobs=None):
         return list(pool.map(lambda arguments: build_kernels(*arguments), requests))
 
 
-def _precompiled_header(flags):
+def _precompiled_header(own, flags):
     """Return a header to include; beside it lies its compiled form, which g++ takes if it can.
 
-    To read NVIDIA's headers takes longer than to compile a dozen kernels.
+    To read NVIDIA's headers takes longer than to compile a dozen kernels. Of these counts what they say, and
+    not where they are, so that all environments with the same ones share the libraries.
     """
     text = (NATIVE / "cuda_on_cpu.h").read_text() + (NATIVE / "interface.h").read_text()
 
     def commands(scratch):
         yield [compiler(), *flags, "-x", "c++-header", str(NATIVE / "cuda_on_cpu.h"), "-o", str(scratch)]
 
-    compiled = _build("header", ".h.gch", (text, _compiler_version(), flags), commands)
+    compiled = _build("header", ".h.gch", (text, _compiler_version(), own, _nvidia_text()), commands)
     header = compiled.with_suffix("")
     if not header.exists():
         temporary = header.with_name(f"{header.name}.{os.getpid()}.{threading.get_ident()}")
         temporary.write_text(f'#include "{NATIVE / "cuda_on_cpu.h"}"\n')
         os.replace(temporary, header)
     return header
+
+
+@functools.cache
+def _nvidia_text():
+    """Return the headers that are included directly: they tell the version of the rest."""
+    found = [Path(directory, name) for name in _NEEDED_HEADERS for directory in include_directories()]
+    return [path.read_text() for path in found if path.exists()]
 
 
 @functools.cache

@@ -125,7 +125,7 @@ def compiler():
 
 
 SAMPLE = {90}
-"""That of the GPUs which it was measured on: NVRTC takes a minute for each. `pytest -m long` has the others."""
+"""That of the GPUs it was measured on: NVRTC takes a minute for each. `pytest -m long` has the others."""
 
 
 # The file that takes longest first: at the end, no processor is left to work alone.
