@@ -5,19 +5,24 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 
 from cupy_syncbn.arrays import Array
 from cupy_syncbn.backends.interface import Affine, BatchSums, Epilogue, ParameterSums
 from cupy_syncbn.checks import Activation
-from cupy_syncbn.comm.call import Call, Preparing
+from cupy_syncbn.comm import trailer
+from cupy_syncbn.comm.call import Call, Collective, commit
 from cupy_syncbn.comm.groups import SINGLE, ProcessGroup, as_group
 from cupy_syncbn.plan import Arguments, Plan, Settings, prepare, prepare_gradient
 
 if TYPE_CHECKING:
     from mpi4py import MPI
+
+
+Description: TypeAlias = tuple[Call, ProcessGroup, int, tuple[Any, ...]]
+"""What `Collective` needs to know of a call: also the group, and the length and the arrays of its sum."""
 
 
 @dataclass(slots=True)
@@ -136,8 +141,8 @@ def sync_batch_norm(
 
     Notes
     -----
-    **Collective** when training: every rank of the group must call it. One allreduce of 32C + 32 bytes; for
-    float64 data a second, of 8C + 24.
+    **Collective** when training: every rank of the group must call it. One allreduce of 32C + 48 bytes; for
+    float64 data a second, of 8C + 40.
 
     Examples
     --------
@@ -150,42 +155,68 @@ def sync_batch_norm(
     array([[0., 0.],
            [0., 0.]])
     """
-    arguments = Arguments(weight, bias, running_mean, running_var, num_batches_tracked, residual, out)
-    settings = Settings(training, momentum, eps, channels_last, activation)
-    return forward(x, arguments, settings, process_group, call or _call(x, arguments, channels_last))
+
+    def describe() -> Description:
+        arrays = (x, weight, bias, running_mean, running_var, residual)
+        peers = as_group(process_group) if training else SINGLE
+        return describe_forward(call or _call(x, (weight, running_mean), channels_last), peers, arrays)
+
+    with Collective(describe=describe) as step:
+        step.enter(*describe())
+        arguments = Arguments(weight, bias, running_mean, running_var, num_batches_tracked, residual, out)
+        settings = Settings(training, momentum, eps, channels_last, activation)
+        result = forward(x, arguments, settings, process_group, step)
+        commit(result.writes)
+    return result.y, result.saved
+
+
+class Forward(NamedTuple):
+    """The result of a forward, and what is still to be written: the running statistics."""
+
+    y: Array
+    saved: Saved
+    writes: list[Callable[[], object]]
+
+
+def describe_forward(call: Call, peers: ProcessGroup, arrays: tuple[Any, ...]) -> Description:
+    """Return what `Collective` needs to know of a forward."""
+    return call, peers, 4 * call.channels + 1 + trailer.LENGTH, arrays
 
 
 @np.errstate(all="ignore")  # infinities and NaN are the data's, and pass through
 def forward(
-    x: Any, arguments: Arguments, settings: Settings, group: ProcessGroup | MPI.Intracomm | None, call: Call
-) -> tuple[Array, Saved]:
+    x: Any,
+    arguments: Arguments,
+    settings: Settings,
+    group: ProcessGroup | MPI.Intracomm | None,
+    step: Collective,
+) -> Forward:
     """See `sync_batch_norm`; the shapes are those of one rank's tensors and of the vectors."""
-    peers = as_group(group) if settings.training else SINGLE
-    channels, arrays = call.channels, (x, *arguments)
-    with Preparing(call, peers, 4 * channels + 4, arrays):
-        plan, x, y, residual, running, result, is_copy, input_kept = prepare(
-            x, arguments, settings, channels, peers.size == 1
-        )  # (N, C, *spatial) -> (outer, C, inner)
-        backend = plan.backend
-        if plan.uses_batch:
-            vector, local_sums = backend.statistics(x, call.trailer(peers))  # -> (4C + 4,)
-
-    batch = None
+    call, peers = step.call, step.group
+    plan, x, y, residual, running, result, is_copy, input_kept = prepare(
+        x, arguments, settings, call.channels, peers.size == 1
+    )  # (N, C, *spatial) -> (outer, C, inner)
+    backend, batch = plan.backend, None
     if plan.uses_batch:
-        call.allreduce_checked(peers, vector)
+        step.needed += plan.has_squares
+        vector, local_sums = backend.statistics(x, step.trailer())  # -> (4C + 1 + trailer,)
+        step.sum(vector)
         squares = None
         if plan.has_squares:  # once more, about the mean of all ranks
-            with Preparing(call, peers, channels + 3, arrays):
-                squares = backend.centered_squares(local_sums, vector, call.trailer(peers))  # -> (C + 3,)
-            call.allreduce_checked(peers, squares)
+            step.expect(call.channels + trailer.LENGTH)
+            squares = backend.centered_squares(local_sums, vector, step.trailer())  # -> (C + trailer,)
+            step.sum(squares)
         batch = BatchSums(vector, squares, peers.size)
 
     affine = Affine(arguments.weight, arguments.bias, settings.eps)
-    normalization = backend.normalize(x, y, batch, running, affine, Epilogue(residual, plan.slope))
+    saved = Saved(plan, x, None, group, peers, call, input_kept, batch)
+    saved.normalization, writes = backend.normalize(
+        x, y, batch, running, affine, Epilogue(residual, plan.slope)
+    )
     if is_copy:
         result[...] = plan.layout.as_batch(y)
-    out = arguments.out if isinstance(arguments.out, np.ndarray) else result  # one of a subclass stays one
-    return out, Saved(plan, x, normalization, group, peers, call, input_kept, batch)
+    # An array of a subclass stays one.
+    return Forward(arguments.out if isinstance(arguments.out, np.ndarray) else result, saved, writes)
 
 
 def sync_batch_norm_backward(dy: Array, saved: Saved, *, grad_reduction: str = "none") -> Gradients:
@@ -221,34 +252,37 @@ def sync_batch_norm_backward(dy: Array, saved: Saved, *, grad_reduction: str = "
 
     Notes
     -----
-    **Collective** if the forward was. One allreduce of 16C + 24 bytes.
+    **Collective** if the forward was. One allreduce of 16C + 40 bytes.
     """
-    return backward(dy, saved, grad_reduction)
+    with Collective(describe=lambda: describe_backward(saved, grad_reduction)) as step:
+        step.enter(*describe_backward(saved, grad_reduction))
+        return backward(dy, saved, grad_reduction, step)
+
+
+def describe_backward(saved: Saved, grad_reduction: str) -> Description:
+    """Return what `Collective` needs to know of a backward."""
+    peers = saved.peers
+    if grad_reduction != "none" and not saved.plan.training:
+        peers = as_group(saved.group)
+    call = saved.call._replace(direction="backward")
+    return call, peers, 2 * call.channels + trailer.LENGTH, (saved.x,)
 
 
 @np.errstate(all="ignore")
-def backward(
-    dy: Any, saved: Saved, grad_reduction: str, check: Callable[[], None] | None = None
-) -> Gradients:
-    """See `sync_batch_norm_backward`; `check` is a further one, of which the other ranks hear too."""
-    plan, x, normalization, peers = saved.plan, saved.x, saved.normalization, saved.peers
+def backward(dy: Any, saved: Saved, grad_reduction: str, step: Collective) -> Gradients:
+    """See `sync_batch_norm_backward`."""
+    plan, x, normalization, peers = saved.plan, saved.x, saved.normalization, step.group
     backend, layout = plan.backend, plan.layout
-    if grad_reduction != "none" and not plan.training:
-        peers = as_group(saved.group)
-    call = Call(saved.call.name, saved.call.channels, "backward", saved.call.number)
-    with Preparing(call, peers, 2 * call.channels + 3, (x,)):
-        if check is not None:
-            check()
-        dy = prepare_gradient(dy, plan, grad_reduction)  # (N, C, *spatial) -> (outer, C, inner)
-        if not saved.input_kept:
-            raise RuntimeError("backward needs the input, but the forward wrote its result over it (out=)")
-        dx = backend.empty(layout.shape_3d, plan.dtype)
-        dresidual = backend.empty(layout.shape_3d, plan.dtype) if plan.has_residual else None
-        global_sums, local_sums, gradient = backend.reduce_gradients(
-            dy, x, normalization, dresidual, call.trailer(peers)
-        )  # -> (2C + 3,)
+    dy = prepare_gradient(dy, plan, grad_reduction)  # (N, C, *spatial) -> (outer, C, inner)
+    if not saved.input_kept:
+        raise RuntimeError("backward needs the input, but the forward wrote its result over it (out=)")
+    dx = backend.empty(layout.shape_3d, plan.dtype)
+    dresidual = backend.empty(layout.shape_3d, plan.dtype) if plan.has_residual else None
+    global_sums, local_sums, gradient = backend.reduce_gradients(
+        dy, x, normalization, dresidual, step.trailer()
+    )  # -> (2C + trailer,)
 
-    call.allreduce_checked(peers, global_sums)
+    step.sum(global_sums)
     if grad_reduction == "none":
         parameters = ParameterSums(local_sums, 1.0, plan.weight_type, plan.bias_type)
     else:
@@ -261,19 +295,19 @@ def backward(
     )
 
 
-def _call(x: Any, arguments: Arguments, channels_last: bool) -> Call:
-    """Return the call of a forward outside a layer."""
+def _call(x: Any, known: tuple[Array | None, ...], channels_last: bool) -> Call:
+    """Return the call of a forward outside a layer, of which some (C,) arrays may be known."""
     # A rank with float64 data adds up once more than others: by the name they find out before.
     dtype = getattr(x, "dtype", "")
     is_float64 = "float64" in str(getattr(dtype, "name", dtype))  # in any byte order, or of torch
     name = "sync_batch_norm in float64" if is_float64 else "sync_batch_norm"
-    return Call(name, _channels(x, arguments, channels_last), "forward", 0)
+    return Call(name, _channels(x, known, channels_last), "forward", 0)
 
 
-def _channels(x: Any, arguments: Arguments, channels_last: bool) -> int:
+def _channels(x: Any, known: tuple[Array | None, ...], channels_last: bool) -> int:
     """Return the number of channels that the other ranks expect, whatever is wrong with this one's `x`."""
-    for known in (arguments.weight, arguments.running_mean):
-        if known is not None:
-            return math.prod(known.shape if hasattr(known, "shape") else np.shape(known))
+    for values in known:
+        if values is not None:
+            return math.prod(values.shape if hasattr(values, "shape") else np.shape(values))
     shape: Sequence[int] = getattr(x, "shape", ())
     return int(shape[-1 if channels_last else 1]) if len(shape) > 1 else 0

@@ -47,6 +47,7 @@ from cupy_syncbn import (
     new_group,
 )
 from cupy_syncbn.arrays import array_module
+from cupy_syncbn.comm import trailer
 
 SHAPE = (8, 64, 14, 14)
 STEPS = 3
@@ -198,7 +199,7 @@ def deviation(found: Any, expected: Any) -> float:
 
 def time_of_exchange(cupy: Any, group: ProcessGroup) -> float:
     """Return the microseconds that an exchange takes, with the copy of its trailer to the host."""
-    vector = cupy.zeros(4 * CHANNELS + 4)
+    vector = cupy.zeros(4 * CHANNELS + 1 + trailer.LENGTH)
     for count in (10, EXCHANGES):
         start = time.perf_counter()
         for _ in range(count):

@@ -57,10 +57,17 @@ NO_ERRORS = {
 }
 
 
+_INTERNAL_TO_GROUPS = (
+    "abandon", "allreduce_checked", "allreduce_owned", "broadcast_owned", "defer", "is_given_up",
+    "next_model", "sums", "tell_fault",
+)  # fmt: skip
 # Methods of public classes that only the package itself calls: a sentence is enough.
 INTERNAL = {
-    *(f"ProcessGroup.{name}" for name in ("allreduce_checked", "match_peers", "defer")),
-    *(f"MPIProcessGroup.{name}" for name in ("gather_objects", "broadcast_object", "messages")),
+    *(f"ProcessGroup.{name}" for name in _INTERNAL_TO_GROUPS),
+    *(
+        f"MPIProcessGroup.{name}"
+        for name in ("allreduce_into", "broadcast_into", "gather_objects", "broadcast_object", "messages")
+    ),
 }
 
 

@@ -524,7 +524,7 @@ def test_one_allreduce_each_way(rng, dtypes):
     group = TwinGroup()
     y, saved = sync_batch_norm(x, **arrays, process_group=group)
     gradients = sync_batch_norm_backward(dy, saved)
-    lengths = [4 * 6 + 4, *([6 + 3] if dtype == np.float64 else []), 2 * 6 + 3]
+    lengths = [4 * 6 + 6, *([6 + 5] if dtype == np.float64 else []), 2 * 6 + 5]
     assert group.messages == [(np.float64, length) for length in lengths]
     assert_close(y, reference(np.concatenate([x, x])), slice(8))
     assert_close(gradients.x, reference.backward(np.concatenate([dy, dy])), slice(8))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 from cupy_syncbn.arrays import Array
 
 
 class Running(NamedTuple):
-    """The running statistics: a training forward updates them in place, an evaluation takes them as given."""
+    """The running statistics: training updates them in place, evaluation takes them as given."""
 
     mean: Array
     var: Array
@@ -98,11 +99,12 @@ class Backend(Protocol):
         running: Running | None,
         affine: Affine,
         epilogue: Epilogue,
-    ) -> Any:
-        """Write y by the statistics of the batch, and update the running ones; without a batch, by these.
+    ) -> tuple[Any, list[Callable[[], object]]]:
+        """Write y by the statistics of the batch, or without one by the running ones.
 
-        A trailer that the host has not seen may tell of a fault: nothing is updated then. The result is for
-        the backward, of a type of the backend's own.
+        Returns a record for the backward, of a type of the backend's own, and what is to be called to update
+        the running statistics. A kernel may have updated them: but not if a trailer that the host has not
+        seen tells of a fault.
         """
 
     def reduce_gradients(

@@ -4,7 +4,7 @@ One float64 vector per direction has all that the ranks have to add up. In the f
 pivot per channel,
 
     [count * pivot (C) | count * pivot² (C) | Σ(x - pivot) (C) | Σ(x - pivot)² + 2 pivot Σ(x - pivot) (C)
-     | count | fault | tag | tag²]
+     | count | trailer (5)]
 
 A rank's pivot is a value near its mean, rounded to 12 significant bits, so that both products with it are
 exact: 24 bits of pivot² and a count below 2^29 fit into the 53 bits of a float64. Re-centred on a common
@@ -13,8 +13,7 @@ pivot after the sum, they cancel exactly, and the variance keeps its accuracy at
 deviations, which float32 data can show (`scripts/benchmarks/accuracy.py`). Where zero lies within the
 data the pivot is zero, and the vector is the plain [0 | 0 | Σx | Σx² | ...].
 
-In the backward the vector is ``[sum_dy (C) | sum_dy_xmu (C) | fault | tag | tag²]``. Its last three, the
-trailer, are the caller's.
+In the backward the vector is ``[sum_dy (C) | sum_dy_xmu (C) | trailer (5)]``. The trailer is the caller's.
 """
 
 from __future__ import annotations

@@ -1,21 +1,24 @@
-"""One collective call: its name and number, its sum over the ranks, and the faults that the sum tells of."""
+"""One collective call: prepare, exchange, commit; its name, and what its sum tells of the ranks."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import operator
 import zlib
+from collections import deque
+from collections.abc import Callable, Iterable
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from cupy_syncbn.arrays import Array, module_of
+from cupy_syncbn.comm import trailer
 from cupy_syncbn.comm.errors import CollectiveTimeoutError, RankMismatchError, RemoteRankError
 from cupy_syncbn.comm.groups import ProcessGroup
-from cupy_syncbn.comm.schedules import FAULT
 
-_NAMED_RANKS = 50
-"""Groups up to this size tell each faulty rank: the sum of 2**rank is exact in a float64."""
+_ODD = 0x9E3779  # calls that differ in their number alone have different tags
 
 
 class Call(NamedTuple):
@@ -28,99 +31,149 @@ class Call(NamedTuple):
     """"forward" or "backward"."""
     number: int
     """Calls that the layer has made before; a backward has the number of its forward."""
+    model: int | None = None
+    """The number of the model that a layer belongs to, which tells layers of one name apart."""
 
     def __str__(self) -> str:
         count = f" ({self.channels} channels)" if self.channels else ""
-        return f"{self.direction} {self.number} of {self.name}{count}"
+        model = f" of model {self.model}" if self.model else ""
+        return f"{self.direction} {self.number} of {self.name}{count}{model}"
 
-    def trailer(self, group: ProcessGroup) -> tuple[float, float, float]:
-        """Return the end of a faultless rank's vector, ``(fault, tag, tag²)``.
+    def trailer(self, group: ProcessGroup) -> tuple[float, float, float, float, float]:
+        """Return the end of a faultless rank's vector.
 
-        The sums satisfy ``size Σtag² = (Σtag)²`` exactly if all tags are equal (equality in Cauchy and
-        Schwarz's inequality), and in float64 exactly for 12-bit tags of up to 2^14 ranks. Calls of a layer
-        in one direction have equal tags only if their numbers differ by a multiple of 4096, as the factor is
-        odd; other calls collide with probability 2^-12.
+        Calls of a layer in one direction have equal tags only if their numbers differ by a multiple of 2^24;
+        other calls collide with probability 2^-24.
         """
         if group.size == 1:
-            return 0.0, 0.0, 0.0
-        name, channels, direction, number = self
-        tag = _hash(name, channels, direction) + 0x9E5 * number & 0xFFF
-        return 0.0, tag, tag * tag
+            return 0.0, 0.0, 0.0, 0.0, 0.0
+        name, channels, direction, number, model = self
+        return trailer.trailer_of(_hash(name, channels, direction, model) + _ODD * number)
 
-    def allreduce_checked(self, group: ProcessGroup, vector: Array) -> None:
+
+@functools.cache
+def _hash(name: str, channels: int, direction: str, model: int | None) -> int:
+    """Return the first tag of a layer's calls in one direction."""
+    return zlib.crc32(repr((name, channels, direction, model)).encode())
+
+
+class Collective(SimpleNamespace, contextlib.AbstractContextManager["Collective"]):
+    """The context of one collective call, from its entry to its end.
+
+    It sums vectors over the ranks, raises what their trailers tell of, and names the call in a timeout. After
+    an error inside, before the sums have ended, it tells the other ranks, who wait in a sum of vectors of
+    `length` numbers: of CuPy if any of `arrays` is, else of NumPy. An error before the first line inside is
+    told to nobody, so that neither construction nor entry has a line of its own.
+    """
+
+    describe: Callable[[], tuple[Call, ProcessGroup, int, tuple[Any, ...]]]
+    """Returns the arguments of `enter`, after an error that came before it."""
+    call: Call
+    group: ProcessGroup
+    needed = 1
+    """How many sums the call takes."""
+    owes_messages = False
+    """Whether behind the first sum the other ranks wait in messages that no trailer ends."""
+    _done = 0
+    _length = -1  # not entered yet
+
+    def enter(self, call: Call, group: ProcessGroup, length: int, arrays: tuple[Any, ...] = ()) -> None:
+        """Say what call this is, and in which sum the other ranks wait."""
+        self.call, self.group, self._arrays = call, group, arrays
+        self._ended_before = group.sums  # first: an error before the next line is one before a sum
+        self._done, self.needed = 0, 1
+        self._length = length
+
+    def expect(self, length: int) -> None:
+        """Say that the other ranks wait in another sum next."""
+        self._length = length
+
+    def trailer(self) -> tuple[float, float, float, float, float]:
+        """Return the end of this rank's vector."""
+        return self.call.trailer(self.group)
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        return None if error is None else self._fail(error)
+
+    def _fail(self, error: BaseException) -> None:
+        if self._length < 0:
+            try:
+                self.enter(*self.describe())
+            except Exception:  # such as no MPI: the first error may well be the same
+                return
+        if isinstance(error, CollectiveTimeoutError):
+            error.call = error.call or self.call
+        elif isinstance(error, Exception) and self.group.size > 1:
+            done = max(self._done, self.group.sums - self._ended_before)
+            if was_heard_by(self.group, error) or self.group.is_given_up:
+                return
+            if done and self.owes_messages:
+                self.group.abandon(error)
+            elif done < self.needed:
+                self._tell_others(error)
+
+    def sum(self, vector: Array) -> None:
         """Replace `vector` by its sum, and raise the error that its trailer tells of (**collective**)."""
+        group = self.group
         if group.size == 1:
             return
-        try:
-            trailer = group.allreduce_checked(vector)[-3:]
-        except CollectiveTimeoutError as error:
-            self._name_in(error)
-            raise
-        if not isinstance(trailer, np.ndarray):
-            self._raise_fault_later(group, trailer)
-            return
-        try:
-            self._raise_fault(group, trailer.tolist())
-        except (RemoteRankError, RankMismatchError) as error:
+        ending = group.allreduce_checked(vector)[trailer.FAULT :]
+        self._done += 1
+        if not isinstance(ending, np.ndarray):
+            self._raise_fault_later(ending)
+        elif not trailer.is_sound(ending.tolist(), group.size):
+            error = self._fault(ending.tolist(), details=True)
             _note_hearers(error, group)
-            raise
+            raise error
 
-    def tell_others(
-        self, group: ProcessGroup, error: Exception, length: int, arrays: tuple[Any, ...]
-    ) -> None:
+    def _tell_others(self, error: Exception) -> None:
         """Join the sum in which the other ranks wait, with a fault flag: they raise RemoteRankError."""
-        library = next((module for module in map(module_of, arrays) if module is not np), np)
-        vector = np.zeros(length)
-        vector[-3:] = self.trailer(group)
-        vector[FAULT] = _fault_code(group)
+        group = self.group
+        library = next((module for module in map(module_of, self._arrays) if module is not np), np)
         try:
-            total = group.allreduce_checked(group.match_peers(vector, library))
+            own = trailer.fault_code(group.rank, group.size), *self.trailer()[1:]
+            ending = group.tell_fault(own, self._length, library)[trailer.FAULT :]
             _note_hearers(error, group)
-            if not isinstance(total, np.ndarray):  # by NCCL, where the others may end the sum by an error
-                with contextlib.suppress(RemoteRankError, RankMismatchError):
-                    self._raise_fault_later(group, total[-3:])
+            if isinstance(ending, np.ndarray):
+                self._fault(ending.tolist(), details=True)  # which all ranks look into together
+                return
+            with contextlib.suppress(RemoteRankError, RankMismatchError):
+                self._raise_fault_later(ending)  # by NCCL, where the others may end the sum by an error
         except Exception as late:  # a timeout, or no memory on the GPU for the vector
-            self._name_in(late)
+            if isinstance(late, CollectiveTimeoutError):
+                late.call = late.call or self.call
             error.add_note(f"The other ranks did not hear of it: {str(late) or type(late).__name__}")
 
-    def _raise_fault(self, group: ProcessGroup, trailer: list[float]) -> None:
-        """Raise the error that the trailer of a sum tells of, if any."""
-        fault, tag, tag_square = trailer
-        if fault == 0 and group.size * tag_square == tag * tag:
-            return
+    def _fault(self, ending: list[float], details: bool) -> RuntimeError:
+        """Return the error that a trailer tells of; for `details` the ranks are asked (**collective**)."""
+        group, fault = self.group, ending[0]
         if fault > 0:
-            raise RemoteRankError(f"{_faulty_ranks(fault, group)} failed before {self}: see the error there")
-        raise RankMismatchError(
-            f"rank {group.rank} is in {self}, while another rank is in another call: "
+            ranks = trailer.faulty_ranks(fault, group.size)
+            return RemoteRankError(f"{ranks} failed before {self.call}: see the error there")
+        others = _whereabouts(group, str(self.call)) if details and group.asks else ""
+        return RankMismatchError(
+            f"rank {group.rank} is in {self.call}, while {others or 'another rank is in another call'}: "
             "all ranks must call the same layers in the same order"
         )
 
-    def _raise_fault_later(self, group: ProcessGroup, trailer: Array) -> None:
-        group.defer(trailer, functools.partial(self._raise_fault, group), self)
-
-    def _name_in(self, error: Exception) -> None:
-        """Name this call in a timeout that names no earlier one."""
-        if isinstance(error, CollectiveTimeoutError):
-            error.call = error.call or self
+    def _raise_fault_later(self, ending: Array) -> None:
+        call, group = self.call, self.group
+        self.group.defer(ending, functools.partial(_check, call, group), call)
 
 
-class Preparing:
-    """The context of all that can fail on one rank alone: it tells the other ranks of an error.
+def _check(call: Call, group: ProcessGroup, ending: list[float]) -> None:
+    """Raise the error that the trailer of a sum on the GPU tells of, if any."""
+    if not trailer.is_sound(ending, group.size):
+        step = Collective(call=call, group=group)
+        raise step._fault(ending, details=False)
 
-    They wait in a sum of vectors of `length` numbers: of CuPy if any of `arrays` is, else of NumPy.
+
+def commit(writes: Iterable[Callable[[], object]]) -> None:
+    """Do what a call has prepared: assignments of complete values, which cannot fail.
+
+    It is one step of the interpreter, between whose parts no signal can be handled.
     """
-
-    __slots__ = ("arrays", "call", "group", "length")
-
-    def __init__(self, call: Call, group: ProcessGroup, length: int, arrays: tuple[Any, ...] = ()) -> None:
-        self.call, self.group, self.length, self.arrays = call, group, length, arrays
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        if isinstance(error, Exception) and self.group.size > 1:
-            self.call.tell_others(self.group, error, self.length, self.arrays)
+    deque(map(operator.call, writes), 0)
 
 
 def _note_hearers(error: Exception, group: ProcessGroup) -> None:
@@ -133,18 +186,33 @@ def was_heard_by(group: ProcessGroup, error: Exception) -> bool:
     return any(group.has_same_ranks(hearers) for hearers in vars(error).get("_heard_by", ()))
 
 
-@functools.cache
-def _hash(name: str, channels: int, direction: str) -> int:
-    """Return the first tag of a layer's calls in one direction."""
-    return zlib.crc32(repr((name, channels, direction)).encode())
+# What each rank is in, as numbers that add up exactly: six bytes are an integer below 2^48.
+_NUMBERS, _BYTES = 40, 6
+_ASKING = Call("the ranks' whereabouts", 0, "question", 0)
 
 
-def _fault_code(group: ProcessGroup) -> float:
-    return 2.0**group.rank if group.size <= _NAMED_RANKS else 1.0
+def _whereabouts(group: ProcessGroup, own: str) -> str:
+    """Describe the ranks that are in other calls than this one, or "" if they do not tell (**collective**).
 
-
-def _faulty_ranks(code: float, group: ProcessGroup) -> str:
-    if group.size > _NAMED_RANKS:
-        return f"{code:.0f} of {group.size} ranks"
-    ranks = [str(rank) for rank in range(group.size) if int(code) >> rank & 1]
-    return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(ranks)
+    All ranks that have met in a sum of different calls ask so, and one that has not ends here as well.
+    """
+    rows = np.zeros(group.size * _NUMBERS + trailer.LENGTH)
+    text = own.encode()[: _NUMBERS * _BYTES].ljust(_NUMBERS * _BYTES, b"\0")
+    numbers = [int.from_bytes(text[at : at + _BYTES], "big") for at in range(0, len(text), _BYTES)]
+    rows[group.rank * _NUMBERS :][:_NUMBERS] = numbers
+    rows[trailer.FAULT :] = _ASKING.trailer(group)
+    try:
+        ending = group.allreduce_checked(rows)[trailer.FAULT :]
+    except CollectiveTimeoutError:
+        return ""
+    if not trailer.is_sound(ending.tolist(), group.size):
+        return ""
+    ranks: dict[str, list[int]] = {}
+    for rank, row in enumerate(rows[: trailer.FAULT].reshape(group.size, _NUMBERS)):
+        said = b"".join(int(number).to_bytes(_BYTES, "big") for number in row)
+        ranks.setdefault(said.rstrip(b"\0").decode(errors="ignore"), []).append(rank)
+    ranks.pop(text.rstrip(b"\0").decode(errors="ignore"), None)
+    verb = {True: "is", False: "are"}
+    return " and ".join(
+        f"{trailer.describe_ranks(those)} {verb[len(those) == 1]} in {call}" for call, those in ranks.items()
+    )

@@ -12,7 +12,7 @@ import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from cupy_syncbn.arrays import Array
 from cupy_syncbn.comm.launcher import is_launched
 from cupy_syncbn.comm.private_comm import FREED, PrivateComm, private_comm_of
 from cupy_syncbn.comm.small_objects import pack, unpack
+from cupy_syncbn.comm.trailer import FAULT
 from cupy_syncbn.comm.transports import TRANSPORTS, transport_for
 from cupy_syncbn.comm.transports.base import Transport
 
@@ -48,6 +49,8 @@ class ProcessGroup(ABC):
     rank: int
     size: int
     timeout: float
+    asks: ClassVar[bool] = False
+    """Whether ranks that have met in different calls can ask each other which."""
 
     @abstractmethod
     def allreduce(self, buffer: Array) -> Array:
@@ -78,10 +81,39 @@ class ProcessGroup(ABC):
         """
         return self.allreduce(vector)
 
-    def match_peers(self, vector: Array, library: ModuleType) -> Array:
-        """Convert a NumPy vector for a sum with vectors of `library`, numpy or cupy, on the other ranks."""
-        result: Array = library.asarray(vector)
-        return result
+    def tell_fault(self, trailer: tuple[float, ...], length: int, library: ModuleType) -> Array:
+        """Take part, with the trailer of a fault alone, in a sum of vectors of `length` numbers of `library`.
+
+        Returns an array that ends with the sum of the trailers, as `allreduce_checked` does.
+        """
+        vector = np.zeros(length)
+        vector[FAULT:] = trailer
+        return self.allreduce_checked(library.asarray(vector))
+
+    def allreduce_owned(self, sent: Array, total: Array) -> None:
+        """Write the sum of `sent` to `total`, arrays of the package, which a timeout leaves to MPI."""
+        total[...] = self.allreduce(sent)
+
+    def broadcast_owned(self, buffer: Array, root: int = 0) -> None:
+        """Replace an array of the package, which a timeout leaves to MPI, by that of rank `root`."""
+        self.broadcast(buffer, root)
+
+    def next_model(self) -> int:
+        """Return how many models were wrapped for these ranks before this one."""
+        return 0
+
+    @property
+    def is_given_up(self) -> bool:
+        """Whether its ranks are out of step for ever."""
+        return False
+
+    def abandon(self, error: BaseException) -> None:  # noqa: B027, most have no messages to leave
+        """Leave messages in which the other ranks wait, after an error here, and tell them."""
+
+    @property
+    def sums(self) -> int:
+        """How many checked sums have ended, where the group counts them."""
+        return 0
 
     def defer(self, trailer: Array, check: Callable[[list[float]], None], call: object) -> None:
         """Show the trailer of a sum on the GPU to `check`, which may raise: now, or by NCCL later."""
@@ -193,6 +225,8 @@ class MPIProcessGroup(ProcessGroup):
         If `comm` is MPI.COMM_NULL, the transport is unknown, or the timeout is not positive.
     """
 
+    asks = True
+
     def __init__(self, comm: MPI.Comm, *, transport: str | None = None, timeout: float | None = None) -> None:
         from mpi4py import MPI
 
@@ -213,11 +247,34 @@ class MPIProcessGroup(ProcessGroup):
         if not _is_numpy(buffer):
             total: Array = self._transport.allreduce(buffer)
             return total
-        from mpi4py import MPI
-
-        with self._taken() as private:
-            private.complete(private.comm.Iallreduce(MPI.IN_PLACE, buffer, op=MPI.SUM), buffer)
+        received = np.empty(buffer.shape, buffer.dtype)
+        self.allreduce_into(buffer.copy(), received)
+        buffer[...] = received
         return buffer
+
+    def allreduce_owned(self, sent: Array, total: Array) -> None:
+        if _is_numpy(total):
+            self.allreduce_into(sent, total)
+        else:
+            self._transport.allreduce_owned(sent)
+            total[...] = sent
+
+    def broadcast_owned(self, buffer: Array, root: int = 0) -> None:
+        if _is_numpy(buffer):
+            self.broadcast_into(buffer, root)
+        else:
+            self._transport.broadcast(buffer, root)
+
+    def next_model(self) -> int:
+        private = self._opened()
+        private.models += 1
+        return private.models - 1
+
+    def allreduce_into(self, sent: Array, received: Array) -> None:
+        """Write the sum of `sent` to `received`, arrays of the package: a timeout leaves both to MPI."""
+        # Not in place: Open MPI adds up so by a tree, with more bytes from each rank than two buffers need.
+        with self._taken() as private:
+            private.complete(private.comm.Iallreduce(sent, received), sent, received)
 
     def allreduce_checked(self, vector: Array) -> Array:
         if not isinstance(vector, np.ndarray):
@@ -226,9 +283,22 @@ class MPIProcessGroup(ProcessGroup):
         (self._private_comm or self._opened()).sum(vector, self.timeout)
         return vector
 
-    def match_peers(self, vector: Array, library: ModuleType) -> Array:
-        matching: Array = vector if library is np else self._transport.match_peers(vector)
-        return matching
+    def tell_fault(self, trailer: tuple[float, ...], length: int, library: ModuleType) -> Array:
+        if library is not np:
+            ending: Array = self._transport.tell_fault(trailer, length)
+            return ending
+        return (self._private_comm or self._opened()).tell(trailer, self.timeout)
+
+    @property
+    def is_given_up(self) -> bool:
+        return self._private_comm is not None and self._private_comm.is_given_up
+
+    def abandon(self, error: BaseException) -> None:
+        self._opened().leave(error)
+
+    @property
+    def sums(self) -> int:
+        return 0 if self._private_comm is None else self._private_comm.sums
 
     def defer(self, trailer: Array, check: Callable[[list[float]], None], call: object) -> None:
         self._transport.defer(trailer, check, call)
@@ -244,6 +314,13 @@ class MPIProcessGroup(ProcessGroup):
         if not is_numpy:
             self._transport.broadcast(buffer, root)
             return
+        copy = buffer.copy()
+        self.broadcast_into(copy, root)
+        if self.rank != root:
+            buffer[...] = copy
+
+    def broadcast_into(self, buffer: Array, root: int) -> None:
+        """Replace `buffer`, an array of the package, by that of `root`: a timeout leaves it to MPI."""
         data = buffer.reshape(-1).view("u1")  # bytes, as MPI has no type for 16-bit floats
         with self._taken() as private:
             private.complete(private.comm.Ibcast(data, root), data)
@@ -259,7 +336,7 @@ class MPIProcessGroup(ProcessGroup):
     def broadcast_object(self, value: Any) -> Any:
         """Return the object of rank 0, of at most 1024 bytes as a pickle (**collective**)."""
         data = pack(value)
-        self.broadcast(data)
+        self.broadcast_into(data, 0)
         return unpack(data)
 
     @contextlib.contextmanager
@@ -272,7 +349,7 @@ class MPIProcessGroup(ProcessGroup):
             try:
                 yield private.comm, private.wait
             except BaseException as error:
-                private.give_up(error, *needed)
+                private.leave(error, *needed)
                 raise
 
     def has_same_ranks(self, other: ProcessGroup) -> bool:

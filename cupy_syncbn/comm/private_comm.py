@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import os
@@ -9,13 +10,16 @@ import sys
 import threading
 import time
 import weakref
-from typing import TYPE_CHECKING, Self, cast
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import numpy as np
 
 from cupy_syncbn.arrays import Array
+from cupy_syncbn.comm import trailer
 from cupy_syncbn.comm.checked_sum import LONGEST, CheckedSum
-from cupy_syncbn.comm.errors import CollectiveTimeoutError
+from cupy_syncbn.comm.clock import RunningClock
+from cupy_syncbn.comm.errors import CollectiveTimeoutError, RemoteRankError
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -27,6 +31,20 @@ _FORKED = (
     "use process_group=SingleProcessGroup() here"
 )
 
+GO_ON = (
+    "This communicator is used no more: to go on, all ranks make a group on a new one, such as "
+    "new_group(comm=MPI.COMM_WORLD.Dup())"
+)
+
+_GIVEN_UP = 3  # tag of the message that a rank sends to all when it leaves its messages
+_TIMED_OUT, _FAILED = 0, 1  # what it says
+_BETWEEN_PROBES = 0.02
+"""Seconds of waiting between two looks for such a message."""
+_LONGEST_ROLL_CALL = 1.0
+"""Seconds that a rank waits for such messages when it has given up itself."""
+_MOST_TOLD = 1024
+"""Ranks of a group in which each rank tells all others."""
+
 _SPINS_BEFORE_YIELD = range(50)
 """Tests of a request before the core is offered to others, such as ranks that share it."""
 
@@ -34,21 +52,57 @@ _SPINS_BEFORE_YIELD = range(50)
 class PrivateComm:
     """The one duplicate of a communicator, its memory, and the wait for its messages.
 
-    A collective operation takes it, and releases it at its end. All waits in between have one deadline.
+    A collective operation takes it, and releases it at its end. All waits in between have one timeout. MPI is
+    lent only memory that outlives an operation which was given up.
     """
 
-    def __init__(self, comm: MPI.Comm, rank: int, size: int) -> None:
+    comm: MPI.Comm
+
+    def __init__(self, rank: int, size: int) -> None:
         from mpi4py import MPI
 
-        self.comm, self.rank, self.size = comm, rank, size
+        self.rank, self.size = rank, size
+        self.models = 0
+        """How many models have been wrapped for these ranks."""
+        self.sums = 0
+        """How many checked sums have ended, whether by a result or an error of which all ranks heard."""
         self._unusable: tuple[type[RuntimeError], str] | None = None  # the error of each further use
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # an error in its release must not keep out this thread
         self._timeout = math.inf
-        self._deadline: float | None = None
+        self._clock = RunningClock()
         self._status = MPI.Status()
+        self._opening: Any = None  # the request, once there is one
+        self._is_open = False
         self._receive_buffer = np.empty(LONGEST)
+        self._notice = np.zeros(trailer.LENGTH)
+        self._reasons = np.array([_TIMED_OUT, _FAILED], np.uint8)
         self._sums: dict[int, CheckedSum] = {}  # by the length of the vector
         _private_comms.add(self)
+
+    def open(self, comm: MPI.Comm, timeout: float) -> None:
+        """Make the duplicate, or go on where an error has ended an earlier attempt (**collective**)."""
+        from mpi4py import MPI
+
+        with self.take(timeout):
+            if self._opening is None:
+                # Not Dup, which would wait for ever for a rank that never comes to its first sum.
+                self.comm, self._opening = comm.Idup()
+            try:
+                self.wait(self._opening)
+            except BaseException as error:
+                if _ends_all(error):  # after another one it can be gone on with
+                    self.leave(error)
+                raise
+            # Messages of other lengths are errors to catch, whatever the caller's communicator does.
+            self.comm.Set_errhandler(MPI.ERRORS_RETURN)
+            if trailer.LENGTH not in self._sums:
+                self._sum_of(trailer.LENGTH)
+            self._is_open = True
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the duplicate is there."""
+        return self._is_open
 
     def take(self, timeout: float) -> Self:
         """Keep other threads out until the context ends; all waits in it have `timeout` seconds together."""
@@ -60,7 +114,7 @@ class PrivateComm:
                 "two threads of this process exchange on one communicator at a time: the other ranks cannot "
                 "tell whose turn it is. Give each thread a group of its own, new_group()"
             )
-        self._timeout, self._deadline = timeout, None
+        self._timeout, self._clock.seconds = timeout, 0.0
         return self
 
     def __enter__(self) -> Self:
@@ -70,53 +124,164 @@ class PrivateComm:
         self._lock.release()
 
     def sum(self, vector: Array, timeout: float) -> None:
-        """Replace a NumPy vector by its sum over the ranks, as an operation of its own; see `CheckedSum`."""
+        """Replace a NumPy vector by its sum over the ranks, as an operation of its own; see `CheckedSum`.
+
+        After an error here the other ranks are told, unless that would have to wait.
+        """
         self.take(timeout)
+        checked_sum = None
         try:
-            checked_sum = self._sums.get(vector.size)
-            if checked_sum is None:
-                checked_sum = CheckedSum(self.comm, self.rank, self.size, vector.size, self._receive_buffer)
-                self._sums[vector.size] = checked_sum
-            checked_sum.sum(vector, self.wait)
+            checked_sum = (self._sums.get(vector.size) or self._sum_of(vector.size)).begin()
+            self.sums += checked_sum.sum(vector, self.wait)
         except BaseException as error:
-            self.give_up(error)
+            if checked_sum is None:
+                raise  # nothing has been sent
+            self._finish(checked_sum, vector, error)
             raise
         finally:
             self._lock.release()
 
-    def complete(self, request: MPI.Request, *needed: Array) -> None:
+    def _sum_of(self, length: int) -> CheckedSum:
+        notices = self._sums.get(trailer.LENGTH)
+        made = CheckedSum(self.comm, self.rank, self.size, length, self._receive_buffer, notices)
+        self._sums[length] = made
+        return made
+
+    def _finish(self, checked_sum: CheckedSum, vector: Array, error: BaseException) -> None:
+        """After an error in the middle of a sum, end it with a fault flag, or give up."""
+        if _ends_all(error):
+            self.leave(error)
+            return
+        try:
+            self._notice[:] = vector[trailer.FAULT :]
+            self._notice[trailer.FAULT] = trailer.fault_code(self.rank, self.size)
+            checked_sum.finish(self._notice, self.wait)
+            self.sums += 1
+        except BaseException as late:
+            self.leave(late)
+
+    def tell(self, ending: tuple[float, ...], timeout: float) -> Array:
+        """Take part in a sum of any length with the trailer of a fault alone; return its sum."""
+        self._notice[:] = ending
+        self.sum(self._notice, timeout)
+        return self._notice
+
+    def complete(self, request: MPI.Request, *needed: Any) -> None:
         """Wait for a collective request that needs some arrays to live as long as it does."""
         try:
             self.wait(request)
         except BaseException as error:
-            self.give_up(error, *needed)
+            self.leave(error, *needed)
             raise
 
     def wait(self, request: MPI.Request, partner: int | None = None) -> MPI.Status:
-        """Wait until the deadline for a request to or from a rank, or to all."""
+        """Wait until the timeout for a request to or from a rank, or to all."""
         status, test = self._status, request.Test
         for _ in _SPINS_BEFORE_YIELD:
             if test(status):
                 return status
+        clock = self._clock
+        clock.resume()
+        next_probe = clock.seconds
         while not test(status):
             os.sched_yield()
-            now = time.monotonic()
-            if self._deadline is None:
-                self._deadline = now + self._timeout
-            elif now > self._deadline:
-                whom = "the other ranks" if partner is None else f"rank {partner}"
-                raise CollectiveTimeoutError(
-                    f"rank {self.rank} of {self.size} waited {self._timeout:g} s for {whom}: "
-                    "a rank ended, is stuck, or did not make this call"
-                )
+            now = clock.look()
+            if now > self._timeout:
+                if test(status):  # its message may have come while this process was stopped
+                    return status
+                raise self._timed_out(partner, now)
+            if now > next_probe:
+                next_probe = now + _BETWEEN_PROBES
+                if self._is_open and self.comm.Iprobe(_any_source(), _GIVEN_UP):
+                    if test(status):
+                        return status
+                    raise self._given_up_by_another(partner, now)
         return status
 
-    def give_up(self, error: BaseException, *needed: Array) -> None:
-        """Use it no more, after an error in the middle of an operation that needed some arrays."""
+    def _given_up_by_another(self, partner: int | None, waited: float) -> RuntimeError:
+        """Return the error of a rank that waits, where another has given up."""
+        from mpi4py import MPI
+
+        reason, status = np.zeros(1, np.uint8), MPI.Status()
+        self.comm.Recv([reason, MPI.BYTE], _any_source(), _GIVEN_UP, status)
+        if reason[0] == _FAILED:
+            return RemoteRankError(f"rank {status.source} failed in the middle: see the error there. {GO_ON}")
+        return self._timed_out(partner, waited, {status.source})
+
+    def _timed_out(
+        self, partner: int | None, waited: float, heard: Iterable[int] = ()
+    ) -> CollectiveTimeoutError:
+        """Return the error of a rank that gives up waiting, with the ranks that do not wait as well."""
+        waits = f"rank {self.rank} of {self.size} waited {waited:.3g} s"
+        if waited < self._timeout:
+            waits = f"rank {self.rank} of {self.size} waited {waited:.1f} s, and another rank to its end,"
+        missing = self._missing_ranks(heard) if self._is_open and self.size <= _MOST_TOLD else None
+        if missing is None:
+            whom = "the other ranks" if partner is None else f"rank {partner}, or for one that it waits for"
+        elif missing:
+            whom = trailer.describe_ranks(missing)
+        else:
+            return CollectiveTimeoutError(
+                f"{waits} in vain, and all other ranks have given up too: they were in different calls, "
+                f"or one came too late. {GO_ON}"
+            )
+        return CollectiveTimeoutError(
+            f"{waits} for {whom}: a rank ended, is stuck, or did not make this call. {GO_ON}"
+        )
+
+    def _missing_ranks(self, heard: Iterable[int]) -> list[int]:
+        """Tell the other ranks that this one gives up, and return those that say nothing in reply.
+
+        A rank that waits hears of it, gives up as well, and says so to all.
+        """
+        from mpi4py import MPI
+
+        self._tell_all(_TIMED_OUT)
+        missing = set(range(self.size)).difference(heard, [self.rank])
+        reason, clock, patience = (
+            np.zeros(1, np.uint8),
+            RunningClock(),
+            min(self._timeout / 2, _LONGEST_ROLL_CALL),
+        )
+        while missing and clock.look() < patience:
+            if self.comm.Iprobe(_any_source(), _GIVEN_UP, self._status):
+                source = self._status.source
+                self.comm.Recv([reason, MPI.BYTE], source, _GIVEN_UP)
+                missing.discard(source)
+            else:
+                time.sleep(1e-4)
+        return sorted(missing)
+
+    def _tell_all(self, reason: int) -> None:
+        """Tell all other ranks that this one leaves its messages."""
+        from mpi4py import MPI
+
+        if self._is_open and self.size <= _MOST_TOLD:
+            for rank in range(self.size):
+                if rank != self.rank:
+                    with contextlib.suppress(MPI.Exception):  # of a rank that MPI knows to be dead
+                        message = [self._reasons[reason : reason + 1], MPI.BYTE]
+                        _left_to_mpi.append((self, (self.comm.Isend(message, rank, _GIVEN_UP),)))
+
+    @property
+    def is_given_up(self) -> bool:
+        """Whether it is used no more."""
+        return self._unusable is not None
+
+    def leave(self, error: BaseException, *needed: Any) -> None:
+        """Give up after an error in the middle of messages, which need some arrays to live on.
+
+        The other ranks, which wait in them, are told, and raise RemoteRankError.
+        """
+        if self._unusable is not None:
+            return
+        if not isinstance(error, CollectiveTimeoutError | RemoteRankError):  # all know of these
+            self._tell_all(_FAILED)
+        reason = str(error) or type(error).__name__
         self._unusable = (
             CollectiveTimeoutError,
             "an earlier exchange on this communicator was given up, and its ranks are out of step: "
-            + (str(error) or type(error).__name__),
+            + (reason if GO_ON in reason else f"{reason}. {GO_ON}"),
         )
         _left_to_mpi.append((self, needed))
 
@@ -124,7 +289,7 @@ class PrivateComm:
         """Free the duplicate together with its communicator, unless MPI may still use it."""
         from mpi4py import MPI
 
-        if not self._unusable and not MPI.Is_finalized():
+        if self._is_open and not self._unusable and not MPI.Is_finalized():
             self._unusable = RuntimeError, FREED
             for checked_sum in self._sums.values():
                 checked_sum.free()
@@ -139,20 +304,29 @@ def private_comm_of(comm: MPI.Comm, timeout: float) -> PrivateComm:
         raise RuntimeError(FREED)
     if _forked:
         raise RuntimeError(_FORKED)
-    request = None
     with _opening:
         private = cast("PrivateComm | None", comm.Get_attr(_keyval()))
         if private is None:
-            # Not Dup, which would wait for ever for a rank that never comes to its first sum.
-            duplicate, request = comm.Idup()
-            private = PrivateComm(duplicate, comm.rank, comm.size).take(timeout)
+            private = PrivateComm(comm.rank, comm.size)
             comm.Set_attr(_keyval(), private)
-    if request is not None:
-        with private:
-            private.complete(request)
-            # Messages of other lengths are errors to catch, whatever the caller's communicator does.
-            private.comm.Set_errhandler(MPI.ERRORS_RETURN)
+    if not private.is_open:
+        private.open(comm, timeout)
     return private
+
+
+def _ends_all(error: BaseException) -> bool:
+    """Tell whether an error leaves no way to go on: a timeout, an interrupt, an error of MPI."""
+    from mpi4py import MPI
+
+    left = CollectiveTimeoutError | RemoteRankError | MPI.Exception
+    return not isinstance(error, Exception) or isinstance(error, left)
+
+
+@functools.cache
+def _any_source() -> int:
+    from mpi4py import MPI
+
+    return MPI.ANY_SOURCE
 
 
 @functools.cache
@@ -163,12 +337,12 @@ def _keyval() -> int:
     return MPI.Comm.Create_keyval(delete_fn=lambda comm, keyval, private: private.free())
 
 
-_opening = threading.Lock()  # two threads would make two duplicates of one communicator
+_opening = threading.RLock()  # two threads would make two duplicates of one communicator
 
 _private_comms: weakref.WeakSet[PrivateComm] = weakref.WeakSet()
 
 # The memory of operations that were given up: kept for ever, as MPI may still read and write it.
-_left_to_mpi: list[tuple[PrivateComm, tuple[Array, ...]]] = []
+_left_to_mpi: list[tuple[PrivateComm, tuple[Any, ...]]] = []
 
 _forked: list[bool] = []  # not empty in a process that was forked from one with MPI
 

@@ -5,9 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-FAULT = -3
-"""Index of the fault flag in a vector; NaN there tells that lengths differed."""
-
 
 class Step(NamedTuple):
     """A message or two between a rank and a partner, in one step of the sum."""

@@ -5,17 +5,19 @@ from __future__ import annotations
 import contextlib
 import operator
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, TypedDict, Unpack
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar, TypedDict, Unpack
 
 import numpy as np
 
 from cupy_syncbn import functional
 from cupy_syncbn.arrays import Array, array_module, module_of
 from cupy_syncbn.checks import Activation, activation_slope, check_grad_reduction, check_settings, data_type
-from cupy_syncbn.comm.call import Call, Preparing
+from cupy_syncbn.comm import trailer
+from cupy_syncbn.comm.call import Call, Collective, commit
 from cupy_syncbn.comm.groups import SINGLE, ProcessGroup, as_group
-from cupy_syncbn.functional import Saved
-from cupy_syncbn.nn.module import Module, Parameter, check_gradient
+from cupy_syncbn.functional import Description, Saved
+from cupy_syncbn.nn.module import Module, Parameter, accumulation, check_gradient
 from cupy_syncbn.nn.replace import replace_within
 from cupy_syncbn.nn.tree import Tree
 from cupy_syncbn.plan import Arguments, Settings
@@ -45,6 +47,8 @@ class BatchNormBase(Module):
     _group: ProcessGroup | None
     _calls_made: int
     _introduced: bool
+    _model: int | None = None
+    """See `Call`."""
     _saved: Saved = _NO_FORWARD
     """The record of the forward that waits for its backward."""
     _frozen: int = 0
@@ -87,57 +91,68 @@ class BatchNormBase(Module):
         self.dtype = dtype
         # None stays None: the world is known at the first sum, not at import.
         self._group = None if process_group is None else as_group(process_group)
-        restart_calls(self)
+        restart_of(self, name=self.name, model=None)()
 
     def forward(self, x: Array, residual: Array | None = None, out: Array | None = None) -> Array:
         """Normalize a batch; see `sync_batch_norm` for the arguments, the result and the errors.
 
         **Collective** over the ranks of a SyncBatchNorm in training mode. The first such call sends one more
-        message, of 24 bytes.
+        message, of 40 bytes.
         """
-        weight, bias, training = self.weight, self.bias, self.training
-        if training and not self._introduced:
-            self._introduce()
-        arguments = Arguments(
-            None if weight is None else weight.data,
-            None if bias is None else bias.data,
-            self.running_mean,
-            self.running_var,
-            self.num_batches_tracked,
-            residual,
-            out,
-        )
-        settings = Settings(
-            training,
-            self.momentum,
-            self.eps,
-            self.channels_last,
-            self.activation,
-            training and (self._frozen > 0 or not self.track_running_stats),
-            self._dimensions,
-            self.dtype,
-        )
-        call = Call(self.name or type(self).__name__, self.num_features, "forward", self._calls_made)
-        y, self._saved = functional.forward(x, arguments, settings, self._group, call)
-        self._calls_made += training
-        if self._observe is not None:
-            self._observe(self._saved)
-        return y
+        with Collective(describe=partial(self._describe_forward, x, residual)) as step:
+            training = self.training
+            if training and not self._introduced:
+                self._introduce(step)
+            step.enter(*self._describe_forward(x, residual))
+            weight, bias = self.weight, self.bias
+            arguments = Arguments(
+                None if weight is None else weight.data,
+                None if bias is None else bias.data,
+                self.running_mean,
+                self.running_var,
+                self.num_batches_tracked,
+                residual,
+                out,
+            )
+            settings = Settings(
+                training,
+                self.momentum,
+                self.eps,
+                self.channels_last,
+                self.activation,
+                training and (self._frozen > 0 or not self.track_running_stats),
+                self._dimensions,
+                self.dtype,
+            )
+            y, saved, writes = functional.forward(x, arguments, settings, self._group, step)
+            own = partial(vars(self).update, _saved=saved, _calls_made=self._calls_made + training)
+            commit([*writes, own] if self._observe is None else [*writes, own, partial(self._observe, saved)])
+            return y
 
     if TYPE_CHECKING:  # so that `y = bn(x)` has a type
 
         def __call__(self, x: Array, residual: Array | None = None, out: Array | None = None) -> Array:
             """See `forward`."""
 
-    def _introduce(self) -> None:
-        """Compare name, channels and type between the ranks: vectors of other lengths must never meet."""
-        call = self._call(f"introduction with {self.dtype} parameters")
-        group = as_group(self._group)
-        call.allreduce_checked(group, np.array(call.trailer(group)))
+    def _introduce(self, step: Collective) -> None:
+        """Compare name, channels, type and settings between the ranks, before vectors of them meet."""
+        direction = (
+            f"introduction with {self.dtype} parameters, eps={self.eps}, momentum={self.momentum}, "
+            f"affine={self.affine}, tracking={self.track_running_stats}, activation={self.activation}, "
+            f"grad_reduction={self.grad_reduction}, channels_last={self.channels_last}"
+        )
+        step.enter(self._call(direction), as_group(self._group), trailer.LENGTH)
+        step.needed = 2  # of which the forward is the second
+        step.sum(np.array(step.trailer()))
         self._introduced = True
 
     def _call(self, direction: str) -> Call:
-        return Call(self.name or type(self).__name__, self.num_features, direction, self._calls_made)
+        name = self.name or type(self).__name__
+        return Call(name, self.num_features, direction, self._calls_made, self._model)
+
+    def _describe_forward(self, *arrays: Any) -> Description:
+        peers = as_group(self._group) if self.training else SINGLE
+        return functional.describe_forward(self._call("forward"), peers, (*arrays, self.running_mean))
 
     def backward(self, dy: Array) -> Array | tuple[Array, Array]:
         """Compute the gradient of the last forward's input; see `sync_batch_norm_backward`.
@@ -149,37 +164,34 @@ class BatchNormBase(Module):
         **Collective** over the ranks of a SyncBatchNorm, if its forward was, or if `grad_reduction` is not
         "none".
         """
-        saved, weight, bias = self._saved, self.weight, self.bias
-        if saved is _NO_FORWARD:
-            self._refuse_backward(dy)
-        has_gradient = (weight is not None and weight.grad is not None) or (
-            bias is not None and bias.grad is not None
-        )
-        check = self._check_gradients if has_gradient else None
-        gradients = functional.backward(dy, saved, self.grad_reduction, check)
-        # A rank that fails after the sum has another number than the others, and they find out.
-        self._calls_made += saved.plan.training or self.grad_reduction != "none"
-        self._saved = _NO_FORWARD
-        for parameter, gradient in ((weight, gradients.weight), (bias, gradients.bias)):
-            if parameter is None or gradient is None:
-                continue
-            if parameter.grad is None:
-                parameter.grad = gradient
-            else:
-                parameter.accumulate(gradient)
-        return gradients.x if gradients.residual is None else (gradients.x, gradients.residual)
+        with Collective(describe=partial(self._describe_backward, dy)) as step:
+            step.enter(*self._describe_backward(dy))
+            saved, parameters = self._saved, (self.weight, self.bias)
+            if saved is _NO_FORWARD:
+                raise RuntimeError("backward needs a forward before it: each forward serves one backward")
+            for name, parameter in zip(("weight", "bias"), parameters, strict=True):
+                if parameter is not None and parameter.grad is not None:
+                    check_gradient(name, parameter)
+            gradients = functional.backward(dy, saved, self.grad_reduction, step)
+            writes = [
+                accumulation(parameter, gradient)
+                for parameter, gradient in zip(parameters, (gradients.weight, gradients.bias), strict=True)
+                if parameter is not None and gradient is not None
+            ]
+            # A rank that fails after the sum has another number than the others, and they find out.
+            calls = self._calls_made + (saved.plan.training or self.grad_reduction != "none")
+            result = gradients.x if gradients.residual is None else (gradients.x, gradients.residual)
+            commit([*writes, partial(vars(self).update, _saved=_NO_FORWARD, _calls_made=calls)])
+            return result
 
-    def _check_gradients(self) -> None:
-        for name, parameter in (("weight", self.weight), ("bias", self.bias)):
-            if parameter is not None and parameter.grad is not None:
-                check_gradient(name, parameter)
-
-    def _refuse_backward(self, dy: Array) -> NoReturn:
+    def _describe_backward(self, dy: Any) -> Description:
+        if self._saved is not _NO_FORWARD:
+            return functional.describe_backward(self._saved, self.grad_reduction)
         is_collective = self.training or self.grad_reduction != "none"
         peers = as_group(self._group) if is_collective else SINGLE
-        arrays = (dy, None if self.weight is None else self.weight.data, self.running_mean)
-        with Preparing(self._call("backward"), peers, 2 * self.num_features + 3, arrays):
-            raise RuntimeError("backward needs a forward before it: each forward serves one backward")
+        weight = None if self.weight is None else self.weight.data
+        length = 2 * self.num_features + trailer.LENGTH
+        return self._call("backward"), peers, length, (dy, weight, self.running_mean)
 
     @property
     def process_group(self) -> ProcessGroup | None:
@@ -232,10 +244,9 @@ class BatchNormBase(Module):
         )
 
 
-def restart_calls(layer: BatchNormBase) -> None:
-    """Count a layer's calls from here on: all ranks do so at the same time."""
-    layer._calls_made = 0
-    layer._introduced = False
+def restart_of(layer: BatchNormBase, *, name: str | None, model: int | None) -> Callable[[], object]:
+    """Return what counts a layer's calls from there on, and names it: all ranks do so at the same time."""
+    return partial(vars(layer).update, name=name, _model=model, _calls_made=0, _introduced=False)
 
 
 class FrozenStatistics(contextlib.ContextDecorator, contextlib.AbstractContextManager[None]):
@@ -355,7 +366,7 @@ class SyncBatchNorm(BatchNormBase):
     @process_group.setter
     def process_group(self, group: ProcessGroup | MPI.Intracomm | None) -> None:
         self._group = None if group is None else as_group(group)
-        restart_calls(self)
+        restart_of(self, name=self.name, model=None)()
 
     @classmethod
     def convert_sync_batchnorm(

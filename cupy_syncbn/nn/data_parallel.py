@@ -6,21 +6,29 @@ import functools
 import itertools
 import json
 import zlib
+from collections.abc import Callable
+from functools import partial
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from cupy_syncbn.arrays import Array, check_writeable, module_of
 from cupy_syncbn.backends import backend_of
-from cupy_syncbn.comm.call import Call, Preparing
+from cupy_syncbn.comm import trailer
+from cupy_syncbn.comm.call import Call, Collective, commit
 from cupy_syncbn.comm.errors import RankMismatchError
 from cupy_syncbn.comm.groups import ProcessGroup, as_group
-from cupy_syncbn.nn.batch_norm import BatchNormBase, SyncBatchNorm, restart_calls
+from cupy_syncbn.functional import Description
+from cupy_syncbn.nn.batch_norm import BatchNormBase, SyncBatchNorm, restart_of
 from cupy_syncbn.nn.module import Module, Parameter, check_gradient, tree_of
 
 if TYPE_CHECKING:
     from mpi4py import MPI
+
+
+_DIGEST = 8
+"""Numbers by which ranks compare the description of their modules."""
 
 
 class DistributedDataParallel(Module):
@@ -64,39 +72,65 @@ class DistributedDataParallel(Module):
     >>> bn.weight.data -= 0.1 * bn.weight.grad
     """
 
+    _model: int | None = None
+    """See `Call`."""
+
     def __init__(
         self,
         module: Module,
         process_group: ProcessGroup | MPI.Intracomm | None = None,
         bucket_cap_mb: float = 25,
     ) -> None:
-        if not isinstance(module, Module):
-            raise TypeError(f"expected a Module (got {type(module).__name__})")
-        if not bucket_cap_mb > 0:
-            raise ValueError(f"expected bucket_cap_mb to be positive (got {bucket_cap_mb!r})")
-        self.module = module
-        # None stays None, so that a pickle means the ranks of the program that loads it.
-        self._group = None if process_group is None else as_group(process_group)
-        group = self.process_group
-        self.bucket_cap_mb = bucket_cap_mb
-        self.training = module.training
-        self._reductions = 0
+        with Collective(describe=partial(_describe_construction, process_group)) as step:
+            step.enter(*_describe_construction(process_group))
+            if not isinstance(module, Module):
+                raise TypeError(f"expected a Module (got {type(module).__name__})")
+            if not bucket_cap_mb > 0:
+                raise ValueError(f"expected bucket_cap_mb to be positive (got {bucket_cap_mb!r})")
+            self.module = module
+            # None stays None, so that a pickle means the ranks of the program that loads it.
+            self._group = None if process_group is None else as_group(process_group)
+            self.bucket_cap_mb = bucket_cap_mb
+            self.training = module.training
+            self._reductions = 0
+            step.needed, step.owes_messages = 2, True
+            self._start_alike(step)
+
+    def _start_alike(self, step: Collective) -> None:
+        """Take the values of rank 0, all or none, and name the layers."""
         # Each array once, by its last name, so that ranks which share others of their arrays differ too.
-        state = dict({id(array): (name, array) for name, array in module.state_dict().items()}.values())
-        call = Call("DistributedDataParallel", 0, "construction", 0)
-        with Preparing(call, group, 3):
-            for name, array in state.items():
-                _check_array(name, array)
-        call.allreduce_checked(group, np.array(call.trailer(group)))
-        _check_alike(group, self._description(state))
-        for array in state.values():
-            values = module_of(array).ascontiguousarray(array)
-            group.broadcast(values)
-            array[...] = values.reshape(array.shape)
-        for name, layer in module.named_modules():
+        named = self.module.state_dict().items()
+        state = dict({id(array): (name, array) for name, array in named}.values())
+        for name, array in state.items():
+            _check_array(name, array)
+        group = step.group
+        description = self._description(state)
+        copies = [array.copy().reshape(-1) for array in state.values()]
+        code = zlib.crc32(json.dumps(description).encode())
+        vector = np.array([*trailer.pairs_of(code), *trailer.pairs_of(code >> 8), *step.trailer()])
+        step.sum(vector)
+        if not trailer.agree(vector[:_DIGEST].tolist(), group.size):
+            step.needed, step.owes_messages = 1, False  # all ranks raise an error now
+            raise _difference(group, description)
+        step.expect(trailer.LENGTH)
+        for copy in copies:
+            group.broadcast_owned(copy)
+        group.check_errors()
+        step.owes_messages = False
+        # The root of a broadcast waits for nobody: by this sum it knows that all have the values.
+        ending = np.array(step.trailer())
+        writes: list[Callable[[], object]] = [
+            partial(array.__setitem__, ..., copy.reshape(array.shape))
+            for array, copy in zip(state.values(), copies, strict=True)
+        ]
+        self._model = group.next_model()
+        for name, layer in self.module.named_modules():
+            # The name is alike on all ranks, and tells layers of one size apart. The calls start anew, as a
+            # layer that a rank has loaded from a pickle may have been called before.
             if isinstance(layer, SyncBatchNorm):
-                layer.name = layer.name or name or None  # alike on all ranks: tells those of one size apart
-                restart_calls(layer)  # one that a rank has loaded from a pickle may have been called before
+                writes.append(restart_of(layer, name=layer.name or name or None, model=self._model))
+        step.sum(ending)
+        commit(writes)
 
     @property
     def process_group(self) -> ProcessGroup:
@@ -130,28 +164,32 @@ class DistributedDataParallel(Module):
 
         Notes
         -----
-        **Collective.** 16-bit gradients are added up in float32. If a rank is lost, or out of memory, between
-        two messages, the gradients of the first are averaged already: compute all anew.
+        **Collective.** 16-bit gradients are added up in float32. All gradients are replaced when the last has
+        come, or none: until then there is a copy of them in the type of the sums, and a bucket.
         """
-        group = self.process_group
-        reduced = self._already_reduced()
-        named = [(name, p) for name, p in self.module.named_parameters() if id(p) not in reduced]
-        caller = "DistributedDataParallel"
-        if group.size > 1:
-            code = zlib.crc32(repr(self._description({name: p.data for name, p in named})).encode())
-            caller += f" with parameters of code {code:08x}"
-        call = Call(caller, 0, "gradients", self._reductions)
-        with Preparing(call, group, len(named) + 3):
+        with Collective(describe=self._describe_reduction) as step:
+            reduced, group = self._already_reduced(), self.process_group
+            named = [(name, p) for name, p in self.module.named_parameters() if id(p) not in reduced]
+            caller = "DistributedDataParallel"
+            if group.size > 1:
+                described = self._description({name: p.data for name, p in named})
+                caller += f" with parameters of code {zlib.crc32(repr(described).encode()):08x}"
+            call = Call(caller, 0, "gradients", self._reductions, self._model)
+            step.enter(call, group, len(named) + trailer.LENGTH)
             for name, parameter in named:
                 check_gradient(name, parameter)
-            present = np.array([parameter.grad is not None for _, parameter in named] + [0] * 3, np.float64)
-            present[-3:] = call.trailer(group)
-        call.allreduce_checked(group, present)
-        self._reductions += 1
-        if group.size > 1:
-            parameters = [p for (_, p), ranks in zip(named, present[:-3], strict=True) if ranks]
-            for bucket in self._buckets(parameters):
-                self._average(bucket)
+            parameters = [parameter for _, parameter in named]
+            means = _Means(parameters if group.size > 1 else [], self.bucket_cap_mb)
+            present = np.array([*(p.grad is not None for p in parameters), *step.trailer()], np.float64)
+            step.owes_messages = group.size > 1
+            step.sum(present)
+            means.sum(group, present)
+            step.owes_messages = False
+            commit([*means.writes(), partial(vars(self).update, _reductions=self._reductions + 1)])
+
+    def _describe_reduction(self) -> Description:
+        call = Call("DistributedDataParallel", 0, "gradients", self._reductions, self._model)
+        return call, self.process_group, trailer.LENGTH, ()
 
     def _description(self, arrays: dict[str, Array]) -> list[str]:
         """Describe all that the messages between ranks depend on."""
@@ -177,36 +215,89 @@ class DistributedDataParallel(Module):
             (reduced if is_reducing else others).update(map(id, parameters))
         return reduced - others
 
-    def _buckets(self, parameters: list[Parameter]) -> list[list[Parameter]]:
-        """Divide parameters into runs of one type that fit into a message."""
-        buckets: list[list[Parameter]] = []
-        room = 0.0
-        for parameter in parameters:
-            dtype = _sum_type(parameter)
-            nbytes = parameter.data.size * dtype.itemsize
-            if not buckets or nbytes > room or not _fit_together(parameter, buckets[-1][0]):
-                buckets.append([])
-                room = self.bucket_cap_mb * 2**20
-            buckets[-1].append(parameter)
-            room -= nbytes
-        return buckets
 
-    def _average(self, bucket: list[Parameter]) -> None:
-        xp = module_of(bucket[0].data)
-        total = xp.zeros(sum(parameter.data.size for parameter in bucket), _sum_type(bucket[0]))
-        ends = itertools.accumulate(parameter.data.size for parameter in bucket)
-        parts = [total[end - p.data.size : end] for p, end in zip(bucket, ends, strict=True)]
-        for parameter, part in zip(bucket, parts, strict=True):
-            if parameter.grad is not None:
-                part[...] = parameter.grad.reshape(-1)
-        group = self.process_group
-        group.allreduce(total)
-        total /= group.size
-        for parameter, part in zip(bucket, parts, strict=True):
-            gradient = parameter.grad
-            if gradient is None or (xp is np and not gradient.flags.writeable):
-                parameter.grad = gradient = xp.empty_like(parameter.data)
-            gradient[...] = part.reshape(parameter.data.shape)
+class _Bucket(NamedTuple):
+    """Gradients that share a message, each with its part of the sent and of the received memory."""
+
+    parameters: list[Parameter]
+    sent: Array
+    total: Array
+    sent_parts: list[Array]
+    parts: list[Array]
+
+
+class _Means:
+    """The means of gradients over the ranks, until the last has come: a copy of them, and a bucket.
+
+    The memory is there before the first message.
+    """
+
+    def __init__(self, parameters: list[Parameter], bucket_cap_mb: float) -> None:
+        self._parameters, self._capacity = parameters, bucket_cap_mb * 2**20
+        self._buckets: list[_Bucket] = []
+        self._memory: dict[Any, tuple[Array, Array]] = {}
+        sizes: dict[Any, list[int]] = {}
+        for parameter in parameters:
+            sizes.setdefault(_sum_kind(parameter), []).append(parameter.data.size)
+        for (xp, dtype), each in sizes.items():
+            bucket = min(sum(each), max(int(self._capacity) // dtype.itemsize, *each))
+            self._memory[xp, dtype] = xp.empty(sum(each), dtype), xp.empty(bucket, dtype)
+
+    def sum(self, group: ProcessGroup, present: Array) -> None:
+        """Average the gradients that some rank has (**collective**)."""
+        self._divide(present)
+        for bucket in self._buckets:
+            for parameter, part in zip(bucket.parameters, bucket.sent_parts, strict=True):
+                part[...] = 0 if parameter.grad is None else parameter.grad.reshape(-1)
+            group.allreduce_owned(bucket.sent, bucket.total)
+            total = bucket.total
+            total /= group.size
+
+    def _divide(self, present: Array) -> None:
+        """Divide the parameters into runs of one type that fit into a message."""
+        runs: list[list[Parameter]] = []
+        room = 0.0
+        for parameter in itertools.compress(self._parameters, present):
+            kind = _sum_kind(parameter)
+            nbytes = parameter.data.size * kind[1].itemsize
+            if not runs or nbytes > room or kind != _sum_kind(runs[-1][0]):
+                runs.append([])
+                room = self._capacity
+            runs[-1].append(parameter)
+            room -= nbytes
+        used = dict.fromkeys(self._memory, 0)
+        self._buckets = []
+        for run in runs:
+            kind = _sum_kind(run[0])
+            totals, sent = self._memory[kind]
+            ends = list(itertools.accumulate(parameter.data.size for parameter in run))
+            total = totals[used[kind] :][: ends[-1]]
+            used[kind] += ends[-1]
+            places = [slice(end - p.data.size, end) for p, end in zip(run, ends, strict=True)]
+            sent_parts, parts = [sent[place] for place in places], [total[place] for place in places]
+            self._buckets.append(_Bucket(run, sent[: ends[-1]], total, sent_parts, parts))
+
+    def writes(self) -> list[Callable[[], object]]:
+        """Return what assigns the means to the gradients."""
+        return [
+            _assignment(parameter, part)
+            for bucket in self._buckets
+            for parameter, part in zip(bucket.parameters, bucket.parts, strict=True)
+        ]
+
+
+def _assignment(parameter: Parameter, mean: Array) -> Callable[[], object]:
+    """Return what assigns a mean to a gradient, in place where there is one that can be written to."""
+    gradient, mean = parameter.grad, mean.reshape(parameter.data.shape)
+    if gradient is None or (isinstance(gradient, np.ndarray | np.generic) and not gradient.flags.writeable):
+        return partial(setattr, parameter, "grad", mean.astype(parameter.data.dtype))
+    return partial(gradient.__setitem__, ..., mean.astype(gradient.dtype, copy=False))
+
+
+def _describe_construction(process_group: ProcessGroup | MPI.Intracomm | None) -> Description:
+    """Return what `Collective` needs to know of a construction."""
+    call = Call("DistributedDataParallel", 0, "construction", 0)
+    return call, as_group(process_group), _DIGEST + trailer.LENGTH, ()
 
 
 @functools.lru_cache(maxsize=4096)
@@ -222,40 +313,37 @@ def _check_array(name: str, array: Any) -> None:
     check_writeable(name, array)
 
 
-def _check_alike(group: ProcessGroup, description: list[str]) -> None:
-    """Compare a description with that of rank 0, exactly: broadcasts of other lengths would crash."""
-    if group.size == 1:
-        return
+def _difference(group: ProcessGroup, description: list[str]) -> RankMismatchError:
+    """Return the error that tells what is other on this rank than on rank 0 (**collective**)."""
     encoded = json.dumps(description).encode()
     length = np.array([len(encoded)])
-    group.broadcast(length)
+    group.broadcast_owned(length)
     first = np.zeros(length[0], np.uint8)
     if group.rank == 0:
         first[:] = np.frombuffer(encoded, np.uint8)
-    group.broadcast(first)
+    group.broadcast_owned(first)
     differs = np.zeros(group.size)
     differs[group.rank] = first.tobytes() != encoded
     group.allreduce(differs)
-    if not differs.any():
-        return
-    others = np.flatnonzero(differs)
+    others = np.flatnonzero(differs).tolist()
     if not differs[group.rank]:
-        raise RankMismatchError(f"rank {others[0]} has another module than rank 0: see the error there")
+        verb = "has" if len(others) == 1 else "have"
+        return RankMismatchError(
+            f"{trailer.describe_ranks(others)} {verb} another module than rank 0: see the error there"
+        )
     theirs = json.loads(first.tobytes())
     pairs = itertools.zip_longest(description, theirs, fillvalue="nothing more")
     here, there = next(pair for pair in pairs if pair[0] != pair[1])
-    raise RankMismatchError(
+    return RankMismatchError(
         f"rank {group.rank} has another module than rank 0: {here} here, {there} there. "
         "All ranks must construct the same model with the same arguments"
     )
 
 
-def _fit_together(a: Parameter, b: Parameter) -> bool:
-    """Tell whether the gradients of two parameters can share a message."""
-    return _sum_type(a) == _sum_type(b) and module_of(a.data) is module_of(b.data)
+def _sum_kind(parameter: Parameter) -> tuple[ModuleType, np.dtype[Any]]:
+    """Return the library and the type in which a gradient is added up.
 
-
-def _sum_type(parameter: Parameter) -> np.dtype[Any]:
-    """MPI adds up float32 and float64 of this machine's byte order, not 16-bit floats."""
+    MPI adds up float32 and float64 of this machine's byte order, not 16-bit floats.
+    """
     dtype: np.dtype[Any] = parameter.data.dtype.newbyteorder("=")
-    return np.dtype(np.float32) if dtype.itemsize == 2 else dtype
+    return module_of(parameter.data), np.dtype(np.float32) if dtype.itemsize == 2 else dtype

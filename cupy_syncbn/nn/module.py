@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import operator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from operator import methodcaller
 from typing import Any, NamedTuple, Self
 
@@ -60,6 +62,20 @@ class Parameter:
 
     def __repr__(self) -> str:
         return f"Parameter(shape={self.data.shape}, dtype={self.data.dtype})"
+
+
+@np.errstate(all="ignore")  # infinities and NaN are the data's, and pass through
+def accumulation(parameter: Parameter, gradient: Array) -> Callable[[], object]:
+    """Return what adds a gradient to that of a parameter, all that can fail being done."""
+    grad = parameter.grad
+    if grad is None:
+        return partial(setattr, parameter, "grad", gradient)
+    if not isinstance(grad, np.ndarray | np.generic):  # of CuPy, whose sum is one kernel
+        return partial(operator.iadd, grad, gradient)
+    total = (grad + gradient).astype(grad.dtype, copy=False)
+    if not grad.flags.writeable:
+        return partial(setattr, parameter, "grad", total)
+    return partial(grad.__setitem__, ..., total)
 
 
 class IncompatibleKeys(NamedTuple):

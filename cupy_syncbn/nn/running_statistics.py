@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from cupy_syncbn.arrays import Array, check_writeable, module_of, move
 from cupy_syncbn.backends.vector import moments, round_to_12_bits
-from cupy_syncbn.comm.call import Call, Preparing, was_heard_by
+from cupy_syncbn.comm import trailer
+from cupy_syncbn.comm.call import Call, Collective, commit, was_heard_by
 from cupy_syncbn.comm.groups import ProcessGroup, SingleProcessGroup, as_group
-from cupy_syncbn.functional import Saved
+from cupy_syncbn.functional import Description, Saved
 from cupy_syncbn.nn.batch_norm import BatchNormBase, FrozenStatistics, observing
 from cupy_syncbn.nn.module import Module
 
@@ -109,15 +111,17 @@ def recalibrate(module: Module, batches: Iterable[Any]) -> None:
                 module(*arguments)
             except Exception as error:
                 if not was_heard_by(group, error):  # the others are in this batch, or wait for the next
-                    with Preparing(_call(layers, number + 1), group, 4):
+                    with Collective(describe=partial(_describe, layers, number + 1, group)):
                         raise
                 raise
         for each in groups:
             each.check_errors()
+    writes = []
     for layer, total in zip(layers, totals, strict=True):
         if layer.running_mean is not None and layer.running_var is not None and total.count:
-            _assign(layer.running_mean, total.pivot + total.offset)
-            _assign(layer.running_var, total.m2 / max(total.count - 1, 1))
+            writes.append(_assignment(layer.running_mean, total.pivot + total.offset))
+            writes.append(_assignment(layer.running_var, total.m2 / max(total.count - 1, 1)))
+    commit(writes)
 
 
 def _layers(module: Module) -> list[BatchNormBase]:
@@ -159,8 +163,9 @@ class _Total:
         self.count += count
 
 
-def _call(layers: list[BatchNormBase], number: int) -> Call:
-    return Call(f"recalibrate of {len(layers)} layers", 0, "batch", number)
+def _describe(layers: list[BatchNormBase], number: int, group: ProcessGroup) -> Description:
+    call = Call(f"recalibrate of {len(layers)} layers", 0, "batch", number)
+    return call, group, 1 + trailer.LENGTH, ()
 
 
 def _in_step(
@@ -169,8 +174,9 @@ def _in_step(
     """Yield the arguments of each batch, and empty ones while other ranks have more (**collective**)."""
     end = object()
     for number in itertools.count():
-        call = _call(layers, number)
-        with Preparing(call, group, 4):
+        describe = partial(_describe, layers, number, group)
+        with Collective(describe=describe) as step:
+            step.enter(*describe())
             if number == 0:
                 for layer in layers:
                     check_writeable("running_mean", layer.running_mean)
@@ -181,8 +187,8 @@ def _in_step(
                 raise ValueError(
                     "expected at least one batch (got none): give [x[:0]] on a rank without data"
                 )
-        votes = np.array([batch is not end, *call.trailer(group)])
-        call.allreduce_checked(group, votes)
+            votes = np.array([batch is not end, *step.trailer()])
+            step.sum(votes)
         if not votes[0]:
             return
         if batch is not end:
@@ -200,5 +206,6 @@ def _emptied(value: Any) -> Any:
 
 
 @np.errstate(all="ignore")
-def _assign(buffer: Array, values: Array) -> None:
-    buffer[...] = module_of(buffer).asarray(values.astype(buffer.dtype))
+def _assignment(buffer: Array, values: Array) -> Callable[[], object]:
+    """Return what writes complete values."""
+    return partial(buffer.__setitem__, ..., module_of(buffer).asarray(values.astype(buffer.dtype)))

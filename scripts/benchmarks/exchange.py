@@ -1,7 +1,7 @@
 """What synchronization costs: our exchange beside a bare allreduce, and beside an allgather with a merge.
 
-    ours         `Call.allreduce_checked` of the forward's vector, 4C + 4 numbers of float64: with the fault
-                 flag and the tag, made and checked, a look at the length of every message, and a timeout
+    ours         `Collective.sum` of the forward's vector, 4C + 6 numbers of float64: with the fault flag and
+                 the tag, made and checked, a look at the length of every message, and a timeout
     unchecked    the same messages and sums with none of these: the difference is what they cost
     iallreduce   MPI's Iallreduce of the same vector, waited for by Test, so that a timeout is possible
     allreduce    MPI's Allreduce of it, which waits for ever
@@ -15,7 +15,7 @@ cores they are those of the operating system's scheduler: read them as an order 
 The model for larger groups takes its latency a and its time a byte b from two ranks, where neither contender
 waits for a core, by least squares over C:
 
-    ours         log2(ranks) steps, each a + b (32C + 32)
+    ours         log2(ranks) steps, each a + b (32C + 48)
     allgather    log2(ranks) steps of latency a, and b (ranks - 1) (8C + 4), the least that must arrive,
                  with a and b of the gather; then the merge, timed for up to 1024 ranks, and scaled beyond
 
@@ -46,7 +46,8 @@ import numpy as np
 from measure import RESULTS, caption, circumstances, new_figure, pin_threads, save, table
 
 from cupy_syncbn import default_group
-from cupy_syncbn.comm.call import Call
+from cupy_syncbn.comm import trailer
+from cupy_syncbn.comm.call import Call, Collective
 from cupy_syncbn.comm.schedules import steps
 
 CHANNELS = (64, 256, 1024, 4096)
@@ -58,7 +59,7 @@ CONTENDERS = ("ours", "unchecked", "iallreduce", "allreduce", "allgather", "gath
 
 def sent_bytes(contender: str, channels: int) -> int:
     """Return the bytes of one rank's message."""
-    return 8 * channels + 4 if contender == "allgather" else 32 * channels + 32
+    return 8 * channels + 4 if contender == "allgather" else 32 * channels + 48
 
 
 def received_bytes(contender: str, channels: int, ranks: int) -> int:
@@ -122,14 +123,17 @@ def worker(repeats: int) -> None:
     comm, group = MPI.COMM_WORLD.Dup(), default_group()
     results = {}
     for channels in CHANNELS:
-        vector = np.ones(4 * channels + 4)
+        vector = np.ones(4 * channels + 1 + trailer.LENGTH)
         statistics = np.ones(2 * channels + 1, np.float32)
         gathered = np.empty((comm.size, statistics.size), np.float32)
 
         def ours(vector: np.ndarray = vector, channels: int = channels) -> None:
+            step = Collective(describe=lambda: (call, group, vector.size, ()))
             call = Call("stem", channels, "forward", 7)
-            vector[-4:] = 1, *call.trailer(group)  # as a backend writes the count, which is needed anyway
-            call.allreduce_checked(group, vector)
+            step.enter(call, group, vector.size)
+            # As a backend writes the count, which is needed anyway.
+            vector[trailer.FAULT - 1 :] = 1, *step.trailer()
+            step.sum(vector)
 
         def iallreduce(vector: np.ndarray = vector) -> None:
             request = comm.Iallreduce(MPI.IN_PLACE, vector)

@@ -18,13 +18,13 @@ BLUE, ORANGE, GRAY = "#2f6db5", "#d9822b", "#555555"
 FORWARD = (
     "forward",
     "pass 1 over x\n$n,\\ \\sum(x-p),\\ \\sum(x-p)^2$\na channel",
-    "one allreduce of\n$4C + 4$ float64:\nsums about $p$,\nfault flag, tag",
+    "one allreduce of\n$4C + 6$ float64:\nsums about $p$,\nfault flag, tag",
     "pass 2 over x\n$y = (x-\\mu)\\,\\sigma^{-1}w + b$\nrunning statistics",
 )
 BACKWARD = (
     "backward",
     "pass 1 over dy and x\n$\\sum dy,\\ \\sum dy\\,(x-\\mu)$\na channel",
-    "one allreduce of\n$2C + 3$ float64:\nsums,\nfault flag, tag",
+    "one allreduce of\n$2C + 5$ float64:\nsums,\nfault flag, tag",
     "pass 2 over dy and x\n$dx$; dresidual;\ndweight, dbias",
 )
 

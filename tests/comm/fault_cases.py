@@ -11,6 +11,7 @@ import _thread
 import contextlib
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -21,7 +22,20 @@ from typing import NamedTuple
 from unittest import mock
 
 import numpy as np
-from trial import FATAL_TIMEOUT, PATIENCE, SHORT, TIMEOUT, C, Trial, meet, outcome, start_anew, world_of_ranks
+from trial import (
+    FATAL_TIMEOUT,
+    LARGE,
+    PATIENCE,
+    REST,
+    SHORT,
+    TIMEOUT,
+    C,
+    Trial,
+    meet,
+    outcome,
+    start_anew,
+    world_of_ranks,
+)
 
 from cupy_syncbn import (
     DistributedDataParallel,
@@ -33,6 +47,7 @@ from cupy_syncbn import (
 )
 from cupy_syncbn.backends.cpu import operations as cpu_operations
 from cupy_syncbn.comm.checked_sum import LONGEST
+from cupy_syncbn.nn import data_parallel
 
 # ---- What a case is, and what it should come to ----
 
@@ -47,7 +62,8 @@ class Error(NamedTuple):
 class Attempt(NamedTuple):
     """What the ranks raise in one call, or None, by their role; where they raise, nothing has changed."""
 
-    faulty: Error | None
+    faulty: Error | EllipsisType | None
+    """... is what may be."""
     other: Error | None
     spared: Error | None = None
     absent: Error | None = None
@@ -61,11 +77,16 @@ def remote(call):
 
 
 def mismatch(call):
-    return Error("RankMismatchError", f"is in {call}, while another rank is in another call")
+    return Error("RankMismatchError", f"is in {call}, while ranks? .* (is|are) in ")
 
 
 def timeout(call):
-    return Error("CollectiveTimeoutError", f"{call}.*waited .* s for .* a rank ended, is stuck")
+    return Error("CollectiveTimeoutError", f"{call}.*waited .* for .* a rank ended, is stuck")
+
+
+def missing(call):
+    """Return a timeout that blames the last rank, and no other."""
+    return Error("CollectiveTimeoutError", rf"{call}.*waited .* for rank {{last}}: a rank ended, is stuck")
 
 
 GIVEN_UP = Error("CollectiveTimeoutError", "an earlier exchange on this communicator was given up")
@@ -82,7 +103,7 @@ class Case(NamedTuple):
     attempts: tuple[Attempt, ...]
     goes_on: bool
     """Whether the same layers train on afterwards, or only new ones."""
-    ranks: int
+    ranks: range
     """How many it takes."""
     prompt: bool
     """Whether errors have to come at once."""
@@ -104,11 +125,11 @@ CASES = {}
 FATAL = {}
 
 
-def case(*attempts, goes_on=True, ranks=2, prompt=True, name=None):
+def case(*attempts, goes_on=True, ranks=2, most=99, prompt=True, name=None):
     """Register a case of what the ranks survive, by the name of its function or another."""
 
     def register(run):
-        CASES[name or run.__name__] = Case(run, attempts, goes_on, ranks, prompt)
+        CASES[name or run.__name__] = Case(run, attempts, goes_on, range(ranks, most + 1), prompt)
         return run
 
     return register
@@ -210,6 +231,21 @@ def bad_input_in_one_of_two_groups(t):
 # Out of memory, and other errors inside
 
 
+def fail_once(t, owner, name, call):
+    """Make a call in which a method fails on the faulty rank, the first time."""
+    if not t.faulty:
+        return call()
+    method, failures = getattr(owner, name), [MemoryError("none left")]
+
+    def fails(*arguments):
+        if failures:
+            raise failures.pop()
+        return method(*arguments)
+
+    with mock.patch.object(owner, name, fails):
+        return call()
+
+
 def broken(t, operation, error=MemoryError):
     """Let an operation of the backend fail on the faulty rank."""
     if not t.faulty:
@@ -267,20 +303,72 @@ def memory_in_input_gradient(t):
     t.attempt(lambda: layer(x))
 
 
+GRADIENTS = "gradients 0 of DistributedDataParallel .*"
+
+
+@case(Attempt(NO_MEMORY, remote(GRADIENTS)))
+def memory_for_the_means(t):
+    layer, _ = t.trained()
+    model = DistributedDataParallel(layer, t.group)
+    t.attempt(lambda: fail_once(t, data_parallel._Means, "__init__", model.reduce_gradients))
+
+
+IN_THE_MIDDLE = Error("RemoteRankError", "^rank {last} failed in the middle: see the error there")
+
+
+@case(Attempt(NO_MEMORY, IN_THE_MIDDLE), Attempt(GIVEN_UP, GIVEN_UP), goes_on=False)
+def memory_before_a_bucket(t):
+    layer, _ = t.trained()
+    model = DistributedDataParallel(layer, t.group, bucket_cap_mb=1e-6)
+    t.attempt(lambda: fail_once(t, type(t.group), "allreduce_owned", model.reduce_gradients))
+    t.attempt(model.reduce_gradients)
+
+
 @case(
-    Attempt(NO_MEMORY, timeout("")),
-    # The construction of DistributedDataParallel lets its layers count anew.
-    Attempt(timeout("introduction .* 0 of stem"), GIVEN_UP),
+    Attempt(NO_MEMORY, None),
+    Attempt(mismatch(GRADIENTS), mismatch("gradients 1 of DistributedDataParallel .*")),
     goes_on=False,
 )
-def memory_in_averaging(t):
-    layer, x = t.trained()
-    model = DistributedDataParallel(layer, t.group)
-    t.group.timeout = TIMEOUT
-    if t.faulty:
-        model._average = mock.Mock(side_effect=MemoryError("none left"))
+def memory_behind_the_buckets(t):
+    """The others have their means."""
+    layer, _ = t.trained()
+    model = DistributedDataParallel(layer, t.group, bucket_cap_mb=1e-6)
+    t.attempt(lambda: fail_once(t, data_parallel._Means, "writes", model.reduce_gradients))
     t.attempt(model.reduce_gradients)
-    t.attempt(lambda: layer(x))
+
+
+@case(Attempt(NO_MEMORY, IN_THE_MIDDLE), goes_on=False)
+def memory_in_a_broadcast(t):
+    layer, _ = t.trained()
+    layer.weight.data += t.rank
+    t.attempt(
+        lambda: fail_once(
+            t, type(t.group), "broadcast_owned", lambda: DistributedDataParallel(layer, t.group)
+        )
+    )
+
+
+@case(Attempt(NO_MEMORY, remote("construction 0 of DistributedDataParallel")))
+def memory_before_construction(t):
+    layer, _ = t.trained()
+    layer.weight.data += t.rank
+    t.attempt(
+        lambda: fail_once(
+            t, DistributedDataParallel, "_description", lambda: DistributedDataParallel(layer, t.group)
+        )
+    )
+    layer.weight.data[...] = t.subjects[-1][1].weight.data
+
+
+@case(Attempt(NO_MEMORY, remote("construction 0 of DistributedDataParallel")))
+def memory_behind_the_broadcasts(t):
+    """The root of a broadcast has not waited for anybody: it hears of it all the same."""
+    layer, _ = t.trained()
+    layer.weight.data += t.rank
+    t.attempt(
+        lambda: fail_once(t, type(t.group), "next_model", lambda: DistributedDataParallel(layer, t.group))
+    )
+    layer.weight.data[...] = t.subjects[-1][1].weight.data
 
 
 @case(Attempt(Error("KeyboardInterrupt"), timeout(FORWARD)), goes_on=False)
@@ -292,9 +380,9 @@ def interrupted_in_statistics(t):
 
 
 @case(
-    Attempt(Error("KeyboardInterrupt"), timeout(FORWARD)),
+    Attempt(Error("KeyboardInterrupt"), IN_THE_MIDDLE),
     # The messages of the first attempt may be enough for one step.
-    Attempt(GIVEN_UP, GIVEN_UP, absent=timeout("forward"), after_changes=True),
+    Attempt(GIVEN_UP, GIVEN_UP, absent=IN_THE_MIDDLE, after_changes=True),
     goes_on=False,
 )
 def interrupted_in_an_exchange(t):
@@ -357,7 +445,7 @@ def skipped_backward(t):
     t.attempt(lambda: layer(x) if t.faulty else layer.backward(x))
 
 
-@case(Attempt(Error("RuntimeError", "needs a forward"), mismatch(FORWARD)))
+@case(Attempt(Error("RuntimeError", "needs a forward"), remote(FORWARD)))
 def skipped_forward(t):
     layer, x = t.trained()
     t.attempt(lambda: layer.backward(x) if t.faulty else layer(x))
@@ -372,6 +460,64 @@ def skipped_forward_in_eval(t):
         layer(x)
     t.attempt(lambda: layer.backward(x))
     layer.train()
+
+
+def different_settings(name, **settings):
+    """Register a case in which the faulty rank's layer has other settings."""
+
+    @case(Attempt(*2 * [mismatch("introduction with float32 parameters, .* 0 of stem .*")]), name=name)
+    def run(t):
+        layer = SyncBatchNorm(C, process_group=t.group, name="stem", **(settings if t.faulty else {}))
+        x = t.watch(layer)
+        t.attempt(lambda: layer(x))
+        t.subjects.clear()
+
+
+different_settings("eps_differs", eps=1e-3)
+different_settings("momentum_differs", momentum=None)
+different_settings("affine_differs", affine=False)
+different_settings("tracking_differs", track_running_stats=False)
+different_settings("activation_differs", activation=("leaky_relu", 0.1))
+different_settings("reduction_differs", grad_reduction="mean")
+different_settings("axis_of_channels_differs", channels_last=True)
+
+
+def swapped(name, first, second, make):
+    """Register a case in which the faulty rank calls two trained layers in the other order."""
+
+    @case(Attempt(mismatch(f"forward . of {second}"), mismatch(f"forward . of {first}")), name=name)
+    def run(t):
+        layers, x = make(t)
+        t.attempt(lambda: layers[t.faulty](x))
+
+
+def layers_of(first, second):
+    def make(t):
+        layer, x = t.trained(name=first)
+        return (layer, t.trained(name=second)[0]), x
+
+    return make
+
+
+def models(t):
+    """Return two layers, each the only one of a model of its own."""
+    layer, x = t.trained(name=None)
+    other, _ = t.trained(name=None)
+    for each in layer, other:
+        DistributedDataParallel(Sequential(each), t.group)
+    for subject, twin, batch in t.subjects:
+        for each in 2 * [subject, twin]:
+            each.zero_grad()
+            each.backward(each(batch))
+    return (layer, other), x
+
+
+# Their names had equal tags of 12 bits.
+swapped(
+    "swapped_layers_of_unlucky_names", r"layer6\.11\.bn2 .*", r"layer3\.805\.bn3 .*",
+    layers_of("layer6.11.bn2", "layer3.805.bn3"),
+)  # fmt: skip
+swapped("swapped_models", r"0 \(4 channels\)", r"0 \(4 channels\) of model 1", models)
 
 
 @case(Attempt(mismatch("forward 2 of head .*"), mismatch(FORWARD)))
@@ -506,23 +652,23 @@ def model_of(layer, group):
     return model
 
 
-absent("absent_in_forward", lambda t, layer, x: layer(x), timeout(FORWARD))
+absent("absent_in_forward", lambda t, layer, x: layer(x), missing(FORWARD))
 absent(
     "absent_in_construction",
     lambda t, layer, x: DistributedDataParallel(layer, t.group),
-    timeout("construction 0"),
+    missing("construction 0"),
 )
 absent(
     "absent_in_reduce_gradients",
     lambda t, layer, x: model_of(layer, t.group).reduce_gradients(),
-    timeout("gradients 0"),
+    missing("gradients 0"),
 )
 absent(
-    "absent_in_broadcast", lambda t, layer, x: t.group.broadcast(np.zeros(3), root=t.size - 1), timeout("")
+    "absent_in_broadcast", lambda t, layer, x: t.group.broadcast(np.zeros(3), root=t.size - 1), missing("")
 )
 
 
-@case(Attempt(None, timeout(BACKWARD)), goes_on=False)
+@case(Attempt(None, missing(BACKWARD)), goes_on=False)
 def absent_in_backward(t):
     layer, x = t.trained()
     t.forward()
@@ -557,7 +703,7 @@ def leaves_early(t):
     t.attempt(lambda: [layer.backward(layer(x)) for _ in range(2 if t.faulty else 3)])
 
 
-@case(Attempt(None, timeout(FORWARD), late=timeout(FORWARD)), goes_on=False, ranks=4)
+@case(Attempt(None, missing(FORWARD), late=missing(FORWARD)), goes_on=False, ranks=4)
 def absent_and_another_late(t):
     """Those that wait for the late rank first do not wait another timeout for the absent one."""
     layer, x = t.trained()
@@ -583,13 +729,132 @@ def absent_in_one_of_two_groups(t):
     t.attempt(lambda: None if t.faulty else [layer.backward(layer(x)) for _ in range(20)])
 
 
+@case(
+    Attempt(None, Error("CollectiveTimeoutError", f"{FORWARD}.* for ranks 1, {{last}}: a rank ended")),
+    goes_on=False,
+    ranks=4,
+)
+def two_are_absent(t):
+    layer, x = t.trained()
+    t.group.timeout = SHORT
+    t.role = "faulty" if t.rank in (1, t.size - 1) else "other"
+    t.attempt(lambda: None if t.faulty else layer(x))
+
+
+IN_VAIN = Error("CollectiveTimeoutError", "they were in different calls, or one came too late")
+
+
+@case(Attempt(IN_VAIN, IN_VAIN), goes_on=False)
+def different_kinds_of_calls(t):
+    """A broadcast of MPI never meets a sum of ours: all wait, and none is blamed."""
+    layer, x = t.trained()
+    t.group.timeout = SHORT
+    t.attempt(lambda: t.group.broadcast(np.zeros(3), root=0) if t.faulty else layer(x))
+
+
+@case(Attempt(None, missing(FORWARD)), Attempt(None, None), goes_on=False)
+def new_communicator_after_a_timeout(t):
+    """The error says how to go on, and so it goes."""
+    layer, x = t.trained()
+    t.group.timeout = SHORT
+    t.attempt(lambda: None if t.faulty else layer(x))
+
+    def follow():
+        fresh = new_group(comm=world_of_ranks().Dup(), timeout=PATIENCE)
+        layer.process_group = fresh
+        layer.backward(layer(x))
+
+    t.attempt(follow)
+
+
+# A rank that comes when the others have given up
+
+
+RESTED = Error("LookupError", "rested")
+LATE_CALLS = {
+    "forward": lambda t, layer, x: layer(x),
+    "first_call": lambda t, layer, x: t.untrained(layer)(x),
+    "backward": lambda t, layer, x: layer.backward(x),
+    "construction": lambda t, layer, x: DistributedDataParallel(Sequential(layer, t.large), t.group),
+    "reduce_gradients": lambda t, layer, x: t.model.reduce_gradients(),
+    "broadcast": lambda t, layer, x: t.group.broadcast(t.large.weight.data),
+    "allreduce": lambda t, layer, x: t.group.allreduce(t.large.weight.data),
+}
+
+
+@case(*[Attempt(..., timeout("")) for _ in LATE_CALLS], Attempt(RESTED, RESTED), goes_on=False, most=2)
+def comes_late(t):
+    """Whatever the late rank's messages meet, nothing of the others' changes any more."""
+    for name, call in LATE_CALLS.items():
+        t.renew_group()
+        layer, x = t.trained()
+        t.large = SyncBatchNorm(LARGE, process_group=t.group)
+        t.watch(t.large)
+        t.large.weight.data += t.rank
+        if name == "reduce_gradients":
+            t.model = DistributedDataParallel(Sequential(layer, t.large), t.group)
+        layer.weight.grad = np.full(C, 1.0 + t.rank, "f4")
+        t.large.weight.grad = np.full(LARGE, 1.0 + t.rank, "f4")
+        if name == "backward":
+            layer(x)
+        t.group.timeout = SHORT
+
+        def late(call=call, layer=layer, x=x):
+            if t.faulty:
+                time.sleep(2 * SHORT)
+            call(t, layer, x)
+
+        t.attempt(late)
+    t.attempt(lambda: rest(t))
+
+
+def rest(t):
+    """Let MPI do what it still may, and do nothing."""
+    end = time.monotonic() + REST
+    while time.monotonic() < end:
+        t.comm.Iprobe()
+        time.sleep(1e-3)
+    raise LookupError("rested")
+
+
+# A process that is stopped, and goes on
+
+
+def stop(seconds):
+    """Stop this process soon, and let it go on after some seconds."""
+    script = f"sleep 0.1; kill -STOP {os.getpid()}; sleep {seconds}; kill -CONT {os.getpid()}"
+    return subprocess.Popen(["sh", "-c", script])
+
+
+def stopped(name, who):
+    """Register a case in which ranks are stopped for longer than the timeout while one waits for another."""
+
+    @case(Attempt(None, None), goes_on=False, most=2, prompt=False, name=name)
+    def run(t):
+        layer, x = t.trained()
+        t.group.timeout = PATIENCE if t.faulty else 0.8
+
+        def step():
+            stopping = stop(1.2) if who(t) else None
+            time.sleep(0.3 if t.faulty else 0)
+            layer(x)
+            if stopping is not None:
+                stopping.wait()
+
+        t.attempt(step)
+
+
+stopped("waiting_rank_is_stopped", lambda t: not t.faulty)
+stopped("all_ranks_are_stopped", lambda t: True)
+
+
 # What is legal
 
 
 @case(Attempt(None, None))
 def vectors_of_all_lengths(t):
     def add_up():
-        for length in 3, 4, 1000, LONGEST - 1, LONGEST, LONGEST + 1, 3 * LONGEST:
+        for length in 5, 6, 1000, LONGEST - 1, LONGEST, LONGEST + 1, 3 * LONGEST:
             vector = np.arange(length) * (t.rank + 1.0)
             t.group.allreduce_checked(vector)
             np.testing.assert_array_equal(vector, np.arange(length) * (t.size * (t.size + 1) / 2))
@@ -763,7 +1028,7 @@ def main(folder, name=None):
             run(Trial(file, name))
             return
         for name, case in CASES.items():
-            if case.ranks <= world.size:
+            if world.size in case.ranks:
                 t = Trial(file, name)
                 case.run(t)
                 meet()

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import time
 
 import numpy as np
@@ -17,6 +18,10 @@ TIMEOUT = 0.5
 """Where one is, or does not come."""
 SHORT = 0.2
 """Where those that come need not be in time."""
+REST = float(os.environ.get("CUPY_SYNCBN_TEST_REST", "1"))
+"""How long nothing may change after an error."""
+LARGE = 100_000
+"""Channels whose messages are of another protocol of MPI."""
 FATAL_TIMEOUT = 1.5
 """Where the launcher may take a moment to notice that a rank has ended."""
 
@@ -44,6 +49,17 @@ class Trial:
     @property
     def faulty(self):
         return self.role == "faulty"
+
+    def renew_group(self):
+        """Go on with a communicator of its own."""
+        self.comm = world_of_ranks().Dup()
+        self.group = MPIProcessGroup(self.comm, timeout=PATIENCE)
+
+    def untrained(self, layer):
+        """Return a layer that has not been called, whose state is that of a trained one."""
+        fresh = copy.copy(layer)
+        fresh.process_group = self.group
+        return fresh
 
     def report(self, **line):
         """Write a line of JSON at once: what follows may hang or be killed."""

@@ -1,5 +1,7 @@
 """DistributedDataParallel: equal parameters to begin with, averaged gradients after a backward."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 
@@ -352,3 +354,34 @@ def test_bad_arguments():
     for bucket_cap_mb in 0, -1:
         with pytest.raises(ValueError, match="bucket_cap_mb"):
             DistributedDataParallel(Weights(), bucket_cap_mb=bucket_cap_mb)
+
+
+@pytest.mark.mpi(min_size=2)
+@pytest.mark.parametrize("bucket", [1 << 18, 1 << 20])
+def test_memory_of_reduce_gradients(world, bucket):
+    """A copy of the gradients and two buckets, and little else."""
+    model = Sequential(*[SyncBatchNorm(100_000) for _ in range(4)])
+    ddp = DistributedDataParallel(model, bucket_cap_mb=bucket / 2**20)
+    for step in range(2):
+        for parameter in model.parameters():
+            parameter.grad = np.full(parameter.data.size, step + world.rank, "f4")
+        nbytes = sum(parameter.grad.nbytes for parameter in model.parameters())
+        largest = max(bucket, *(parameter.grad.nbytes for parameter in model.parameters()))
+        tracemalloc.start()
+        ddp.reduce_gradients()
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert nbytes < peak < nbytes + 2 * largest
+        for parameter in model.parameters():
+            assert (parameter.grad == step + (world.size - 1) / 2).all()
+
+
+@pytest.mark.mpi(min_size=2)
+def test_memory_of_construction(world):
+    model = Sequential(*[SyncBatchNorm(100_000) for _ in range(4)])
+    nbytes = sum(array.nbytes for array in model.state_dict().values())
+    tracemalloc.start()
+    DistributedDataParallel(model)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 1.1 * nbytes

@@ -19,8 +19,8 @@ EXAMPLES = sorted(path.stem for path in DIRECTORY.glob("*.py"))
 # Runs an example without what it is about: each rank keeps its own statistics.
 SABOTAGE = """
 import runpy, sys
-from cupy_syncbn.comm.call import Call
-Call.allreduce_checked = lambda self, group, vector: None
+from cupy_syncbn.comm.call import Collective
+Collective.sum = lambda self, vector: None
 sys.argv.pop(0)
 runpy.run_path(sys.argv[0], run_name="__main__")
 """

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -181,8 +183,8 @@ def _normalization(
 
 def normalize(
     x: Array, y: Array, batch: BatchSums | None, running: Running | None, affine: Affine, epilogue: Epilogue
-) -> _Normalization:
-    """Write y by the statistics of the batch, and update the running ones; without a batch, by these."""
+) -> tuple[_Normalization, list[Callable[[], object]]]:
+    """Write y by the statistics of the batch, or without one by the running ones."""
     count = 0.0
     if batch is not None:
         C = x.shape[1]
@@ -193,23 +195,26 @@ def normalize(
         mean, var = running.mean.astype(np.float64), running.var.astype(np.float64)
     normalization = _normalization(mean, var, count, affine, epilogue.slope, accumulator(x.dtype))
     _apply(x, y, epilogue.residual, normalization)
-    if batch is not None and running is not None and count > 0:
-        _update(running, mean, var * (count / max(count - 1, 1)))
-    return normalization
+    if batch is None or running is None or not count:
+        return normalization, []
+    return normalization, _update(running, mean, var * (count / max(count - 1, 1)))
 
 
-def _update(running: Running, mean: Array, unbiased_var: Array) -> None:
+def _update(running: Running, mean: Array, unbiased_var: Array) -> list[Callable[[], object]]:
+    """Return what writes the new running statistics, complete before the first is written."""
     tracked, momentum = running.num_batches_tracked, running.momentum
+    writes: list[Callable[[], object]] = []
     if tracked is not None:
-        tracked += 1
+        batches = int(tracked) + 1
+        writes.append(partial(tracked.__setitem__, ..., batches))
     if momentum is None:
-        assert tracked is not None
-        momentum = 1 / int(tracked)
-    for buffer, batch in ((running.mean, mean), (running.var, unbiased_var)):
-        if momentum == 1:  # 0 * inf would keep an infinity for ever
-            buffer[...] = batch
-        else:
-            buffer[...] = (1 - momentum) * buffer.astype(np.float64) + momentum * batch
+        assert tracked is not None  # so says `prepare`
+        momentum = 1 / batches
+    for buffer, value in ((running.mean, mean), (running.var, unbiased_var)):
+        if momentum != 1:  # 0 * inf would keep an infinity for ever
+            value = (1 - momentum) * buffer.astype(np.float64) + momentum * value
+        writes.append(partial(buffer.__setitem__, ..., value.astype(buffer.dtype)))
+    return writes
 
 
 def _apply(x: Array, y: Array, residual: Array | None, normalization: _Normalization) -> None:

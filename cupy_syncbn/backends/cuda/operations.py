@@ -10,6 +10,7 @@ import functools
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
 import cupy
@@ -245,8 +246,8 @@ def _contiguous(values: Array | None) -> Any:
 
 def normalize(
     x: Array, y: Array, batch: BatchSums | None, running: Running | None, affine: Affine, epilogue: Epilogue
-) -> _Normalization:
-    """Write y by the statistics of the batch, and update the running ones; without a batch, by these."""
+) -> tuple[_Normalization, list[Callable[[], object]]]:
+    """Write y by the statistics of the batch, which update the running ones, or without one by these."""
     vector, squares, ranks = batch or (None, None, 0)
     mean, var, tracked, momentum = running or (None, None, None, 0.0)
     weight, bias, eps = affine
@@ -286,11 +287,12 @@ def normalize(
             counters,
         ),
     )
-    if batch and running:
-        for view, values in ((running.mean, means), (running.var, variances)):
-            if view is not values:  # it has gaps
-                view[...] = values
-    return _Normalization(passes, saved, mask, residual is not None, slope)
+    normalization = _Normalization(passes, saved, mask, residual is not None, slope)
+    if not batch or not running:
+        return normalization, []
+    pairs = (running.mean, means), (running.var, variances)
+    # Where a view has gaps, the kernel has written to a copy.
+    return normalization, [partial(view.__setitem__, ..., new) for view, new in pairs if view is not new]
 
 
 def reduce_gradients(

@@ -5,9 +5,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeAlias
 
+import numpy as np
+
 from cupy_syncbn.arrays import import_cupy
+from cupy_syncbn.comm.trailer import FAULT
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -23,9 +27,10 @@ class HostGroup(Protocol):
     timeout: float
     host: str
 
-    def allreduce(self, buffer: Array) -> Array: ...
+    def allreduce_into(self, sent: Array, received: Array) -> None: ...
     def allreduce_checked(self, vector: Array) -> Array: ...
-    def broadcast(self, buffer: Array, root: int = 0) -> None: ...
+    def tell_fault(self, trailer: tuple[float, ...], length: int, library: ModuleType) -> Array: ...
+    def broadcast_into(self, buffer: Array, root: int) -> None: ...
     def gather_objects(self, value: Any) -> list[Any]: ...
     def broadcast_object(self, value: Any) -> Any: ...
     def messages(
@@ -41,17 +46,25 @@ class Transport(ABC):
 
     name: ClassVar[str]
 
+    def allreduce(self, buffer: Array) -> Array:
+        own = buffer.copy()  # what is given up may still be written to
+        self.allreduce_owned(own)
+        buffer[...] = own
+        return buffer
+
     @abstractmethod
-    def allreduce(self, buffer: Array) -> Array: ...
+    def allreduce_owned(self, buffer: Array) -> Array: ...
 
     def allreduce_checked(self, vector: Array) -> Array:
-        return self.allreduce(vector)
+        return self.allreduce_owned(vector)
 
     @abstractmethod
     def broadcast(self, buffer: Array, root: int) -> None: ...
 
-    def match_peers(self, vector: Array) -> Array:
-        return import_cupy().asarray(vector)
+    def tell_fault(self, trailer: tuple[float, ...], length: int) -> Array:
+        vector = np.zeros(length)
+        vector[FAULT:] = trailer
+        return self.allreduce_checked(import_cupy().asarray(vector))
 
     def defer(self, trailer: Array, check: Callable[[list[float]], None], call: object) -> None:
         check(trailer.tolist())

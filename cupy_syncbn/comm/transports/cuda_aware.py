@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from cupy_syncbn.arrays import import_cupy
 from cupy_syncbn.comm.errors import RankMismatchError
-from cupy_syncbn.comm.schedules import FAULT, steps
+from cupy_syncbn.comm.schedules import steps
+from cupy_syncbn.comm.trailer import FAULT
 from cupy_syncbn.comm.transports.base import Array, HostGroup, Transport
 from cupy_syncbn.comm.transports.host_staged import HostStaged
 
@@ -32,14 +33,14 @@ class CUDAAware(Transport):
         self._through_host = HostStaged(group)
         self._steps = tuple(steps(group.rank, group.size))
 
-    def allreduce(self, buffer: Array) -> Array:
+    def allreduce_owned(self, buffer: Array) -> Array:
         if not self._add_up(buffer):
             raise RankMismatchError("the ranks add up arrays of different sizes")
         return buffer
 
     def allreduce_checked(self, vector: Array) -> Array:
         self._add_up(vector, marks_mismatch=True)
-        return vector[-3:].get()
+        return vector[FAULT:].get()
 
     def broadcast(self, buffer: Array, root: int) -> None:
         self._through_host.broadcast(buffer, root)

@@ -20,23 +20,26 @@ class HostStaged(Transport):
         self._group = group
 
     def allreduce(self, buffer: Array) -> Array:
-        host = _on_host(buffer)
-        self._group.allreduce(host)
-        buffer.set(host)
-        return host
+        return self.allreduce_owned(buffer)  # MPI gets other memory in any case
+
+    def allreduce_owned(self, buffer: Array) -> Array:
+        with _Staging(buffer, 2) as (sent, received):
+            self._group.allreduce_into(sent, received)
+        buffer.set(received)
+        return received
 
     def allreduce_checked(self, vector: Array) -> Array:
-        host = _on_host(vector)
-        self._group.allreduce_checked(host)
+        with _Staging(vector) as (host,):
+            self._group.allreduce_checked(host)
         vector.set(host)
         return host
 
-    def match_peers(self, vector: Array) -> Array:
-        return vector  # those of the other ranks go through memory of the host too
+    def tell_fault(self, trailer: tuple[float, ...], length: int) -> Array:
+        return self._group.tell_fault(trailer, length, np)  # as vectors go through memory of the host
 
     def broadcast(self, buffer: Array, root: int) -> None:
-        host = _on_host(buffer)
-        self._group.broadcast(host, root)
+        with _Staging(buffer) as (host,):
+            self._group.broadcast_into(host, root)
         buffer.set(host)
 
 
@@ -46,16 +49,26 @@ class HostStaged(Transport):
 _pinned: dict[tuple[int, int, int], tuple[Array, Any]] = {}
 
 
-def _on_host(buffer: Array) -> Array:
-    """Return a complete copy of a CuPy array in pinned memory."""
-    cupy = import_cupy()
-    stream = cupy.cuda.get_current_stream()
-    key = threading.get_ident(), buffer.device.id, stream.ptr
-    pinned, _ = _pinned.get(key, (None, None))
-    if pinned is None or pinned.nbytes < buffer.nbytes:
-        memory = cupy.cuda.alloc_pinned_memory(max(buffer.nbytes, 1))
-        pinned = np.frombuffer(memory, np.uint8)
-    host: Array = pinned[: buffer.nbytes].view(buffer.dtype).reshape(buffer.shape)
-    buffer.get(out=host)
-    _pinned[key] = pinned, stream  # only now, as the last copy in may have read the smaller piece until here
-    return host
+class _Staging:
+    """The context of one use of pinned memory: the first of `pieces` like a CuPy array has its values."""
+
+    def __init__(self, buffer: Array, pieces: int = 1) -> None:
+        cupy = import_cupy()
+        stream = cupy.cuda.get_current_stream()
+        self._key = threading.get_ident(), buffer.device.id, stream.ptr
+        pinned, _ = _pinned.get(self._key, (None, None))
+        if pinned is None or pinned.nbytes < pieces * buffer.nbytes:
+            memory = cupy.cuda.alloc_pinned_memory(max(pieces * buffer.nbytes, 1))
+            pinned = np.frombuffer(memory, np.uint8)
+        rows = pinned[: pieces * buffer.nbytes].reshape(pieces, buffer.nbytes)
+        self._pieces = [row.view(buffer.dtype).reshape(buffer.shape) for row in rows]
+        buffer.get(out=self._pieces[0])
+        # Only now, as the last copy in may have read the smaller piece until here.
+        _pinned[self._key] = pinned, stream
+
+    def __enter__(self) -> list[Array]:
+        return self._pieces
+
+    def __exit__(self, kind: object, *error: object) -> None:
+        if kind is not None:
+            _pinned.pop(self._key, None)  # MPI may still write to it

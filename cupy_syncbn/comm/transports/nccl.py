@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from cupy_syncbn.arrays import import_cupy
+from cupy_syncbn.comm.clock import RunningClock
 from cupy_syncbn.comm.errors import CollectiveTimeoutError
 from cupy_syncbn.comm.small_objects import SIZE
 from cupy_syncbn.comm.transports.base import Array, HostGroup, Transport
@@ -50,6 +51,11 @@ class NCCL(Transport):
         weakref.finalize(self, self._operations.close).atexit = False
 
     def allreduce(self, buffer: Array) -> Array:
+        super().allreduce(buffer)
+        self._watch_copy()
+        return buffer
+
+    def allreduce_owned(self, buffer: Array) -> Array:
         kind = getattr(self._nccl, f"NCCL_{buffer.dtype.name.upper()}", None)
         if kind is None:
             raise TypeError(f"expected a type that NCCL adds up (got {buffer.dtype.name})")
@@ -58,12 +64,19 @@ class NCCL(Transport):
         return buffer
 
     def broadcast(self, buffer: Array, root: int) -> None:
-        kind = self._nccl.NCCL_UINT8
+        kind, copy = self._nccl.NCCL_UINT8, buffer.copy()
         self._enqueue(
-            buffer, lambda nccl, at, stream: nccl.broadcast(at, at, buffer.nbytes, kind, root, stream)
+            copy, lambda nccl, at, stream: nccl.broadcast(at, at, buffer.nbytes, kind, root, stream)
         )
+        buffer[...] = copy
+        self._watch_copy()
+
+    def _watch_copy(self) -> None:
+        """Let `check_errors` wait for the copy of a result to the caller's array as well."""
+        self._operations.add(_Operation(), import_cupy().cuda.get_current_stream())
 
     def _enqueue(self, buffer: Array, enqueue: Callable[[Any, int, int], None]) -> None:
+        """Enqueue an operation on an array of the package."""
         self._operations.raise_errors()
         if buffer.device.id != self._device:
             raise ValueError(
@@ -71,7 +84,7 @@ class NCCL(Transport):
                 f"(got one on {buffer.device.id})"
             )
         if buffer.size:
-            self._operations.enqueue(enqueue, buffer.data.ptr, import_cupy().cuda.get_current_stream())
+            self._operations.enqueue(enqueue, buffer, import_cupy().cuda.get_current_stream())
 
     def defer(self, trailer: Array, check: Callable[[list[float]], None], call: object) -> None:
         cupy = import_cupy()
@@ -99,6 +112,8 @@ class _Operation:
     """Raises the error that the trailer tells of."""
     event: Any = None
     """Recorded behind the operation; None while the host is still in NCCL's call, which may wait too."""
+    needed: Any = None
+    """An array that it writes to, which must live as long."""
     since: float = field(default_factory=time.monotonic)
 
     @property
@@ -121,19 +136,20 @@ class _Operations:
         self._rank = f"rank {group.rank} of {group.size}"
         self._lock = threading.Lock()
         self._pending: deque[_Operation] = deque()
-        self._last_end = 0.0  # when the host last saw one end
+        self._first: _Operation | None = None  # of those pending, when the thread last looked
+        self._clock = RunningClock()  # since it is the first
         self._error: Exception | None = None
         self._closed = False
 
-    def enqueue(self, enqueue: Callable[[Any, int, int], None], pointer: int, stream: Any) -> None:
+    def enqueue(self, enqueue: Callable[[Any, int, int], None], buffer: Array, stream: Any) -> None:
         """Call a function that enqueues an operation, and watch that from now on."""
-        operation = _Operation()
+        operation = _Operation(needed=buffer)
         with self._lock:
             if self._error:
                 raise self._error.with_traceback(None)
             self._pending.append(operation)
         try:
-            enqueue(self._communicator, pointer, stream.ptr)
+            enqueue(self._communicator, buffer.data.ptr, stream.ptr)
             operation.event = _event_behind(stream)
         except RuntimeError:
             self.raise_errors()  # the communicator may have been aborted meanwhile
@@ -202,14 +218,15 @@ class _Operations:
 
     def _look(self) -> None:
         while not self._error and self._pending and self._pending[0].ended:
-            self._last_end = time.monotonic()
+            self._first = None  # which refers to the group, that may end now
             self._pending.popleft().look()
 
     def _check_progress(self) -> None:
         """Raise an error if an operation takes too long, or NCCL reports one."""
         if self._pending:
-            waited = time.monotonic() - max(self._pending[0].since, self._last_end)
-            if waited > self._timeout:
+            if self._pending[0] is not self._first:
+                self._first, self._clock = self._pending[0], RunningClock()
+            if self._clock.look() > self._timeout:
                 # The first is a sum itself; the check of its trailer is right behind it, and knows the call.
                 call = next((each.call for each in islice(self._pending, 2) if each.call), None)
                 raise CollectiveTimeoutError(

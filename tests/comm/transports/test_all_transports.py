@@ -21,6 +21,7 @@ from cupy_syncbn import (
     split_group,
 )
 from cupy_syncbn.comm import transports
+from cupy_syncbn.comm.trailer import FAULT
 from support.arrays import BFLOAT16, random_array, random_batch, random_channels
 from support.compare import assert_close, assert_identical
 from support.reference import BatchNorm
@@ -53,7 +54,7 @@ def test_broadcast(world, cupy, group, dtype):
 
 
 def test_exchange(world, rng, cupy, group):
-    parts = [np.array([*random_array(rng, 20, "f8"), 0, 3, 9]) for _ in range(world.size)]
+    parts = [np.array([*random_array(rng, 20, "f8"), 0, 3, 9, 5, 25]) for _ in range(world.size)]
     vector, expected = cupy.asarray(parts[world.rank]), parts[world.rank].copy()
     ending = group.allreduce_checked(vector)
     MPIProcessGroup(world.comm).allreduce_checked(expected)
@@ -61,7 +62,7 @@ def test_exchange(world, rng, cupy, group):
     if isinstance(group._transport, transports.HostStaged):
         assert_identical(vector.get(), expected)  # it is the same sum
     ending = ending if isinstance(ending, np.ndarray) else ending.get()
-    np.testing.assert_array_equal(ending[-3:], world.size * np.array([0, 3, 9]))
+    np.testing.assert_array_equal(ending[FAULT:], world.size * np.array([0, 3, 9, 5, 25]))
     group.check_errors()
 
 
@@ -146,10 +147,10 @@ def test_lengths_that_differ(world, cupy, streams, transport, longer):
     group = new_group(transport=transport)
     for _ in range(2):
         vector = cupy.zeros(10 + longer * (world.rank == 1))
-        assert np.isnan(group.allreduce_checked(vector)[-3])
-        assert np.isnan(vector.get()[-3])
+        assert np.isnan(group.allreduce_checked(vector)[FAULT])
+        assert np.isnan(vector.get()[FAULT])
     vector = cupy.ones(100)
-    assert group.allreduce_checked(vector)[-3] == world.size
+    assert group.allreduce_checked(vector)[FAULT] == world.size
 
 
 @pytest.mark.mpi(min_size=2)

@@ -11,6 +11,7 @@ from mpi4py import MPI
 
 from cupy_syncbn import NCCLProcessGroup, RemoteRankError, SyncBatchNorm, new_group, sync_batch_norm
 from cupy_syncbn.comm import transports
+from cupy_syncbn.comm.trailer import FAULT
 from support import nccl_stand_in
 from support.arrays import BFLOAT16, random_array
 from support.compare import assert_close
@@ -117,14 +118,14 @@ def test_nccl_of_one_rank(request, cupy):
 
     carrier._operations._communicator = Watched()
     for fault, expectation in (0, contextlib.nullcontext()), (1, pytest.raises(RemoteRankError, match="bad")):
-        expected = np.array([3.5, -1, fault, 7, 49])
+        expected = np.array([3.5, -1, fault, 7, 49, 0, 0])
         vector = cupy.asarray(expected)
         carrier.allreduce_checked(vector)
-        carrier.defer(vector[-3:], check, "a call")
+        carrier.defer(vector[FAULT:], check, "a call")
         with expectation:
             group.check_errors()
         np.testing.assert_array_equal(vector.get(), expected)
-    assert seen == [[0, 7, 49], [1, 7, 49]]
+    assert seen == [[0, 7, 49, 0, 0], [1, 7, 49, 0, 0]]
     assert aborted.wait(30)
     with pytest.raises(RemoteRankError, match="bad"):
         carrier.allreduce_checked(vector)

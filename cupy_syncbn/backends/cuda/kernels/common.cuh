@@ -91,6 +91,17 @@ struct Geometry {
 #define GEOMETRY                                                                                                     \
     long long N, long long C, long long S, long long lanes, long long group, long long per_split
 
+// The end of each vector that the ranks add up, see comm/trailer.py: a sum that is not sound tells of a fault.
+#define TRAILER double fault, double low, double low_square, double high, double high_square
+__device__ __forceinline__ void write_trailer(double* to, TRAILER)
+{
+    to[0] = fault;
+    to[1] = low;
+    to[2] = low_square;
+    to[3] = high;
+    to[4] = high_square;
+}
+
 // The part of the tensor that a block works on.
 struct Part {
     long long index, split, splits;  // of the group of channels, and which of its splits

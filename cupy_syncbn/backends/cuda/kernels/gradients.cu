@@ -112,15 +112,15 @@ struct Reduce : Gradient<T, V, COLUMNS, RESIDUAL, ACTIVATION> {
 // dy, x, dresidual   [N, C, S]; dresidual is null without RESIDUAL
 // mask               from `normalize`; null unless RESIDUAL and ACTIVATION
 // saved              [4 * C + 1] from `normalize`
-// global_sums        [2 * C + 3] for the ranks to add up: sum_dy, sum_dy_xmu, trailer
+// global_sums        [2 * C + 5] for the ranks to add up: sum_dy, sum_dy_xmu, trailer
 // local_sums         [2 * C] the same, which stays this rank's
 // partials  [splits, C, 2], counters [groups]: see sum_by_channel
 template <typename T, int V, bool COLUMNS, bool RESIDUAL, bool ACTIVATION>
 __global__ void __launch_bounds__(THREADS, MIN_BLOCKS<V>)
     reduce_gradients(const T* __restrict__ dy, const T* __restrict__ x, T* __restrict__ dresidual,
                      const unsigned char* __restrict__ mask, GEOMETRY, const double* __restrict__ saved, double slope,
-                     double* __restrict__ global_sums, double* __restrict__ local_sums, double fault, double tag,
-                     double tag_square, double* partials, unsigned int* counters)
+                     double* __restrict__ global_sums, double* __restrict__ local_sums, TRAILER,
+                     double* partials, unsigned int* counters)
 {
     using A = Accumulator<T>;
     const Geometry g = {N, C, S, lanes, group, per_split};
@@ -144,11 +144,8 @@ __global__ void __launch_bounds__(THREADS, MIN_BLOCKS<V>)
             global_sums[c] = local_sums[c] = sum;
             global_sums[g.C + c] = local_sums[g.C + c] = product;
         });
-    if (is_last && part.index == 0 && threadIdx.x == 0) {
-        global_sums[2 * g.C] = fault;
-        global_sums[2 * g.C + 1] = tag;
-        global_sums[2 * g.C + 2] = tag_square;
-    }
+    if (is_last && part.index == 0 && threadIdx.x == 0)
+        write_trailer(global_sums + 2 * g.C, fault, low, low_square, high, high_square);
 }
 
 // dx = ((x - shift) * factor + g + constant) * scale, or g * scale

@@ -13,7 +13,7 @@ struct ChannelMoments {
     double mean, m2, count;  // m2 = Σ(x - mean)²
 };
 
-// vector    [4 * C + 4]: sums over the ranks of the vectors that `statistics` writes
+// vector    [4 * C + 6]: sums over the ranks of the vectors that `statistics` writes
 __device__ __forceinline__ ChannelMoments moments_of(const double* vector, long long c, long long C)
 {
     const double pivot_sum = vector[c], pivot_square = vector[C + c];
@@ -28,8 +28,8 @@ __device__ __forceinline__ ChannelMoments moments_of(const double* vector, long 
 
 // Whether the sum is right: no rank had a fault, and all were in the same call. The host may learn it later.
 //
-// trailer   [3]: sums over the ranks of fault, tag and tag², see comm/call.py
+// trailer   [5]: sums over the ranks of fault, low, low², high and high², see comm/trailer.py
 __device__ __forceinline__ bool is_sound(const double* trailer, long long ranks)
 {
-    return trailer[0] == 0 && ranks * trailer[2] == trailer[1] * trailer[1];
+    return trailer[0] == 0 && ranks * trailer[2] == trailer[1] * trailer[1] && ranks * trailer[4] == trailer[3] * trailer[3];
 }

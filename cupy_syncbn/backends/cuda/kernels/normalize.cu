@@ -59,8 +59,8 @@ template <typename T, int V, bool COLUMNS, bool RESIDUAL, bool ACTIVATION> struc
 // x, y, residual   [N, C, S]; y may be x; residual is null without RESIDUAL
 // mask             a byte per vector: bit e tells of element e whether the activation blocks it. Null unless RESIDUAL
 //                  and ACTIVATION, as without a residual the backward computes it again
-// vector           [4 * C + 4] of all ranks; null to normalize by the running statistics
-// squares          [C + 3] of all ranks, for float64 data; null for others
+// vector           [4 * C + 6] of all ranks; null to normalize by the running statistics
+// squares          [C + 5] of all ranks, for float64 data; null for others
 // weight, bias, running_mean, running_var   [C] or null, of the types told by float_types
 // num_batches_tracked   [1] or null
 // momentum         share of the batch in the running statistics; negative for 1 / num_batches_tracked

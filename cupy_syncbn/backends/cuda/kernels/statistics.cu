@@ -6,7 +6,7 @@
 // (formulas of Chan, Golub and LeVeque 1983 for the shift of a sum of squares). The last block of a channel to be done
 // writes its part of the vector
 //
-//   [n pivot (C) | n pivot² (C) | Σ(x - pivot) (C) | Σ(x - pivot)² + 2 pivot Σ(x - pivot) (C) | n | trailer (3)]
+//   [n pivot (C) | n pivot² (C) | Σ(x - pivot) (C) | Σ(x - pivot)² + 2 pivot Σ(x - pivot) (C) | n | trailer (5)]
 //
 // about the pivot rounded to 12 bits, for the reason given in backends/__init__.py.
 //
@@ -167,12 +167,12 @@ __device__ __forceinline__ void write_about_pivots(const Moments<T, V, COLUMNS>&
 
 // x         [N, C, S]
 // local     [3, C] pivot, Σ(x - pivot) and Σ(x - pivot)²; null if not wanted
-// vector    [4 * C + 4] for the ranks to add up, ending in the trailer
+// vector    [4 * C + 6] for the ranks to add up, ending in the trailer
 // partials  [splits, C, 2], counters [groups]: see sum_by_channel
 template <typename T, int V, bool COLUMNS>
 __global__ void __launch_bounds__(THREADS, MIN_BLOCKS<V>)
-    statistics(const T* __restrict__ x, GEOMETRY, double* __restrict__ local, double* __restrict__ vector, double fault,
-               double tag, double tag_square, double* partials, unsigned int* counters)
+    statistics(const T* __restrict__ x, GEOMETRY, double* __restrict__ local, double* __restrict__ vector, TRAILER,
+               double* partials, unsigned int* counters)
 {
     const Geometry g = {N, C, S, lanes, group, per_split};
     const Part part = part_of_block<false>(g);
@@ -202,30 +202,25 @@ __global__ void __launch_bounds__(THREADS, MIN_BLOCKS<V>)
         });
     if (is_last && part.index == 0 && threadIdx.x == 0) {
         vector[4 * g.C] = n;
-        vector[4 * g.C + 1] = fault;
-        vector[4 * g.C + 2] = tag;
-        vector[4 * g.C + 3] = tag_square;
+        write_trailer(vector + 4 * g.C + 1, fault, low, low_square, high, high_square);
     }
 }
 
-// The second vector of float64 data: [Σ(x - mean)² (C) | trailer (3)] about the mean over all ranks.
+// The second vector of float64 data: [Σ(x - mean)² (C) | trailer (5)] about the mean over all ranks.
 //
 // local     [3, C] from `statistics`
-// vector    [4 * C + 4] of all ranks
-// squares   [C + 3]
+// vector    [4 * C + 6] of all ranks
+// squares   [C + 5]
 // Launch: a thread a channel.
 __global__ void __launch_bounds__(THREADS)
     centered_squares(const double* __restrict__ local, const double* __restrict__ vector, double n, long long C,
-               double* __restrict__ squares, double fault, double tag, double tag_square)
+               double* __restrict__ squares, TRAILER)
 {
     const long long c = static_cast<long long>(blockIdx.x) * THREADS + threadIdx.x;
     if (c < C) {
         const double distance = moments_of(vector, c, C).mean - local[c];
         squares[c] = local[2 * C + c] - distance * (2 * local[C + c] - n * distance);
     }
-    if (c == 0) {
-        squares[C] = fault;
-        squares[C + 1] = tag;
-        squares[C + 2] = tag_square;
-    }
+    if (c == 0)
+        write_trailer(squares + C, fault, low, low_square, high, high_square);
 }
