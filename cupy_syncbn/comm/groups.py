@@ -229,11 +229,12 @@ class MPIProcessGroup(ProcessGroup):
     def __init__(self, comm: MPI.Comm, *, transport: str | None = None, timeout: float | None = None) -> None:
         from mpi4py import MPI
 
+        if isinstance(comm, MPI.Comm):
+            require_mpi()
         if not isinstance(comm, MPI.Comm) or (comm != MPI.COMM_NULL and comm.Is_inter()):
             raise TypeError(f"expected an mpi4py.MPI.Intracomm (got {type(comm).__name__})")
         if comm == MPI.COMM_NULL:
             raise ValueError("expected a communicator (got MPI.COMM_NULL): this process is not in it")
-        require_mpi()
         self.rank, self.size = comm.rank, comm.size
         self._is_world = MPI.Comm.Compare(comm, MPI.COMM_WORLD) != MPI.UNEQUAL
         self.host: str = MPI.Get_processor_name()
