@@ -17,7 +17,7 @@ from cupy_syncbn import CollectiveTimeoutError, new_group, split_group
 from cupy_syncbn.comm import new_group as module
 from cupy_syncbn.comm.split import Split
 
-TIMEOUT = 1.5
+TIMEOUT = 1.0
 folder, call, moment, loss, ending = sys.argv[1:]
 world = MPI.COMM_WORLD
 lost = world.size - 1
