@@ -36,7 +36,7 @@ def be_lost():
     elif loss == "stopped":
         os.kill(os.getpid(), signal.SIGSTOP)
     elif loss == "ended":
-        os._exit(0)
+        os._exit(7)
     elif loss == "raises":
         raise LookupError("planted")
     time.sleep({"late": 2 * TIMEOUT, "asleep": 1000}[loss])

@@ -373,11 +373,11 @@ MORE = [
     Lost("all", "before", "late", "finalize", 2),
 ]
 
-# A process between the launcher and the rank, so that no launcher notices that the rank was killed.
+# A process between the launcher and the rank, so that no launcher notices that the rank has ended.
 WRAPPER = """
 import subprocess, sys, time
 status = subprocess.run([sys.executable, *sys.argv[1:]], close_fds=False).returncode
-time.sleep(1000 if status == -9 else 0)
+time.sleep(1000 if status in (-9, 7) else 0)
 sys.exit(status)
 """
 
