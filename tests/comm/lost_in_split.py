@@ -81,11 +81,17 @@ CALLS = {
 atexit.register(report, atexit=True)
 comm = world.Dup()
 world.Barrier()
+if ending == "interrupt" and world.rank != lost:  # Ctrl-C
+    signal.signal(signal.SIGALRM, signal.default_int_handler)
+    signal.setitimer(signal.ITIMER_REAL, 0.5)
 start = time.monotonic()
 report(starts=time.time())
 try:
     CALLS[call](comm)
     report(error=None)
+except KeyboardInterrupt:
+    report(error="KeyboardInterrupt", seconds=time.monotonic() - start)
+    raise
 except CollectiveTimeoutError as error:
     report(error="CollectiveTimeoutError", message=str(error), seconds=time.monotonic() - start)
     for again in CALLS["all"], CALLS["split"]:  # at once, as the ranks are out of step
@@ -95,8 +101,6 @@ except CollectiveTimeoutError as error:
             report(again=str(error), seconds=time.monotonic() - start)
     if ending == "uncaught":
         raise
-if ending == "finalize":
-    MPI.Finalize()
 if loss == "late":  # all ranks live: the group that the message names
     module.Split = Split
     request = world.Ibarrier()
@@ -104,4 +108,6 @@ if loss == "late":  # all ranks live: the group that the message names
         time.sleep(0.01)
     with new_group(comm=comm.Dup(), timeout=10) as group:
         report(goes_on=group.size)
+if ending == "finalize":
+    MPI.Finalize()
 report(end=time.time())

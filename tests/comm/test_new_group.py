@@ -332,6 +332,33 @@ def test_making_and_freeing_more_than_there_are(tmp_path, library):
     loop(tmp_path, library, 5000, 500)
 
 
+FEWER_THREADS = """
+import sys, threading
+import mpi4py
+mpi4py.rc.thread_level = sys.argv[1]
+from mpi4py import MPI
+import numpy as np
+from cupy_syncbn import new_group, split_group
+
+if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
+    threading.Thread = None
+for make in new_group, lambda: new_group([1, 0]), lambda: split_group(2), lambda: split_group(1):
+    with make() as group:
+        assert group.allreduce(np.ones(1))[0] == group.size
+"""
+
+
+@pytest.mark.launch
+@pytest.mark.mpi_skip
+@pytest.mark.parametrize(("level", "library"), [("single", "this"), ("serialized", "other")])
+def test_mpi_that_takes_calls_of_one_thread(tmp_path, level, library):
+    """There no other thread calls it."""
+    (tmp_path / "program.py").write_text(FEWER_THREADS)
+    python = sys.executable if library == "this" else other_python()
+    told, status, output = launch(python, 2, ["-m", "mpi4py", str(tmp_path / "program.py"), level], 60)
+    assert status == 0, f"{told}\n{output}"
+
+
 # A rank that is lost in the middle
 
 
@@ -371,6 +398,8 @@ MORE = [
     Lost("backwards", "before", "ended", "caught", 3),
     Lost("split", "before", "late", "caught", 5),
     Lost("all", "before", "late", "finalize", 2),
+    Lost("all", "before", "asleep", "interrupt", 3),
+    Lost("split", "inside", "stopped", "interrupt", 2),
 ]
 FEW = CASES[:3]
 
@@ -422,6 +451,10 @@ def assert_others_raise_and_all_end(run, case):
     assert run.ended < start + TIMEOUT + MARGIN + LAUNCHER_MARGIN, run.told
     for report in run.reports[:last]:
         if case.loss == "raises":  # the runner ends all ranks, before they notice
+            continue
+        if case.ending == "interrupt":  # and it ends those whose error is a moment later
+            assert report.get("error", "KeyboardInterrupt") == "KeyboardInterrupt", run.told
+            assert report.get("seconds", 0) < MARGIN, run.told
             continue
         assert report["error"] == "CollectiveTimeoutError", run.told
         assert report["seconds"] < TIMEOUT + MARGIN, run.told
