@@ -171,11 +171,12 @@ class _Request:
         left = max(self.timeout - (time.monotonic() - self._start), min(self.timeout, 1.0))
         with self.parent.messages([]) as (comm, _):
             split = Split(comm, color, key)
-            if not split.wait(left):
+            wrong = split.wait(left)
+            if wrong:
                 raise CollectiveTimeoutError(
-                    f"rank {self.parent.rank} of {self.parent.size} waited {self.timeout:g} s for "
-                    f"{split.absent()} in MPI_Comm_split: a rank ended, or is stuck. If all ranks live, they "
-                    "can go on with a new communicator, new_group(..., comm=comm.Dup())",
+                    f"rank {self.parent.rank} of {self.parent.size} {wrong}: a rank ended, is stuck, or was "
+                    "late. If all ranks live, they can go on with a new communicator, "
+                    "new_group(..., comm=comm.Dup())",
                     self.text,
                 )
         if split.error is not None:  # MPI's, on all ranks alike: the communicator is as it was

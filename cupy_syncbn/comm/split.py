@@ -57,28 +57,37 @@ class Split:
         except Exception as error:
             self.error = error
 
-    def wait(self, timeout: float) -> bool:
-        """Wait until it has ended, some seconds at most, or until another rank has given up."""
-        thread = self._thread
+    def wait(self, timeout: float) -> str:
+        """Wait until it has ended, some seconds at most; return what went wrong, in words, or nothing.
+
+        It goes wrong also where another rank has waited for longer, as its group will not be used then.
+        """
+        thread, waited = self._thread, 0.0
         if thread is None:
-            return True
+            return ""
         try:
-            waited, last = 0.0, time.monotonic()
+            last = time.monotonic()
             while True:
                 thread.join(_PERIOD)
-                if not thread.is_alive():
-                    return True
-                if waited > timeout or self._comm.Iprobe(tag=_TAG):
-                    _leave_behind(thread)
-                    return False
+                others_gave_up = self._comm.Iprobe(tag=_TAG)
+                if others_gave_up or waited > timeout or not thread.is_alive():
+                    break
                 now = time.monotonic()
                 waited, last = waited + min(now - last, _LONGEST_GAP), now
-        except BaseException:  # Ctrl-C
-            _leave_behind(thread)
-            raise
+            if not thread.is_alive() and not others_gave_up:
+                return ""
+            absent = self._absent()
+            if others_gave_up and (not absent or not thread.is_alive()):
+                return "came to MPI_Comm_split when another rank had given up waiting"
+            until = ", until another rank gave up" if waited < timeout else ""
+            seconds = round(min(waited, timeout), 1)
+            return f"waited {seconds:g} s for {_in_words(absent)} in MPI_Comm_split{until}"
+        finally:  # also after Ctrl-C
+            if thread.is_alive():
+                _leave_behind(thread)
 
-    def absent(self) -> str:
-        """Return the ranks that do not wait, in words."""
+    def _absent(self) -> list[int]:
+        """Return the ranks that do not wait, and tell those that do that this one waits no longer."""
         from mpi4py import MPI
 
         comm, nothing, status = self._comm, np.empty(0), MPI.Status()
@@ -93,11 +102,14 @@ class Split:
                 absent.discard(status.source)
             else:
                 time.sleep(1e-3)
-        if not absent:
-            return "the end of it, as all ranks do,"
-        names = [str(rank) for rank in sorted(absent)]
-        more = f" and {len(names) - 10} more" if len(names) > 10 else ""
-        return ("rank " if len(names) == 1 else "ranks ") + ", ".join(names[:10]) + more
+        return sorted(absent)
+
+
+def _in_words(ranks: list[int]) -> str:
+    if not ranks:
+        return "a rank that came too late"
+    more = f" and {len(ranks) - 10} more" if len(ranks) > 10 else ""
+    return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(map(str, ranks[:10])) + more
 
 
 _left_behind: list[threading.Thread] = []
