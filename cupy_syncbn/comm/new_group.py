@@ -154,9 +154,9 @@ class _Request:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        self.parent.timeout = self.timeout
         if self.parent.size == 1 or not (error is None or isinstance(error, Exception)):
             return
-        self.parent.timeout = self.timeout
         try:
             self._compare(error)
         except CollectiveTimeoutError as late:

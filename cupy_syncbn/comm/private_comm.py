@@ -216,8 +216,9 @@ def require_mpi() -> None:
 
 def no_communicator(error: Exception) -> RuntimeError:
     """Return the error of a communicator that MPI did not make."""
+    reason = (str(error) or type(error).__name__).splitlines()[-1]
     return RuntimeError(
-        f"MPI could not make a communicator ({str(error).splitlines()[-1]}). Perhaps there are too many, as "
+        f"MPI could not make a communicator ({reason}). Perhaps there are too many, as "
         "MPICH has 2048 and Open MPI 65536, and a group takes up to two: make groups once, not in each step, "
         "and free those that are not needed any more, by group.free()"
     )

@@ -28,7 +28,7 @@ from cupy_syncbn import (
 )
 from cupy_syncbn.comm.groups import as_group
 from support.arrays import random_array
-from support.launcher import launch, other_python
+from support.launcher import REPOSITORY, clean_environment, launch, other_python, run
 
 # What the ranks compare
 
@@ -293,6 +293,41 @@ def test_freed_after_it_was_given_up(world):
     assert new_group().size == world.size
 
 
+FORKED = """
+import os
+import numpy as np
+from mpi4py import MPI
+from cupy_syncbn import MPIProcessGroup, new_group
+
+groups = [new_group(), new_group(), MPIProcessGroup(MPI.COMM_WORLD.Dup())]
+for group in groups[1:]:
+    group.allreduce(np.ones(1))
+child = os.fork()
+refused = 0
+if child == 0:
+    for group in groups:
+        with group:
+            pass
+        try:
+            group.allreduce(np.ones(1))
+        except RuntimeError as error:
+            refused += "was freed" in str(error)
+    os._exit(refused != 3)
+assert os.waitpid(child, 0)[1] == 0
+for group in groups:
+    assert group.allreduce(np.ones(1))[0] == 1
+    group.free()
+"""
+
+
+@pytest.mark.mpi_skip
+def test_group_freed_by_a_forked_process():
+    """What is freed there is not its rank's."""
+    command = [sys.executable, "-W", "error", "-c", FORKED]
+    status, output = run(command, clean_environment(PYTHONPATH=str(REPOSITORY)), 60)
+    assert status == 0, output
+
+
 LOOP = """
 import sys
 import numpy as np
@@ -413,7 +448,7 @@ sys.exit(status)
 """
 
 
-class Run(NamedTuple):
+class Outcome(NamedTuple):
     told: str
     status: int | None
     ended: float
@@ -433,7 +468,7 @@ def lose(case, library):
         for rank in range(case.ranks):
             lines = Path(folder, f"{rank}.jsonl").read_text().splitlines()
             reports.append({key: value for line in lines for key, value in json.loads(line).items()})
-    return Run(f"{command}\nended with {status}\n{output[-5000:]}", status, ended, reports)
+    return Outcome(f"{command}\nended with {status}\n{output[-5000:]}", status, ended, reports)
 
 
 @functools.cache
@@ -463,9 +498,8 @@ def assert_others_raise_and_all_end(run, case):
         assert report["seconds"] < TIMEOUT + MARGIN, run.told
         name = "split_group(1" if case.call == "split" else "new_group(["
         assert report["message"].startswith(name), run.told
-        waited = (
-            rf"waited (1|0\.\d) s for rank {last} in MPI_Comm_split"  # less if it came when others waited
-        )
+        # Less than the timeout if it came when others were waiting.
+        waited = rf"waited (1|0\.\d) s for rank {last} in MPI_Comm_split"
         assert re.search(waited, report["message"]), run.told
         assert "was given up" in report["again"]
         assert ("end" in report) == (case.loss == "late" or case.ending == "caught"), run.told
