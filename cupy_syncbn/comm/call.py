@@ -28,13 +28,15 @@ class Call(NamedTuple):
     channels: int
     """0 if the call is none of a layer's."""
     direction: str
-    """"forward" or "backward"."""
+    """"forward" or "backward"; "" for a call that its name describes."""
     number: int
     """Calls that the layer has made before; a backward has the number of its forward."""
     model: int | None = None
     """The number of the model that a layer belongs to, which tells layers of one name apart."""
 
     def __str__(self) -> str:
+        if not self.direction:
+            return self.name
         count = f" ({self.channels} channels)" if self.channels else ""
         model = f" of model {self.model}" if self.model else ""
         return f"{self.direction} {self.number} of {self.name}{count}{model}"
@@ -93,9 +95,10 @@ class Collective(SimpleNamespace, contextlib.AbstractContextManager["Collective"
         return self.call.trailer(self.group)
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        return None if error is None else self._fail(error)
+        return None if error is None else self.fail(error)
 
-    def _fail(self, error: BaseException) -> None:
+    def fail(self, error: BaseException) -> None:
+        """Tell the other ranks of an error, if they wait for this one, and name the call in a timeout."""
         if self._length < 0:
             try:
                 self.enter(*self.describe())

@@ -12,13 +12,13 @@ import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 
 import numpy as np
 
 from cupy_syncbn.arrays import Array
 from cupy_syncbn.comm.launcher import is_launched
-from cupy_syncbn.comm.private_comm import FREED, PrivateComm, private_comm_of
+from cupy_syncbn.comm.private_comm import FREED, PrivateComm, free_comm, private_comm_of, require_mpi
 from cupy_syncbn.comm.small_objects import pack, unpack
 from cupy_syncbn.comm.trailer import FAULT
 from cupy_syncbn.comm.transports import TRANSPORTS, transport_for
@@ -166,6 +166,39 @@ class ProcessGroup(ABC):
         """
         return self is other or self.size == other.size == 1
 
+    def free(self) -> None:  # noqa: B027, most have nothing to free
+        """Give back the communicators of a group that is not needed any more (**collective**).
+
+        A group of `new_group` or `split_group` frees its communicator and the duplicate for its messages.
+        A group on a communicator of the caller's frees the duplicate, when no other group uses it. The
+        groups of the world and of a single process have nothing to free, and stay usable. So does `with`.
+
+        Raises
+        ------
+        RuntimeError
+            If another thread uses the group.
+
+        Notes
+        -----
+        Each later use raises RuntimeError. To free a group again does nothing. What MPI may still use, after
+        a timeout, is not freed.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> from cupy_syncbn import new_group
+        >>> group = new_group()
+        >>> group.free()
+        >>> with new_group() as group:
+        ...     total = group.allreduce(np.ones(3))
+        """
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.free()
+
     # A copied layer keeps its group.
     def __copy__(self) -> ProcessGroup:
         return self
@@ -230,6 +263,8 @@ class MPIProcessGroup(ProcessGroup):
     def __init__(self, comm: MPI.Comm, *, transport: str | None = None, timeout: float | None = None) -> None:
         from mpi4py import MPI
 
+        if isinstance(comm, MPI.Comm):
+            require_mpi()
         if not isinstance(comm, MPI.Comm) or (comm != MPI.COMM_NULL and comm.Is_inter()):
             raise TypeError(f"expected an mpi4py.MPI.Intracomm (got {type(comm).__name__})")
         if comm == MPI.COMM_NULL:
@@ -241,6 +276,8 @@ class MPIProcessGroup(ProcessGroup):
         self.transport = transport_name(transport)
         self._comm = comm
         self._private_comm: PrivateComm | None = None
+        self.owns_comm = False
+        """Whether the package made the communicator, so that `free` frees it."""
         self._token = uuid.uuid4().hex
 
     def allreduce(self, buffer: Array) -> Array:
@@ -359,7 +396,24 @@ class MPIProcessGroup(ProcessGroup):
 
         if MPI.COMM_NULL in (self._comm, other._comm):
             raise RuntimeError(FREED)
+        require_mpi()
         return MPI.Comm.Compare(self._comm, other._comm) != MPI.UNEQUAL
+
+    def free(self) -> None:
+        from mpi4py import MPI
+
+        if self._comm in (MPI.COMM_WORLD, MPI.COMM_NULL):  # all layers share the world's group
+            return
+        try:
+            self.check_errors()  # waits for NCCL's sums
+        finally:
+            comm = self._comm
+            free_comm(comm, self._private_comm, self.owns_comm)
+            # Now each use finds no communicator, and says so; so does one of CuPy arrays, by a new transport.
+            self._comm, self._private_comm = MPI.COMM_NULL, None
+            vars(self).pop("_transport", None)
+            if not self.owns_comm and not MPI.Is_finalized() and comm.Get_attr(_keyval()) is self:
+                comm.Delete_attr(_keyval())  # so that `as_group` makes another
 
     def __reduce__(self) -> tuple[Callable[..., ProcessGroup | None], tuple[str, ...]]:
         """Pickle the world as `default_group()` of the process that loads it, other groups as a token."""
@@ -510,6 +564,7 @@ def as_group(process_group: ProcessGroup | MPI.Intracomm | None) -> ProcessGroup
         from mpi4py import MPI
 
         if isinstance(process_group, MPI.Comm):
+            require_mpi()
             # One for all calls, as a transport takes its time to make.
             known = None
             if process_group != MPI.COMM_NULL:

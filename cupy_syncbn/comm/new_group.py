@@ -4,31 +4,28 @@ from __future__ import annotations
 
 import hashlib
 import operator
+import time
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Self
 
-from cupy_syncbn.comm.errors import RankMismatchError, RemoteRankError
-from cupy_syncbn.comm.groups import MPIProcessGroup, ProcessGroup, UnusableGroup, transport_name
+import numpy as np
+
+from cupy_syncbn.comm import trailer
+from cupy_syncbn.comm.call import Call, Collective
+from cupy_syncbn.comm.errors import CollectiveTimeoutError, RankMismatchError
+from cupy_syncbn.comm.groups import (
+    DEFAULT_TIMEOUT,
+    MPIProcessGroup,
+    ProcessGroup,
+    UnusableGroup,
+    timeout_of,
+    transport_name,
+)
+from cupy_syncbn.comm.private_comm import no_communicator
+from cupy_syncbn.comm.split import Split
 
 if TYPE_CHECKING:
     from mpi4py import MPI
-
-
-def _agree(group: MPIProcessGroup, request: str, error: Exception | None) -> None:
-    """Raise `error`, or an error if another rank has one or another request (**collective**)."""
-    digest = hashlib.sha256(request.encode()).hexdigest()
-    everyones = group.gather_objects((error is not None, digest, request[:200])) if group.size > 1 else []
-    if error is not None:
-        raise error
-    failed = [rank for rank, (has_failed, _, _) in enumerate(everyones) if has_failed]
-    if failed:
-        raise RemoteRankError(f"rank {failed[0]} failed before {request}: see the error there")
-    for rank, (_, other_digest, other) in enumerate(everyones):
-        if other_digest != digest:
-            raise RankMismatchError(
-                f"rank {group.rank} asks for {request}, but rank {rank} for {other}: "
-                "all ranks must ask for the same"
-            )
 
 
 def new_group(
@@ -57,36 +54,44 @@ def new_group(
     Raises
     ------
     TypeError, ValueError
-        If the ranks are not distinct ranks of `comm`, or the transport is unknown.
+        If the ranks are not distinct ranks of `comm`, or the transport or the timeout is wrong.
+    RuntimeError
+        If MPI is not running, or has no communicator left.
     RemoteRankError, RankMismatchError, CollectiveTimeoutError
         If another process has such an error, has other arguments, or does not come within the timeout.
 
     Notes
     -----
-    **Collective** over `comm`: each of its processes calls it, with the same ranks. Make groups once, not in
-    each step: they are never freed, and MPI has only so many communicators (MPICH 2048).
-    """
-    from mpi4py import MPI
+    **Collective** over `comm`: each of its processes calls it, with the same ranks. MPI has only so many
+    communicators, MPICH 2048, and a group takes up to two: make groups once, not in each step, and free those
+    that are not needed any more, by `group.free()` or by `with`.
 
-    comm = MPI.COMM_WORLD if comm is None else comm
-    parent = MPIProcessGroup(comm, transport="mpi", timeout=timeout)
-    members = list(range(comm.size))
-    error: Exception | None = None
-    try:
-        transport = transport_name(transport)
-        members = members if ranks is None else [operator.index(rank) for rank in ranks]
-        if not members or len(set(members)) < len(members) or not set(members) <= set(range(comm.size)):
-            raise ValueError(f"expected distinct ranks between 0 and {comm.size - 1} (got {members})")
-    except TypeError:
-        error = TypeError(f"expected ranks to be integers, or None for all (got {ranks!r})")
-    except Exception as wrong:  # an iterable may raise any
-        error = wrong
-    _agree(parent, f"new_group({members}, transport={transport!r})", error)
-    is_member = comm.rank in members
-    part = comm.Split(0 if is_member else MPI.UNDEFINED, members.index(comm.rank) if is_member else 0)
-    if not is_member:
+    A rank that is lost in the middle, in MPI_Comm_split, is a CollectiveTimeoutError too, as a thread calls
+    it. MPI cannot be finalized then: if the thread still waits when this process ends, MPI_Abort ends all
+    ranks. Where MPI does not grant MPI_THREAD_MULTIPLE, no thread can call it, and MPI waits for that rank.
+
+    Examples
+    --------
+    >>> with new_group([0]) as group:
+    ...     group.rank, group.size
+    (0, 1)
+    """
+    with _Request("new_group", comm) as request:
+        request.timeout = timeout_of(timeout)
+        transport, everyone = transport_name(transport), range(request.parent.size)
+        try:
+            members = list(everyone) if ranks is None else [operator.index(rank) for rank in ranks]
+        except TypeError as error:
+            raise TypeError(f"expected ranks to be integers, or None for all (got {ranks!r})") from error
+        if not members or len(set(members)) < len(members) or not set(members) <= set(everyone):
+            raise ValueError(f"expected distinct ranks between 0 and {everyone[-1]} (got {members})")
+        request.text = f"new_group({members}, transport={transport!r})"
+    rank = request.parent.rank
+    if rank not in members:
+        request.split(None, 0)
         return UnusableGroup(f"this process is not a member of the group of ranks {members}")
-    return MPIProcessGroup(part, transport=transport, timeout=timeout)
+    part = request.split(0, members.index(rank))
+    return _group_of(part, transport, request.timeout)
 
 
 def split_group(
@@ -101,17 +106,82 @@ def split_group(
     It raises ValueError if `group_size` does not divide the number of ranks of `comm`. **Collective** over
     `comm`.
     """
-    from mpi4py import MPI
+    with _Request("split_group", comm) as request:
+        request.timeout = timeout_of(timeout)
+        transport, group_size, size = (
+            transport_name(transport),
+            operator.index(group_size),
+            request.parent.size,
+        )
+        if group_size < 1 or size % group_size:
+            raise ValueError(f"expected a group_size that divides {size} ranks (got {group_size})")
+        request.text = f"split_group({group_size}, transport={transport!r})"
+    rank = request.parent.rank
+    part = request.split(rank // group_size, rank)
+    return _group_of(part, transport, request.timeout)
 
-    comm = MPI.COMM_WORLD if comm is None else comm
-    parent = MPIProcessGroup(comm, transport="mpi", timeout=timeout)
-    error: Exception | None = None
-    try:
-        transport, group_size = transport_name(transport), operator.index(group_size)
-        if group_size < 1 or comm.size % group_size:
-            raise ValueError(f"expected a group_size that divides {comm.size} ranks (got {group_size})")
-    except (TypeError, ValueError) as wrong:
-        error = wrong
-    _agree(parent, f"split_group({group_size}, transport={transport!r})", error)
-    part = comm.Split(comm.rank // group_size, comm.rank)
-    return MPIProcessGroup(part, transport=transport, timeout=timeout)
+
+def _group_of(part: MPI.Comm, transport: str, timeout: float) -> MPIProcessGroup:
+    """Return the group of a communicator that nobody else has."""
+    group = MPIProcessGroup(part, transport=transport, timeout=timeout)
+    group.owns_comm = True
+    return group
+
+
+class _Request:
+    """What this rank asks for, which all ranks of a communicator must ask for (**collective**).
+
+    As a context it is what can fail on one rank alone. At the end all ranks compare their requests, so that
+    each raises an error if any has one, or if they differ.
+    """
+
+    def __init__(self, text: str, comm: MPI.Intracomm | None) -> None:
+        from mpi4py import MPI
+
+        comm = MPI.COMM_WORLD if comm is None else comm
+        self.text = text
+        self.timeout = DEFAULT_TIMEOUT
+        self.parent = MPIProcessGroup(comm, transport="mpi", timeout=DEFAULT_TIMEOUT)
+        self._start = time.monotonic()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        self.parent.timeout = self.timeout
+        step = Collective(describe=self._describe)
+        if error is not None:
+            step.fail(error)  # which tells the other ranks
+            return
+        with step:
+            step.enter(*self._describe())
+            code = int.from_bytes(hashlib.sha256(self.text.encode()).digest()[:6], "big")
+            pairs = *trailer.pairs_of(code), *trailer.pairs_of(code >> trailer.TAG_BITS)
+            vector = np.array([*pairs, *step.trailer()])
+            step.sum(vector)  # the request is the call's name, so that others are other calls
+            if not trailer.agree(vector[: trailer.FAULT].tolist(), self.parent.size):
+                raise RankMismatchError(
+                    f"rank {self.parent.rank} is in {self.text}, another asks for other ranks"
+                )
+
+    def _describe(self) -> tuple[Call, ProcessGroup, int, tuple[Any, ...]]:
+        """Return what `Collective` needs to know."""
+        return Call(self.text, 0, "", 0), self.parent, 2 * len(trailer.pairs_of(0)) + trailer.LENGTH, ()
+
+    def split(self, color: int | None, key: int) -> MPI.Comm:
+        """Return the communicator of the ranks of one color; MPI.COMM_NULL if that is None."""
+        # One timeout for all, but the split has a second of its own, which it needs if the machine is slow.
+        left = max(self.timeout - (time.monotonic() - self._start), min(self.timeout, 1.0))
+        with self.parent.messages([]) as (comm, _):
+            split = Split(comm, color, key)
+            wrong = split.wait(left)
+            if wrong:
+                raise CollectiveTimeoutError(
+                    f"rank {self.parent.rank} of {self.parent.size} {wrong}: a rank ended, is stuck, or was "
+                    "late. If all ranks live, they can go on with a new communicator, "
+                    "new_group(..., comm=comm.Dup())",
+                    self.text,
+                )
+        if split.error is not None:  # MPI's, on all ranks alike: the communicator is as it was
+            raise no_communicator(split.error) from split.error
+        return split.part

@@ -24,7 +24,17 @@ from cupy_syncbn.comm.errors import CollectiveTimeoutError, RemoteRankError
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-FREED = "the communicator of this group was freed: make another group, and assign it to its layers"
+FREED = "this group was freed, or its communicator was freed: make another group, and assign it to its layers"
+
+_NOT_INITIALIZED = (
+    "MPI is not initialized, as mpi4py.rc.initialize is False: call MPI.Init() or MPI.Init_thread() before "
+    "the first call that needs ranks, or leave mpi4py.rc.initialize as it is"
+)
+
+_FINALIZED = (
+    "MPI is finalized, and no message can be sent any more: call MPI.Finalize() after the last use of a "
+    "group, or leave it to mpi4py, which calls it when the process ends"
+)
 
 _FORKED = (
     "this process was forked from a rank, and MPI does not go on in it: leave the exchanges to the rank, or "
@@ -77,6 +87,8 @@ class PrivateComm:
         self._notice = np.zeros(trailer.LENGTH)
         self._reasons = np.array([_TIMED_OUT, _FAILED], np.uint8)
         self._sums: dict[int, CheckedSum] = {}  # by the length of the vector
+        self.users = 0
+        """Groups that have opened it and are not freed: equally many on all ranks, as both are collective."""
         _private_comms.add(self)
 
     def open(self, comm: MPI.Comm, timeout: float) -> None:
@@ -304,13 +316,19 @@ def private_comm_of(comm: MPI.Comm, timeout: float) -> PrivateComm:
         raise RuntimeError(FREED)
     if _forked:
         raise RuntimeError(_FORKED)
+    require_mpi()
     with _opening:
         private = cast("PrivateComm | None", comm.Get_attr(_keyval()))
         if private is None:
             private = PrivateComm(comm.rank, comm.size)
             comm.Set_attr(_keyval(), private)
     if not private.is_open:
-        private.open(comm, timeout)
+        try:
+            private.open(comm, timeout)
+        except MPI.Exception as error:
+            comm.Delete_attr(_keyval())  # so that the next use tries again
+            raise no_communicator(error) from error
+    private.users += 1
     return private
 
 
@@ -329,11 +347,56 @@ def _any_source() -> int:
     return MPI.ANY_SOURCE
 
 
+def free_comm(comm: MPI.Comm, private: PrivateComm | None, is_made_here: bool) -> None:
+    """Free a communicator that the package made, or only its duplicate if nobody else uses it.
+
+    Nothing is freed that MPI may still use, nor where MPI has ended or is another process's. **Collective**.
+    """
+    from mpi4py import MPI
+
+    if MPI.Is_finalized() or _forked or comm == MPI.COMM_NULL:
+        return
+    if private is None:
+        if is_made_here:
+            comm.Free()
+        return
+    if private.is_given_up:
+        return
+    with private.take(math.inf):  # not while another thread uses it
+        private.users -= 1
+        if is_made_here:
+            comm.Free()  # the attribute is deleted, and the duplicate freed, before
+        elif private.users == 0:
+            comm.Delete_attr(_keyval())
+
+
+def require_mpi() -> None:
+    """Raise RuntimeError unless MPI is running: called too soon or too late, it ends the process."""
+    from mpi4py import MPI
+
+    if not MPI.Is_initialized():
+        raise RuntimeError(_NOT_INITIALIZED)
+    if MPI.Is_finalized():
+        raise RuntimeError(_FINALIZED)
+
+
+def no_communicator(error: Exception) -> RuntimeError:
+    """Return the error of a communicator that MPI did not make."""
+    reason = (str(error) or type(error).__name__).splitlines()[-1]
+    return RuntimeError(
+        f"MPI could not make a communicator ({reason}). Perhaps there are too many, as "
+        "MPICH has 2048 and Open MPI 65536, and a group takes up to two: make groups once, not in each step, "
+        "and free those that are not needed any more, by group.free()"
+    )
+
+
 @functools.cache
 def _keyval() -> int:
     """Return the key of the attribute in which a communicator keeps its duplicate."""
     from mpi4py import MPI
 
+    # MPI deletes the attributes of this communicator at the start of MPI_Finalize, before all else.
+    MPI.COMM_SELF.Set_attr(MPI.Comm.Create_keyval(delete_fn=_at_finalize), None)
     return MPI.Comm.Create_keyval(delete_fn=lambda comm, keyval, private: private.free())
 
 
@@ -345,6 +408,12 @@ _private_comms: weakref.WeakSet[PrivateComm] = weakref.WeakSet()
 _left_to_mpi: list[tuple[PrivateComm, tuple[Any, ...]]] = []
 
 _forked: list[bool] = []  # not empty in a process that was forked from one with MPI
+
+
+def _at_finalize(comm: MPI.Comm, keyval: int, value: None) -> None:
+    """Make each later use of a private communicator an error: a use of MPI would end the process."""
+    for private in _private_comms:
+        private._unusable = private._unusable or (RuntimeError, _FINALIZED)
 
 
 def _after_fork() -> None:

@@ -575,7 +575,7 @@ def gradients_reduced_during_a_backward(t):
     t.attempt(lambda: model.reduce_gradients() if t.faulty else model.backward(x))
 
 
-@case(Attempt(*2 * [Error("RankMismatchError", r"asks for new_group\(.*, but rank")]))
+@case(Attempt(*2 * [Error("RankMismatchError", r"is in new_group\(.*, while ranks? ")]))
 def different_groups(t):
     t.attempt(lambda: new_group([t.size - 1] if t.faulty else [0, t.size - 1], comm=t.comm, timeout=PATIENCE))
 

@@ -114,7 +114,7 @@ def test_ranks_that_ask_for_different_groups(world):
         lambda: split_group(1 if odd else world.size),
         lambda: new_group(transport="mpi" if odd else "auto"),
     ):
-        with pytest.raises(RankMismatchError, match=f"rank {world.rank} asks for .*, but rank"):
+        with pytest.raises(RankMismatchError, match=f"rank {world.rank} is in .*, while rank"):
             ask()
     with pytest.raises(TypeError if odd else RemoteRankError, match="integers" if odd else f"rank {last} "):
         new_group(3 if odd else None)
