@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-LONGEST_LOOK = 0.25
+LONGEST_LOOK = 1.0
 """Seconds that the time between two looks counts at most. A process that waits looks far more often: one that
 looks later was stopped by a signal or a scheduler, and its messages have had no chance to be seen."""
 

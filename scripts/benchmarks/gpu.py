@@ -74,6 +74,7 @@ from cupy_syncbn.backends.cuda import launch
 from cupy_syncbn.backends.interface import Affine, BatchSums, Epilogue, ParameterSums, Running
 from cupy_syncbn.backends.layout import Layout
 from cupy_syncbn.checks import data_type
+from cupy_syncbn.comm.trailer import trailer_of
 
 Shape = tuple[int, ...]
 
@@ -418,6 +419,10 @@ class Tensors:
         return self.residual[i] if variant == "add+relu" else None
 
 
+TRAILER = trailer_of(0)
+"""Of one rank's vectors."""
+
+
 class Kernels:
     """Our kernels, each by itself."""
 
@@ -446,22 +451,25 @@ class Kernels:
 
     def statistics(self, i: int) -> Any:
         """Reduce x."""
-        return self.backend.statistics(self.x[i], (0.0, 0.0, 0.0))[0]
+        return self.backend.statistics(self.x[i], TRAILER)[0]
 
     def normalize(self, i: int) -> Any:
         """Write y by the batch's statistics."""
+        batch = BatchSums(self.vector[i])
         return self.backend.normalize(
-            self.x[i], self.y[i], BatchSums(self.vector[i]), self.running, self.affine, self.epilogue[i]
-        )
+            self.x[i], self.y[i], batch, self.running, self.affine, self.epilogue[i]
+        )[0]
 
     def evaluate(self, i: int) -> Any:
         """Write y by the running statistics."""
-        return self.backend.normalize(self.x[i], self.y[i], None, self.running, self.affine, self.epilogue[i])
+        return self.backend.normalize(
+            self.x[i], self.y[i], None, self.running, self.affine, self.epilogue[i]
+        )[0]
 
     def reduce_gradients(self, i: int) -> tuple[Any, Any]:
         """Reduce dy and x."""
         global_sums, local_sums, _ = self.backend.reduce_gradients(
-            self.dy[i], self.x[i], self.normalization[i], self.dresidual[i], (0.0, 0.0, 0.0)
+            self.dy[i], self.x[i], self.normalization[i], self.dresidual[i], TRAILER
         )
         return global_sums, local_sums
 

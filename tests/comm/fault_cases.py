@@ -832,10 +832,10 @@ def stopped(name, who):
     @case(Attempt(None, None), goes_on=False, most=2, prompt=False, name=name)
     def run(t):
         layer, x = t.trained()
-        t.group.timeout = PATIENCE if t.faulty else 0.8
+        t.group.timeout = PATIENCE if t.faulty else 1.6
 
         def step():
-            stopping = stop(1.2) if who(t) else None
+            stopping = stop(2.0) if who(t) else None
             time.sleep(0.3 if t.faulty else 0)
             layer(x)
             if stopping is not None:

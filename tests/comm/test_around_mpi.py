@@ -7,6 +7,8 @@ before, with a remedy that works.
 import functools
 import json
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -55,7 +57,7 @@ HARMLESS = {
 }
 
 START = """
-import json, sys
+import json, os, sys
 import mpi4py
 mpi4py.rc.initialize = False
 from mpi4py import MPI
@@ -154,6 +156,8 @@ def test_what_needs_no_mpi_works_after_its_end(use, library):
 # On all ranks at once: what runs out first on one of them, runs out for all.
 LIMIT = """
 import sys
+import tempfile
+from pathlib import Path
 import numpy as np
 from mpi4py import MPI
 from cupy_syncbn import *

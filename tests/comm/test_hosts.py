@@ -261,4 +261,5 @@ def test_link_that_stays_away_is_every_ranks_error(run):
     for lines in run.reports:
         assert lines[-1].get("error") == "CollectiveTimeoutError", f"{lines[-1]}\n{run.told}"
         assert lines[-1]["at"] < run.lost + TIMEOUT + MARGIN
-        assert f"waited {TIMEOUT:g} s" in lines[-1]["message"]
+        # The first to give up has waited for the whole timeout; the others hear of it.
+        assert f"waited {TIMEOUT:g}" in lines[-1]["message"] or "another rank" in lines[-1]["message"]

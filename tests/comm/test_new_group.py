@@ -125,7 +125,7 @@ def test_rank_in_another_call(world, rng):
     layer = SyncBatchNorm(3, process_group=MPIProcessGroup(comm, timeout=30))
     x = random_array(rng, (4, 3))
     layer(x)
-    with pytest.raises(RankMismatchError, match="while ranks? .* (is|are) in "):
+    with pytest.raises(RankMismatchError, match=r"while ranks? .* (is|are) in "):
         layer(x) if world.rank == 0 else new_group(comm=comm, timeout=30)
     assert new_group(comm=comm).size == world.size
 

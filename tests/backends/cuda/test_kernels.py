@@ -605,7 +605,7 @@ def test_vector_of_the_backward(cupy, dtypes, name):
         x, dy, y = cupy.asarray(step.x), cupy.asarray(step.dy), cupy.empty(shape, step.x.dtype)
         mean, var = cupy.asarray(step.running_mean), cupy.asarray(step.running_var)
         with launched_with(**LAUNCHES[name]):
-            normalization = backend.normalize(x, y, None, Running(mean, var), Affine(), Epilogue())
+            normalization, _ = backend.normalize(x, y, None, Running(mean, var), Affine(), Epilogue())
             vector, local_sums, _ = backend.reduce_gradients(dy, x, normalization, None, TRAILER)
         sums, trailer = np.split(vector.get(), [2 * shape[1]])
         assert_identical(trailer, np.array(TRAILER))
@@ -654,7 +654,7 @@ def test_ranks(cupy, dtypes, channels_last):
         normalizations = [
             backend.normalize(
                 x, y, BatchSums(*sums, len(parts)), running, Affine(weight, bias), Epilogue(residual, 0.01)
-            )
+            )[0]
             for x, y, *sums, running, residual in zip(
                 xs, ys, vectors, squares, runnings, residuals, strict=True
             )
