@@ -10,7 +10,6 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Self, cast
 
 import numpy as np
@@ -20,6 +19,7 @@ from cupy_syncbn.comm import trailer
 from cupy_syncbn.comm.checked_sum import LONGEST, CheckedSum
 from cupy_syncbn.comm.clock import RunningClock
 from cupy_syncbn.comm.errors import CollectiveTimeoutError, RemoteRankError
+from cupy_syncbn.comm.schedules import steps
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -46,14 +46,12 @@ GO_ON = (
     "new_group(comm=MPI.COMM_WORLD.Dup())"
 )
 
-_GIVEN_UP = 3  # tag of the message that a rank sends to all when it leaves its messages
-_TIMED_OUT, _FAILED = 0, 1  # what it says
+_LEAVING = 3  # tag of what a rank tells its partners when it leaves its messages
+_TIMED_OUT, _FAILED = 0, 1  # the reason
 _BETWEEN_PROBES = 0.02
 """Seconds of waiting between two looks for such a message."""
 _LONGEST_ROLL_CALL = 1.0
 """Seconds that a rank waits for such messages when it has given up itself."""
-_MOST_TOLD = 1024
-"""Ranks of a group in which each rank tells all others."""
 
 _SPINS_BEFORE_YIELD = range(50)
 """Tests of a request before the core is offered to others, such as ranks that share it."""
@@ -85,7 +83,6 @@ class PrivateComm:
         self._is_open = False
         self._receive_buffer = np.empty(LONGEST)
         self._notice = np.zeros(trailer.LENGTH)
-        self._reasons = np.array([_TIMED_OUT, _FAILED], np.uint8)
         self._sums: dict[int, CheckedSum] = {}  # by the length of the vector
         self.users = 0
         """Groups that have opened it and are not freed: equally many on all ranks, as both are collective."""
@@ -204,33 +201,28 @@ class PrivateComm:
                 raise self._timed_out(partner, now)
             if now > next_probe:
                 next_probe = now + _BETWEEN_PROBES
-                if self._is_open and self.comm.Iprobe(_any_source(), _GIVEN_UP):
+                if self._is_open and self.comm.Iprobe(_any_source(), _LEAVING):
                     if test(status):
                         return status
                     raise self._given_up_by_another(partner, now)
         return status
 
     def _given_up_by_another(self, partner: int | None, waited: float) -> RuntimeError:
-        """Return the error of a rank that waits, where another has given up."""
-        from mpi4py import MPI
+        """Return the error of a rank that waits, where another has left its messages."""
+        reason, origin, waiting = self._hear()
+        if reason == _FAILED:
+            self._tell_partners(_FAILED, origin)
+            return RemoteRankError(f"rank {origin} failed in the middle: see the error there. {GO_ON}")
+        return self._timed_out(partner, waited, waiting)
 
-        reason, status = np.zeros(1, np.uint8), MPI.Status()
-        self.comm.Recv([reason, MPI.BYTE], _any_source(), _GIVEN_UP, status)
-        if reason[0] == _FAILED:
-            return RemoteRankError(f"rank {status.source} failed in the middle: see the error there. {GO_ON}")
-        return self._timed_out(partner, waited, {status.source})
-
-    def _timed_out(
-        self, partner: int | None, waited: float, heard: Iterable[int] = ()
-    ) -> CollectiveTimeoutError:
+    def _timed_out(self, partner: int | None, waited: float, waiting: int = 0) -> CollectiveTimeoutError:
         """Return the error of a rank that gives up waiting, with the ranks that do not wait as well."""
         waits = f"rank {self.rank} of {self.size} waited {waited:.3g} s"
         if waited < self._timeout:
             waits = f"rank {self.rank} of {self.size} waited {waited:.1f} s, and another rank to its end,"
-        missing = self._missing_ranks(heard) if self._is_open and self.size <= _MOST_TOLD else None
-        if missing is None:
-            whom = "the other ranks" if partner is None else f"rank {partner}, or for one that it waits for"
-        elif missing:
+        if not self._is_open:
+            whom = "the other ranks" if partner is None else f"rank {partner}"
+        elif missing := self._missing_ranks(waiting):
             whom = trailer.describe_ranks(missing)
         else:
             return CollectiveTimeoutError(
@@ -241,39 +233,53 @@ class PrivateComm:
             f"{waits} for {whom}: a rank ended, is stuck, or did not make this call. {GO_ON}"
         )
 
-    def _missing_ranks(self, heard: Iterable[int]) -> list[int]:
-        """Tell the other ranks that this one gives up, and return those that say nothing in reply.
+    def _missing_ranks(self, waiting: int) -> list[int]:
+        """Tell that this rank gives up, and return those for which some rank waits and which say nothing.
 
-        A rank that waits hears of it, gives up as well, and says so to all.
+        `waiting` has a bit for each rank that has given up, as far as this one knows. It passes on what it
+        hears, and a rank that still waits gives up as well.
+        """
+        told, waiting = 0, waiting | 1 << self.rank
+        clock, patience = RunningClock(), min(self._timeout / 2, _LONGEST_ROLL_CALL)
+        while waiting.bit_count() < self.size and clock.look() < patience:
+            if self.comm.Iprobe(_any_source(), _LEAVING):
+                waiting |= self._hear()[2]
+            elif told != waiting:
+                self._tell_partners(_TIMED_OUT, self.rank, waiting)
+                told = waiting
+            else:
+                time.sleep(1e-3)
+        if told != waiting:
+            self._tell_partners(_TIMED_OUT, self.rank, waiting)
+        silent = {
+            step.partner
+            for rank in range(self.size)
+            if waiting >> rank & 1
+            for step in steps(rank, self.size)
+            if not waiting >> step.partner & 1
+        }
+        return sorted(silent)
+
+    def _tell_partners(self, reason: int, origin: int, waiting: int = 0) -> None:
+        """Tell the ranks that this one has messages with why it leaves them; they pass it on.
+
+        Not all ranks: Open MPI waits for a connection, if it has none to a rank, perhaps for ever.
         """
         from mpi4py import MPI
 
-        self._tell_all(_TIMED_OUT)
-        missing = set(range(self.size)).difference(heard, [self.rank])
-        reason, clock, patience = (
-            np.zeros(1, np.uint8),
-            RunningClock(),
-            min(self._timeout / 2, _LONGEST_ROLL_CALL),
-        )
-        while missing and clock.look() < patience:
-            if self.comm.Iprobe(_any_source(), _GIVEN_UP, self._status):
-                source = self._status.source
-                self.comm.Recv([reason, MPI.BYTE], source, _GIVEN_UP)
-                missing.discard(source)
-            else:
-                time.sleep(1e-4)
-        return sorted(missing)
+        bits = waiting.to_bytes(-(-self.size // 64) * 8, sys.byteorder)
+        message = np.concatenate([[reason, origin], np.frombuffer(bits, np.int64)])
+        for partner in {step.partner for step in steps(self.rank, self.size)}:
+            with contextlib.suppress(MPI.Exception):  # of a rank that MPI knows to be dead
+                request = self.comm.Isend(message, partner, _LEAVING)
+                _left_to_mpi.append((self, (request, message)))
 
-    def _tell_all(self, reason: int) -> None:
-        """Tell all other ranks that this one leaves its messages."""
-        from mpi4py import MPI
-
-        if self._is_open and self.size <= _MOST_TOLD:
-            for rank in range(self.size):
-                if rank != self.rank:
-                    with contextlib.suppress(MPI.Exception):  # of a rank that MPI knows to be dead
-                        message = [self._reasons[reason : reason + 1], MPI.BYTE]
-                        _left_to_mpi.append((self, (self.comm.Isend(message, rank, _GIVEN_UP),)))
+    def _hear(self) -> tuple[int, int, int]:
+        """Receive why a partner leaves its messages, and which ranks have given up."""
+        message = np.empty(2 + -(-self.size // 64), np.int64)
+        self.comm.Recv(message, _any_source(), _LEAVING)
+        reason, origin, *_ = message.tolist()
+        return reason, origin, int.from_bytes(message[2:].tobytes(), sys.byteorder)
 
     @property
     def is_given_up(self) -> bool:
@@ -288,7 +294,7 @@ class PrivateComm:
         if self._unusable is not None:
             return
         if not isinstance(error, CollectiveTimeoutError | RemoteRankError):  # all know of these
-            self._tell_all(_FAILED)
+            self._tell_partners(_FAILED, self.rank)
         reason = str(error) or type(error).__name__
         self._unusable = (
             CollectiveTimeoutError,
