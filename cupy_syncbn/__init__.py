@@ -13,6 +13,7 @@ from cupy_syncbn.comm.groups import (
     ProcessGroup,
     SingleProcessGroup,
     default_group,
+    start_mpi_of_ranks,
 )
 from cupy_syncbn.comm.new_group import new_group, split_group
 from cupy_syncbn.diagnosis.survey import show_config
@@ -63,3 +64,6 @@ for _name in __all__:
     if isinstance(vars()[_name], type):
         vars()[_name].__module__ = __name__
 del _name
+
+start_mpi_of_ranks()
+del start_mpi_of_ranks

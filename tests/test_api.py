@@ -48,7 +48,6 @@ NO_ERRORS = {
     "ProcessGroup",
     "Sequential",
     "SingleProcessGroup",
-    "default_group",
     *(f"Module.{name}" for name in ("buffers", "eval", "named_buffers", "named_modules", "named_parameters")),
     *(f"Module.{name}" for name in ("parameters", "register_buffer", "state_dict", "train", "zero_grad")),
     "Parameter.accumulate",

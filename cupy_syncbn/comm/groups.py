@@ -17,7 +17,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 import numpy as np
 
 from cupy_syncbn.arrays import Array
-from cupy_syncbn.comm.launcher import is_launched
+from cupy_syncbn.comm.launcher import (
+    import_mpi,
+    initialized_mpi,
+    is_launched,
+    start_if_one_of_several,
+    warn_if_alone,
+)
 from cupy_syncbn.comm.private_comm import FREED, PrivateComm, free_comm, private_comm_of, require_mpi
 from cupy_syncbn.comm.small_objects import pack, unpack
 from cupy_syncbn.comm.trailer import FAULT
@@ -536,8 +542,19 @@ def default_group() -> ProcessGroup:
     Returns
     -------
     ProcessGroup
-        All ranks of MPI.COMM_WORLD, if an MPI launcher started this process or it has imported mpi4py.MPI;
-        else this process by itself, and MPI is not initialised.
+        All ranks of MPI.COMM_WORLD, if a launcher started this process as one of several or it has imported
+        mpi4py.MPI; else this process by itself, and MPI is not initialised. So it is in a process that a rank
+        has started.
+
+    Raises
+    ------
+    RuntimeError
+        If MPI could not be started, was not initialized as mpi4py.rc.initialize says, or was finalized.
+
+    Warns
+    -----
+    RuntimeWarning
+        If a launcher started several processes, and each is alone in its MPI world.
 
     Examples
     --------
@@ -548,10 +565,20 @@ def default_group() -> ProcessGroup:
     if not _world:
         if "mpi4py.MPI" not in sys.modules and not is_launched():
             return SINGLE
-        from mpi4py import MPI
-
-        _world.append(as_group(MPI.COMM_WORLD))
+        _world.append(as_group(import_mpi(_seconds_to_start()).COMM_WORLD))
     return _world[0]
+
+
+def start_mpi_of_ranks() -> None:
+    """Start MPI where a launcher started several processes: what the import of the package does."""
+    start_if_one_of_several(_seconds_to_start())
+
+
+def _seconds_to_start() -> float:
+    try:
+        return timeout_of(None)
+    except ValueError:  # groups raise it
+        return DEFAULT_TIMEOUT
 
 
 def as_group(process_group: ProcessGroup | MPI.Intracomm | None) -> ProcessGroup:
@@ -568,8 +595,11 @@ def as_group(process_group: ProcessGroup | MPI.Intracomm | None) -> ProcessGroup
             # One for all calls, as a transport takes its time to make.
             known = None
             if process_group != MPI.COMM_NULL:
+                initialized_mpi()
                 known = cast("ProcessGroup | None", process_group.Get_attr(_keyval()))
             if known is None:
+                if process_group == MPI.COMM_WORLD:
+                    warn_if_alone()
                 group = MPIProcessGroup(process_group)
                 known = SINGLE if group.size == 1 else group
                 process_group.Set_attr(_keyval(), known)

@@ -19,22 +19,13 @@ from cupy_syncbn.comm import trailer
 from cupy_syncbn.comm.checked_sum import LONGEST, CheckedSum
 from cupy_syncbn.comm.clock import RunningClock
 from cupy_syncbn.comm.errors import CollectiveTimeoutError, RemoteRankError
+from cupy_syncbn.comm.launcher import FINALIZED, initialized_mpi
 from cupy_syncbn.comm.schedules import steps
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
 FREED = "this group was freed, or its communicator was freed: make another group, and assign it to its layers"
-
-_NOT_INITIALIZED = (
-    "MPI is not initialized, as mpi4py.rc.initialize is False: call MPI.Init() or MPI.Init_thread() before "
-    "the first call that needs ranks, or leave mpi4py.rc.initialize as it is"
-)
-
-_FINALIZED = (
-    "MPI is finalized, and no message can be sent any more: call MPI.Finalize() after the last use of a "
-    "group, or leave it to mpi4py, which calls it when the process ends"
-)
 
 _FORKED = (
     "this process was forked from a rank, and MPI does not go on in it: leave the exchanges to the rank, or "
@@ -322,7 +313,7 @@ def private_comm_of(comm: MPI.Comm, timeout: float) -> PrivateComm:
         raise RuntimeError(FREED)
     if _forked:
         raise RuntimeError(_FORKED)
-    require_mpi()
+    initialized_mpi()
     with _opening:
         private = cast("PrivateComm | None", comm.Get_attr(_keyval()))
         if private is None:
@@ -376,16 +367,6 @@ def free_comm(comm: MPI.Comm, private: PrivateComm | None, is_made_here: bool) -
             comm.Delete_attr(_keyval())
 
 
-def require_mpi() -> None:
-    """Raise RuntimeError unless MPI is running: called too soon or too late, it ends the process."""
-    from mpi4py import MPI
-
-    if not MPI.Is_initialized():
-        raise RuntimeError(_NOT_INITIALIZED)
-    if MPI.Is_finalized():
-        raise RuntimeError(_FINALIZED)
-
-
 def no_communicator(error: Exception) -> RuntimeError:
     """Return the error of a communicator that MPI did not make."""
     reason = (str(error) or type(error).__name__).splitlines()[-1]
@@ -419,7 +400,7 @@ _forked: list[bool] = []  # not empty in a process that was forked from one with
 def _at_finalize(comm: MPI.Comm, keyval: int, value: None) -> None:
     """Make each later use of a private communicator an error: a use of MPI would end the process."""
     for private in _private_comms:
-        private._unusable = private._unusable or (RuntimeError, _FINALIZED)
+        private._unusable = private._unusable or (RuntimeError, FINALIZED)
 
 
 def _after_fork() -> None:

@@ -20,7 +20,14 @@ from cupy_syncbn._version import __version__
 from cupy_syncbn.arrays import array_module, import_cupy
 from cupy_syncbn.comm.devices import local_rank_in
 from cupy_syncbn.comm.groups import DEFAULT_TIMEOUT, SINGLE, MPIProcessGroup, ProcessGroup, timeout_of
-from cupy_syncbn.comm.launcher import LAUNCHER_VARIABLES, is_launched
+from cupy_syncbn.comm.launcher import (
+    LAUNCHER_VARIABLES,
+    import_mpi,
+    is_launched,
+    launcher_variable,
+    mpi_remedy,
+    why_alone,
+)
 from cupy_syncbn.comm.transports import TRANSPORTS, nccl
 from cupy_syncbn.diagnosis.report import MODULES, one_line, report, verdict
 from cupy_syncbn.diagnosis.self_test import gather, self_test
@@ -30,8 +37,6 @@ if TYPE_CHECKING:
 
 _Found: TypeAlias = dict[str, str | None]
 
-# How many processes the launcher started; Slurm's last, as an mpirun may run in a step of it.
-_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
 _JOBS = ("SLURM_JOB_ID", "SLURM_STEP_ID", "PBS_JOBID", "LSB_JOBID")
 
 _NAME = 64
@@ -72,9 +77,9 @@ def show_config(mode: str = "stdout", *, file: TextIO | None = None) -> dict[str
         With mode "dicts", of types that JSON has; missing things are None:
 
         * ``versions``: ``cupy_syncbn``, ``python``, ``numpy``, ``mpi4py``, ``cupy``, ``ml_dtypes`` of rank 0.
-        * ``mpi``: ``library`` and ``version``, or the ``error`` that importing mpi4py.MPI raised.
-        * ``launch``: ``size``, the ranks of the world; ``launcher``, the variable by which a launcher was
-          recognised; ``jobs``, the variables of the batch system.
+        * ``mpi``: ``library`` and ``version``, or the ``error`` that the start of MPI raised.
+        * ``launch``: ``size``, the ranks of the world; ``launcher``, the variable by which a launcher of
+          ranks was recognised; ``jobs``, the variables of the batch system.
         * ``cuda``: versions of the ``driver`` (the CUDA version that it offers), ``runtime`` and ``nccl``.
         * ``ranks``: for each rank ``rank``, ``host``, ``local_rank``, ``device`` (that of a layer by default:
           "cpu" or "cuda"), ``gpu``, ``pci``, ``why_no_gpu``, and ``transport``, that of CuPy arrays.
@@ -107,9 +112,9 @@ def survey(
 
     With `bind` each rank takes a GPU as by `bind_device`, which would raise before the ranks have met.
     """
-    comm, mpi_error = _world()
     timeout = _timeout()
     seconds = DEFAULT_TIMEOUT if isinstance(timeout, str) else timeout
+    comm, mpi_error = _world(seconds)
     group = SINGLE if comm is None else MPIProcessGroup(comm, transport="mpi", timeout=seconds)
     rows = [_Row(*values) for values in gather(group, tuple(_local_row(group, timeout, bind)))]
     facts = _facts(group, rows, mpi_error)
@@ -130,15 +135,15 @@ def survey(
     return facts
 
 
-def _world() -> tuple[MPI.Intracomm | None, str]:
+def _world(seconds: float) -> tuple[MPI.Intracomm | None, str]:
     """Return the world of `default_group`, None for a single process, or why it cannot be had."""
     if "mpi4py.MPI" not in sys.modules and not is_launched():
         return None, ""
     try:
-        from mpi4py import MPI
-    except Exception as error:  # ImportError without mpi4py, RuntimeError without a library of MPI
-        return None, one_line(error)
-    return (MPI.COMM_WORLD if MPI.COMM_WORLD.size > 1 else None), ""
+        comm = import_mpi(seconds).COMM_WORLD
+    except RuntimeError as error:
+        return None, one_line(error.__cause__ or error)  # the remedy stands in the next steps
+    return (comm if comm.size > 1 else None), ""
 
 
 def _timeout() -> float | str:
@@ -215,7 +220,7 @@ def _facts(group: ProcessGroup, rows: list[_Row], mpi_error: str) -> dict[str, A
     versions, mpi, cuda = _versions(), _mpi(mpi_error), _cuda()
     launch = {
         "size": group.size,
-        "launcher": next((name for name in LAUNCHER_VARIABLES if name in os.environ), None),
+        "launcher": launcher_variable(),
         "jobs": {name: os.environ[name] for name in _JOBS if name in os.environ},
     }
     transport, transport_problems = _transport(group, rows, mpi["error"] or "")
@@ -341,15 +346,10 @@ def _differences(variable: str, values: list[str]) -> list[str]:
 
 
 def _launch_problems(launch: dict[str, Any], mpi: _Found) -> list[str]:
-    started = int(next((os.environ[name] for name in _SIZES if os.environ.get(name, "").isdecimal()), 1))
     if launch["launcher"] and mpi["error"]:
         return [f"a launcher started this process, but MPI cannot be used: {mpi['error']}"]
-    if started > 1 and launch["size"] == 1:
-        return [
-            f"{started} processes were started, but each is alone in its world: the launcher must be that of "
-            f"the MPI library, {mpi['library']} (with srun, see --mpi=pmix and --mpi=pmi2)"
-        ]
-    return []
+    reason = why_alone() if launch["launcher"] and launch["size"] == 1 else ""
+    return [reason] if reason else []
 
 
 def _device_problems(rows: list[_Row]) -> list[str]:
@@ -371,7 +371,7 @@ def _device_problems(rows: list[_Row]) -> list[str]:
 def _next_steps(versions: _Found, mpi: _Found, cuda: _Found, launch: dict[str, Any]) -> list[str]:
     steps = []
     if mpi["error"]:
-        steps.append("for several ranks, install MPI: pip install mpi4py mpich")
+        steps.append(f"for several ranks, {mpi_remedy()}")
     if launch["size"] == 1 and not launch["launcher"]:
         steps.append("this is a single process; on 4 ranks: mpirun -n 4 python -m mpi4py -m cupy_syncbn")
     if not versions["cupy"]:

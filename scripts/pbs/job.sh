@@ -13,7 +13,9 @@
 # below. A site that asks for a project and a queue takes them there too: -P or -A, and -q. The environment must be on
 # a file system that all nodes see:
 #
-#   python3 -m venv .venv && .venv/bin/python -m pip install -e '.[demo]' mpich    # or '.[demo,cuda13]'
+#   python3 -m venv --system-site-packages .venv && .venv/bin/python -m pip install -e '.[demo]'  # or '.[demo,cuda13]'
+#
+# after the modules of the site's MPI and mpi4py are loaded: pip keeps them. Add mpich where the site has neither.
 #
 # PYTHON, by -v, names that of another environment, MPIEXEC the launcher of the MPI library that it uses.
 
@@ -28,7 +30,7 @@
 #PBS -l walltime=00:20:00
 
 # The cluster's own MPI library knows its network and PBS; launchers from the wheels of MPICH and Open MPI need to reach
-# the other nodes by ssh. To use it, install neither wheel, but mpi4py, which finds what a module puts on the path:
+# the other nodes by ssh. To use it, load its modules here as for the installation:
 # module load openmpi    # before set -u, which the functions of some module systems do not stand
 
 set -euo pipefail
@@ -60,9 +62,9 @@ on_ranks() {
 }
 
 # With the launcher of another MPI library each rank would be a world of its own, and train alone without a word.
-on_ranks -c "from mpi4py import MPI
-if MPI.COMM_WORLD.size != $ranks:
-    raise SystemExit(f'expected $ranks ranks of one MPI world (got {MPI.COMM_WORLD.size}): '
-        '$MPIEXEC does not belong to {} {}'.format(*MPI.get_vendor()))"
+on_ranks -c "from cupy_syncbn import default_group
+if default_group().size != $ranks:
+    raise SystemExit(f'expected $ranks ranks of one MPI world (got {default_group().size}): '
+        '$MPIEXEC does not belong to the MPI library of this Python')"
 
 on_ranks "${program[@]}"

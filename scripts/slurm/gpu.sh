@@ -8,7 +8,9 @@
 # Options of sbatch win over the directives below. A site that asks for an account and a partition takes them there
 # too, or as SBATCH_ACCOUNT and SBATCH_PARTITION. The environment must be on a file system that all nodes see:
 #
-#   python3 -m venv .venv && .venv/bin/python -m pip install -e '.[demo,cuda13]' mpich
+#   python3 -m venv --system-site-packages .venv && .venv/bin/python -m pip install -e '.[demo,cuda13]'
+#
+# after the modules of the site's MPI and mpi4py are loaded: pip keeps them. Add mpich where the site has neither.
 #
 # PYTHON names that of another environment; SLURM_MPI_TYPE is explained below.
 
@@ -31,8 +33,8 @@
 #SBATCH --time=00:20:00
 
 # The cluster's own MPI library knows its network; the wheels of MPICH and Open MPI may have no more than TCP between
-# nodes. With NCCL, MPI starts the ranks and carries little else. To use the cluster's, install neither wheel, but
-# mpi4py, which finds the library that a module puts on the path:
+# nodes. With NCCL, MPI starts the ranks and carries little else. To use the cluster's, load its modules here as for the
+# installation:
 # module load openmpi    # before set -u, which the functions of some module systems do not stand
 
 set -euo pipefail
@@ -70,9 +72,9 @@ ranks() {
 }
 
 # With the wrong SLURM_MPI_TYPE each rank would be a world of its own, and train alone without a word.
-ranks -c "from mpi4py import MPI
-if MPI.COMM_WORLD.size != $SLURM_NTASKS:
-    raise SystemExit(f'expected $SLURM_NTASKS ranks of one MPI world (got {MPI.COMM_WORLD.size}): '
-        'SLURM_MPI_TYPE=$SLURM_MPI_TYPE does not suit {} {}'.format(*MPI.get_vendor()))"
+ranks -c "from cupy_syncbn import default_group
+if default_group().size != $SLURM_NTASKS:
+    raise SystemExit(f'expected $SLURM_NTASKS ranks of one MPI world (got {default_group().size}): '
+        'SLURM_MPI_TYPE=$SLURM_MPI_TYPE does not suit the MPI library of this Python')"
 
 ranks "$@"

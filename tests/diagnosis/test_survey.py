@@ -279,8 +279,8 @@ runpy.run_module("cupy_syncbn", run_name="__main__")
 
 
 @pytest.mark.mpi_skip
-def test_with_numpy_only():
-    status, output = start("-c", BLOCKED.format(""))
+def test_with_numpy_only(tmp_path):
+    status, output = start("-c", BLOCKED.format(""), PATH=str(tmp_path))  # no launcher on it
     assert status == 0, output
     for text in ("mpi4py not installed", "CuPy not installed", "pip install mpi4py mpich", "mpirun -n 4",
                  "single process", "cupy-cuda13x[ctk]", "passed"):  # fmt: skip
@@ -304,10 +304,10 @@ def test_mpi4py_without_a_library(tmp_path):
     """`import mpi4py` works then; `from mpi4py import MPI` raises."""
     package = tmp_path / "mpi4py"
     package.mkdir()
-    (package / "__init__.py").write_text("__version__ = '4.9'\nclass rc: pass\n")
+    (package / "__init__.py").write_text("__version__ = '4.9'\nclass rc: initialize = True\n")
     (package / "MPI.py").write_text("raise RuntimeError('cannot load MPI library')\n")
     path = os.pathsep.join([str(tmp_path), str(REPOSITORY)])
-    status, output = start("-m", "cupy_syncbn", PYTHONPATH=path)
+    status, output = start("-m", "cupy_syncbn", PYTHONPATH=path, PATH=str(tmp_path))
     assert status == 0, output
     assert "mpi4py 4.9" in output
     assert "cannot load MPI library" in output

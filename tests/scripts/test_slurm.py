@@ -413,3 +413,83 @@ def test_pbs_separate_worlds_are_an_error(tmp_path, program):
     assert status == 1, output
     assert "expected 2 ranks of one MPI world (got 1)" in output
     assert "SEEN" not in output
+
+
+# ---- srun by hand, without the scripts ----
+START = """
+import os, sys
+import numpy as np
+from cupy_syncbn import SyncBatchNorm, default_group
+
+SyncBatchNorm(3)(np.ones((4, 3), "f4"))
+group = default_group()
+started = "mpi4py.MPI" in sys.modules
+os.write(1, f"RANK {group.rank} of {group.size} {started}\\n".encode())
+"""
+
+
+def srun(cluster, *words):
+    """Return the status and output of a job step of its own."""
+    return run(["srun", "--nodes=1", "--overlap", *words], cluster.environment, DEADLINE)
+
+
+@slurm
+@pytest.mark.parametrize("kind", ["pmi2", "pmix", "none"])
+def test_srun_never_trains_alone_without_a_word(cluster, program, python, kind):
+    """The right --mpi gives the right ranks; others a warning or an error that names the cause."""
+    is_right = kind == ("pmix" if vendor_of(python) == "Open MPI" else "pmi2")
+    ranks = 2 if vendor_of(python) == "Open MPI" else 3  # nor does it start more of a program of its own here
+    words = (f"--mpi={kind}", f"--ntasks={ranks}", python, "-m", "mpi4py", program(START))
+    status, output = srun(cluster, *words)
+    found = re.findall(r"RANK (\d) of (\d) True", output)
+    in_one_world = sorted(found) == [(str(rank), str(ranks)) for rank in range(ranks)]
+    assert status is not None, output
+    assert in_one_world or not is_right, output
+    if status:
+        assert re.search(r"PMI|MPI_Init", output), output
+    elif not in_one_world:
+        assert found == [("0", "1")] * ranks, output
+        assert output.count(f"{ranks} processes were started, but each is alone in its world") == ranks
+        assert f"MPI library, {vendor_of(python)} (with srun, see --mpi=pmix and --mpi=pmi2)" in output
+
+
+@slurm
+@pytest.mark.parametrize("kind", ["pmi2", pytest.param("pmix", marks=pytest.mark.long), "none"])
+def test_programs_one_after_the_other_in_a_shell_of_one_task(cluster, program, python, kind):
+    """As in `srun --pty bash`, where PMI would serve but the first: none of them starts MPI."""
+    shell = f"for i in 1 2 3; do {python} -W error {program(START)}; done"
+    status, output = srun(cluster, f"--mpi={kind}", "--ntasks=1", "sh", "-c", shell)
+    assert status == 0, output
+    assert output.splitlines() == ["RANK 0 of 1 False"] * 3
+
+
+@slurm
+def test_program_without_srun_is_a_single_process(cluster, program):
+    state, code, output = cluster.submit("--ntasks=2", f"--wrap={sys.executable} -W error {program(START)}")
+    assert (state, code) == ("COMPLETED", "0:0"), output
+    assert output == "RANK 0 of 1 False\n"
+
+
+@slurm
+def test_rank_that_fails_early_ends_the_step(cluster, program):
+    source = "import os, cupy_syncbn\nif os.environ['SLURM_PROCID'] == '1': raise KeyError('of rank 1')\n"
+    words = ("--mpi=pmi2", "--ntasks=3", sys.executable, "-m", "mpi4py", program(source + START))
+    status, output = srun(cluster, *words)
+    assert status not in (0, None), output
+    assert "KeyError: 'of rank 1'" in output
+    assert "RANK" not in output
+
+
+@slurm
+@pytest.mark.parametrize("kind", [pytest.param("pmi2", marks=pytest.mark.long), "none"])
+def test_report_in_a_step(cluster, kind):
+    words = (f"--mpi={kind}", "--ntasks=2", sys.executable, "-m", "mpi4py", "-m", "cupy_syncbn")
+    status, output = srun(cluster, *words)
+    assert output.count("cupy_syncbn 0.") == 1
+    if kind == "pmi2":
+        assert status == 0, output
+        assert "2 ranks (started by a launcher: PMI_RANK is set" in output
+    else:
+        assert status not in (0, None), output
+        assert "1 rank (started by a launcher: SLURM_STEP_NUM_TASKS is set" in output
+        assert "2 processes were started, but each is alone in its world" in " ".join(output.split())

@@ -2,6 +2,7 @@
 
 import functools
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -15,14 +16,16 @@ TESTS = REPOSITORY / "tests"
 
 OTHER_PYTHON = "CUPY_SYNCBN_TEST_OTHER_PYTHON"
 
-# By vendor: what allows more ranks than cores, and what writes a rank's number before its output.
+# By vendor: what allows more ranks than cores.
 OVERSUBSCRIBE = {"Open MPI": ["--oversubscribe"]}
-LABEL = {"Open MPI": ["--output", "tag"], "MPICH": ["-l"], "Intel MPI": ["-l"]}
 
 
 def clean_environment(**variables):
     """Return the environment without what an MPI launcher or MPI_Init added to it, for a child process."""
-    launchers = ("OMPI_COMM_", "OMPI_MCA_ess", "PMI_", "PMIX_", "PRTE_", "MV2_COMM_", "PALS_", "HYDI_")
+    launchers = (
+        "OMPI_COMM_", "OMPI_MCA_ess", "PMI_", "PMIX_", "PRTE_", "MV2_COMM_", "MVP_COMM_", "PALS_", "HYDI_",
+        "SLURM_STEP_", "SLURM_PROCID", "_CUPY_SYNCBN_RANK",
+    )  # fmt: skip
     kept = {name: value for name, value in os.environ.items() if not name.startswith(launchers)}
     return kept | variables
 
@@ -61,10 +64,20 @@ def find_launcher(python):
 
 @functools.cache
 def vendor_of(python):
-    code = "from mpi4py import MPI; print(MPI.get_vendor()[0])"
+    # MPI is not started: not every library can be without its launcher.
+    code = "import mpi4py; mpi4py.rc.initialize = False; from mpi4py import MPI; print(MPI.get_vendor()[0])"
     status, output = run([python, "-c", code], clean_environment(), 60)
     assert status == 0, output
     return output.strip().splitlines()[-1]
+
+
+@functools.cache
+def label_of(python):
+    """Return the option that writes a rank's number before its output."""
+    if vendor_of(python) != "Open MPI":
+        return ["-l"]
+    _, version = run([find_launcher(python), "--version"], clean_environment(), 60)
+    return ["--tag-output"] if re.search(r"Open MPI\)? [1-4]\.", version) else ["--output", "tag"]
 
 
 def other_python():
@@ -91,7 +104,7 @@ def launch(python, ranks, arguments, deadline, *options, **variables):
     if os.geteuid() == 0:
         environment |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
     command = [
-        find_launcher(python), *OVERSUBSCRIBE.get(vendor, []), *LABEL.get(vendor, []), *options,
+        find_launcher(python), *OVERSUBSCRIBE.get(vendor, []), *label_of(python), *options,
         "-n", str(ranks), python, *arguments,
     ]  # fmt: skip
     return " ".join(command), *run(command, environment, deadline)
