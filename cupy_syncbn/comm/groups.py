@@ -24,7 +24,7 @@ from cupy_syncbn.comm.launcher import (
     start_if_one_of_several,
     warn_if_alone,
 )
-from cupy_syncbn.comm.private_comm import FREED, PrivateComm, free_comm, private_comm_of, require_mpi
+from cupy_syncbn.comm.private_comm import FREED, PrivateComm, free_comm, private_comm_of
 from cupy_syncbn.comm.small_objects import pack, unpack
 from cupy_syncbn.comm.trailer import FAULT
 from cupy_syncbn.comm.transports import TRANSPORTS, transport_for
@@ -270,7 +270,7 @@ class MPIProcessGroup(ProcessGroup):
         from mpi4py import MPI
 
         if isinstance(comm, MPI.Comm):
-            require_mpi()
+            initialized_mpi()
         if not isinstance(comm, MPI.Comm) or (comm != MPI.COMM_NULL and comm.Is_inter()):
             raise TypeError(f"expected an mpi4py.MPI.Intracomm (got {type(comm).__name__})")
         if comm == MPI.COMM_NULL:
@@ -402,7 +402,7 @@ class MPIProcessGroup(ProcessGroup):
 
         if MPI.COMM_NULL in (self._comm, other._comm):
             raise RuntimeError(FREED)
-        require_mpi()
+        initialized_mpi()
         return MPI.Comm.Compare(self._comm, other._comm) != MPI.UNEQUAL
 
     def free(self) -> None:
@@ -471,9 +471,7 @@ class NCCLProcessGroup(MPIProcessGroup):
     """
 
     def __init__(self, comm: MPI.Intracomm | None = None, *, timeout: float | None = None) -> None:
-        from mpi4py import MPI
-
-        super().__init__(MPI.COMM_WORLD if comm is None else comm, transport="nccl", timeout=timeout)
+        super().__init__(world_comm() if comm is None else comm, transport="nccl", timeout=timeout)
         self._transport  # noqa: B018, raises the error of a missing transport now, not at the first sum
 
 
@@ -565,8 +563,15 @@ def default_group() -> ProcessGroup:
     if not _world:
         if "mpi4py.MPI" not in sys.modules and not is_launched():
             return SINGLE
-        _world.append(as_group(import_mpi(_seconds_to_start()).COMM_WORLD))
+        _world.append(as_group(world_comm()))
     return _world[0]
+
+
+def world_comm() -> MPI.Intracomm:
+    """Return MPI.COMM_WORLD; start MPI if that has not been done."""
+    comm: MPI.Intracomm = import_mpi(_seconds_to_start()).COMM_WORLD
+    warn_if_alone()
+    return comm
 
 
 def start_mpi_of_ranks() -> None:
@@ -591,11 +596,10 @@ def as_group(process_group: ProcessGroup | MPI.Intracomm | None) -> ProcessGroup
         from mpi4py import MPI
 
         if isinstance(process_group, MPI.Comm):
-            require_mpi()
+            initialized_mpi()
             # One for all calls, as a transport takes its time to make.
             known = None
             if process_group != MPI.COMM_NULL:
-                initialized_mpi()
                 known = cast("ProcessGroup | None", process_group.Get_attr(_keyval()))
             if known is None:
                 if process_group == MPI.COMM_WORLD:

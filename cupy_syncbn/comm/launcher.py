@@ -52,6 +52,11 @@ _MARK = "_CUPY_SYNCBN_RANK"
 _LONGEST = 1e8
 """Seconds: some timers take no more, and no job lasts three years."""
 
+FINALIZED = (
+    "MPI is finalized, and no message can be sent any more: call MPI.Finalize() after the last use of a "
+    "group, or leave it to mpi4py, which calls it when the process ends"
+)
+
 
 # ---- What the launcher says ----
 def started() -> int | None:
@@ -162,16 +167,16 @@ def import_mpi(seconds: float) -> ModuleType:
 
 
 def initialized_mpi() -> ModuleType:
-    """Return mpi4py.MPI, which the program has imported; raise RuntimeError if it cannot be used now."""
+    """Return mpi4py.MPI, which is imported; raise RuntimeError unless it runs: else it ends the process."""
     from mpi4py import MPI
 
     if not MPI.Is_initialized():
         raise RuntimeError(
-            "MPI is not initialized, as mpi4py.rc.initialize is False: call MPI.Init_thread() before the "
-            "first use of ranks, or leave mpi4py.rc.initialize as it is"
+            "MPI is not initialized, as mpi4py.rc.initialize is False: call MPI.Init() or MPI.Init_thread() "
+            "before the first call that needs ranks, or leave mpi4py.rc.initialize as it is"
         )
     if MPI.Is_finalized():
-        raise RuntimeError("MPI was finalized: use ranks before MPI.Finalize()")
+        raise RuntimeError(FINALIZED)
     _leave_mark()
     return MPI
 

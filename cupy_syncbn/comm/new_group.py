@@ -20,6 +20,7 @@ from cupy_syncbn.comm.groups import (
     UnusableGroup,
     timeout_of,
     transport_name,
+    world_comm,
 )
 from cupy_syncbn.comm.private_comm import no_communicator
 from cupy_syncbn.comm.split import Split
@@ -136,9 +137,7 @@ class _Request:
     """
 
     def __init__(self, text: str, comm: MPI.Intracomm | None) -> None:
-        from mpi4py import MPI
-
-        comm = MPI.COMM_WORLD if comm is None else comm
+        comm = world_comm() if comm is None else comm
         self.text = text
         self.timeout = DEFAULT_TIMEOUT
         self.parent = MPIProcessGroup(comm, transport="mpi", timeout=DEFAULT_TIMEOUT)
