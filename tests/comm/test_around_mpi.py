@@ -7,6 +7,8 @@ before, with a remedy that works.
 import functools
 import json
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -98,20 +100,25 @@ MPI.Finalize()
 attempt(sys.argv[1])
 """
 
-END = "print('FOUND', json.dumps(lines), flush=True)"
+END = """
+import os
+with open(f"{sys.argv[2]}/{os.getpid()}", "w") as file:
+    json.dump(lines, file)
+"""
 
 
 @functools.cache
 def attempts(program, uses, ranks, library):
-    """Return the error and the message of each use, by name, on each rank that prints whole lines."""
+    """Return the error and the message of each use, by name, on each rank."""
     python = sys.executable if library == "this" else other_python()
-    arguments = ["-W", "error", "-c", START + program + END, uses]
-    if ranks:
-        told, status, output = launch(python, ranks, arguments, 60)
-    else:
-        told, (status, output) = python, run([python, *arguments], clean_environment(), 60)
-    assert status == 0, f"{told}\n{output}"
-    found = [json.loads(line.split("FOUND ")[1]) for line in output.splitlines() if "FOUND " in line]
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = ["-W", "error", "-c", START + program + END, uses, folder]
+        if ranks:
+            told, status, output = launch(python, ranks, arguments, 60)
+        else:
+            told, (status, output) = python, run([python, *arguments], clean_environment(), 60)
+        assert status == 0, f"{told}\n{output}"
+        found = [json.loads(file.read_text()) for file in Path(folder).iterdir()]
     assert len(found) == max(ranks, 1), output
     return [{name: (kind, message) for name, kind, message in lines} for lines in found]
 
