@@ -183,7 +183,8 @@ except MPI.Exception:
 group = MPIProcessGroup(unused, timeout=30)
 for call in (
     new_group,
-    lambda: new_group([0], timeout=20),
+    # Open MPI (5.0.11) tells only the members, and lets the others wait for them: until the timeout here.
+    *([lambda: new_group([0], timeout=20)] if MPI.get_vendor()[0] == "MPICH" else []),
     lambda: split_group(1),
     lambda: group.allreduce(np.ones(1)),
     lambda: SyncBatchNorm(3, process_group=group)(x),
@@ -224,7 +225,7 @@ def test_past_the_limit_of_mpich(ranks):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("ranks", [2, 5])
+@pytest.mark.parametrize("ranks", [2, 3])
 def test_past_the_limit_of_open_mpi(ranks):
     """It has 32 times as many."""
     past_the_limit(of_vendor("Open MPI"), ranks, 400)
