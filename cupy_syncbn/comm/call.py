@@ -138,7 +138,7 @@ class Collective(SimpleNamespace, contextlib.AbstractContextManager["Collective"
             ending = group.tell_fault(own, self._length, library)[trailer.FAULT :]
             _note_hearers(error, group)
             if isinstance(ending, np.ndarray):
-                self._fault(ending.tolist(), details=True)  # which all ranks look into together
+                self._fault(ending.tolist(), details=True, own=_FAILED)  # which all ranks look into together
                 return
             with contextlib.suppress(RemoteRankError, RankMismatchError):
                 self._raise_fault_later(ending)  # by NCCL, where the others may end the sum by an error
@@ -147,15 +147,23 @@ class Collective(SimpleNamespace, contextlib.AbstractContextManager["Collective"
                 late.call = late.call or self.call
             error.add_note(f"The other ranks did not hear of it: {str(late) or type(late).__name__}")
 
-    def _fault(self, ending: list[float], details: bool) -> RuntimeError:
+    def _fault(self, ending: list[float], details: bool, own: str = "") -> RuntimeError:
         """Return the error that a trailer tells of; for `details` the ranks are asked (**collective**)."""
         group, fault = self.group, ending[0]
+        asks, own = details and group.asks, own or str(self.call)
         if fault > 0:
             ranks = trailer.faulty_ranks(fault, group.size)
-            return RemoteRankError(f"{ranks} failed before {self.call}: see the error there")
-        others = _whereabouts(group, str(self.call)) if details and group.asks else ""
+            if not ranks and asks:
+                ranks = trailer.describe_ranks(_whereabouts(group, own).get(_FAILED, []))
+            return RemoteRankError(f"{ranks or 'some ranks'} failed before {self.call}: see the error there")
+        others = _whereabouts(group, own) if asks else {}
+        others.pop(_shown(own), None)
+        where = " and ".join(
+            f"{trailer.describe_ranks(ranks)} {'is' if len(ranks) == 1 else 'are'} in {call}"
+            for call, ranks in others.items()
+        )
         return RankMismatchError(
-            f"rank {group.rank} is in {self.call}, while {others or 'another rank is in another call'}: "
+            f"rank {group.rank} is in {self.call}, while {where or 'another rank is in another call'}: "
             "all ranks must call the same layers in the same order"
         )
 
@@ -186,36 +194,47 @@ def _note_hearers(error: Exception, group: ProcessGroup) -> None:
 
 def was_heard_by(group: ProcessGroup, error: Exception) -> bool:
     """Tell whether all ranks of a group have heard of an error."""
-    return any(group.has_same_ranks(hearers) for hearers in vars(error).get("_heard_by", ()))
+    for hearers in vars(error).get("_heard_by", ()):
+        with contextlib.suppress(RuntimeError):  # of a group that was freed since
+            if group.has_same_ranks(hearers):
+                return True
+    return False
 
 
 # What each rank is in, as numbers that add up exactly: six bytes are an integer below 2^48.
 _NUMBERS, _BYTES = 40, 6
 _ASKING = Call("the ranks' whereabouts", 0, "question", 0)
+_FAILED = "a failure"
 
 
-def _whereabouts(group: ProcessGroup, own: str) -> str:
-    """Describe the ranks that are in other calls than this one, or "" if they do not tell (**collective**).
+def _shown(text: str) -> str:
+    """Return as much of a text as ranks tell each other."""
+    return text.encode()[: _NUMBERS * _BYTES].decode(errors="ignore")
+
+
+def _whereabouts(group: ProcessGroup, own: str) -> dict[str, list[int]]:
+    """Return the ranks by what they are in; nothing if they do not tell (**collective**).
 
     All ranks that have met in a sum of different calls ask so, and one that has not ends here as well.
     """
-    rows = np.zeros(group.size * _NUMBERS + trailer.LENGTH)
-    text = own.encode()[: _NUMBERS * _BYTES].ljust(_NUMBERS * _BYTES, b"\0")
-    numbers = [int.from_bytes(text[at : at + _BYTES], "big") for at in range(0, len(text), _BYTES)]
-    rows[group.rank * _NUMBERS :][:_NUMBERS] = numbers
-    rows[trailer.FAULT :] = _ASKING.trailer(group)
+    ending = _ASKING.trailer(group)
     try:
-        ending = group.allreduce_checked(rows)[trailer.FAULT :]
+        rows = np.zeros(group.size * _NUMBERS + trailer.LENGTH)
+        text = _shown(own).encode().ljust(_NUMBERS * _BYTES, b"\0")
+        numbers = [int.from_bytes(text[at : at + _BYTES], "big") for at in range(0, len(text), _BYTES)]
+        rows[group.rank * _NUMBERS :][:_NUMBERS] = numbers
+        rows[trailer.FAULT :] = ending
+    except MemoryError:  # the others do not wait: this rank has no answer
+        group.tell_fault((trailer.fault_code(group.rank, group.size), *ending[1:]), trailer.LENGTH, np)
+        return {}
+    try:
+        total = group.allreduce_checked(rows)
     except CollectiveTimeoutError:
-        return ""
-    if not trailer.is_sound(ending.tolist(), group.size):
-        return ""
+        return {}
+    if not trailer.is_sound(total[trailer.FAULT :].tolist(), group.size):
+        return {}
     ranks: dict[str, list[int]] = {}
-    for rank, row in enumerate(rows[: trailer.FAULT].reshape(group.size, _NUMBERS)):
+    for rank, row in enumerate(total[: trailer.FAULT].reshape(group.size, _NUMBERS)):
         said = b"".join(int(number).to_bytes(_BYTES, "big") for number in row)
         ranks.setdefault(said.rstrip(b"\0").decode(errors="ignore"), []).append(rank)
-    ranks.pop(text.rstrip(b"\0").decode(errors="ignore"), None)
-    verb = {True: "is", False: "are"}
-    return " and ".join(
-        f"{trailer.describe_ranks(those)} {verb[len(those) == 1]} in {call}" for call, those in ranks.items()
-    )
+    return ranks

@@ -19,7 +19,7 @@ _HALF = (1 << TAG_BITS // 2) - 1
 _NAMED_RANKS = 50
 """Groups up to this size tell each faulty rank: the sum of 2**rank is exact in a float64."""
 _ONE_FAULT = 2.0**28
-"""Larger ones tell how many there are, and the sum of their numbers, which is below this."""
+"""Larger ones tell of one; of several how many, and the sum of their numbers, which is below this."""
 
 
 def pairs_of(tag: int) -> tuple[float, float, float, float]:
@@ -50,18 +50,17 @@ def fault_code(rank: int, size: int) -> float:
 
 
 def faulty_ranks(code: float, size: int) -> str:
-    """Describe the ranks that a sum of fault flags tells of."""
+    """Describe the ranks that a sum of fault flags tells of; "" if it does not tell which they are."""
     if size <= _NAMED_RANKS:
-        ranks = [rank for rank in range(size) if int(code) >> rank & 1]
-        return describe_ranks(ranks)
+        return describe_ranks([rank for rank in range(size) if int(code) >> rank & 1])
     count, total = divmod(code, _ONE_FAULT)
-    if count == 1:
-        return f"rank {total:.0f}"
-    return f"{count:.0f} of {size} ranks"
+    return f"rank {total:.0f}" if count == 1 else ""
 
 
 def describe_ranks(ranks: Sequence[int], most: int = 8) -> str:
-    """Return "rank 3", or "ranks 1, 2, 5"; of many only the first."""
+    """Return "rank 3", or "ranks 1, 2, 5"; of many only the first, of none ""."""
+    if not ranks:
+        return ""
     if len(ranks) == 1:
         return f"rank {ranks[0]}"
     more = f" and {len(ranks) - most} more" if len(ranks) > most else ""

@@ -1,6 +1,7 @@
 """What one rank does wrong, and what every rank must raise then: a case is its deed beside its outcome.
 
     fault_cases.py FOLDER         all cases after which the ranks go on, one after the other
+    fault_cases.py FOLDER pairs   of these, the ones for two ranks alone
     fault_cases.py FOLDER NAME    one that ends the ranks
 
 Each rank runs this file, and writes what came of it to a file of its own, which test_faults.py compares with
@@ -107,6 +108,10 @@ class Case(NamedTuple):
     """How many it takes."""
     prompt: bool
     """Whether errors have to come at once."""
+
+    @property
+    def is_for_two_alone(self):
+        return self.ranks == range(2, 3)
 
 
 class Ending(NamedTuple):
@@ -1023,12 +1028,12 @@ def killed_in_an_exchange(t):
 def main(folder, name=None):
     world = world_of_ranks()
     with Path(folder, f"{world.rank}.jsonl").open("w") as file:
-        if name is not None:
+        if name in FATAL:
             run, _ = FATAL[name]
             run(Trial(file, name))
             return
         for name, case in CASES.items():
-            if world.size in case.ranks:
+            if world.size in case.ranks and (name is None or case.is_for_two_alone):
                 t = Trial(file, name)
                 case.run(t)
                 meet()

@@ -98,7 +98,7 @@ def test_the_nearest_tags_are_told_apart(size, distance):
         (50, [3, 49], "ranks 3, 49 failed"),
         (50, list(range(20, 40)), "ranks 20, 21, 22, 23, 24, 25, 26, 27 and 12 more failed"),
         (64, [7], "rank 7 failed"),
-        (64, [7, 9], "2 of 64 ranks failed"),
+        (64, [7, 9], "some ranks failed"),  # this group cannot ask
         (1 << 14, [(1 << 14) - 1], "rank 16383 failed"),
     ],
 )
@@ -148,3 +148,47 @@ def test_commit_does_all():
     done = []
     commit([lambda: done.append(1), lambda: done.append(2)])
     assert done == [1, 2]
+
+
+class Asking(Others):
+    """Rank 0 of a group whose other ranks answer the question where they are."""
+
+    asks = True
+
+    def __init__(self, answers, *vectors):
+        super().__init__(*vectors)
+        self.answers = answers
+
+    def allreduce(self, buffer):
+        if buffer.size == trailer.LENGTH:
+            return super().allreduce(buffer)
+        own = buffer[:40].copy()
+        rows = buffer[: trailer.FAULT].reshape(self.size, 40)
+        for rank, text in self.answers.items():
+            padded = text.encode().ljust(240, b"\0")
+            rows[rank] = [int.from_bytes(padded[at : at + 6], "big") for at in range(0, 240, 6)]
+        for rank in set(range(1, self.size)).difference(self.answers):
+            rows[rank] = own
+        buffer[trailer.FAULT :] *= self.size
+        return buffer
+
+
+@pytest.mark.parametrize(
+    ("size", "failed"), [(51, [7, 9]), (64, [1, 2, 3]), (1024, [1023, 500]), (4096, list(range(100, 120)))]
+)
+def test_many_faulty_ranks_of_many_are_named(size, failed):
+    usual = CALL.trailer(Others(NOTHING))
+    codes = [np.array([trailer.fault_code(rank, size), *usual[1:]]) for rank in failed]
+    rest = [np.array(usual)] * (size - 1 - len(failed))
+    group = Asking(dict.fromkeys(failed, "a failure"), *codes, *rest)
+    with pytest.raises(RemoteRankError, match=f"^{trailer.describe_ranks(sorted(failed))} failed before"):
+        meet(group)
+
+
+@pytest.mark.parametrize("size", [2, 33, 1024])
+def test_ranks_in_other_calls_are_told_with_their_calls(size):
+    other = CALL._replace(name="häd")
+    group = Asking({size - 1: str(other)}, *others(size, np.array(other.trailer(Others(NOTHING)))).vectors)
+    told = rf"rank 0 is in forward 3 of stem \(8 channels\), while rank {size - 1} is in forward 3 of häd \(8"
+    with pytest.raises(RankMismatchError, match=told):
+        meet(group)

@@ -20,7 +20,8 @@ EXAMPLES = sorted(path.stem for path in DIRECTORY.glob("*.py"))
 SABOTAGE = """
 import runpy, sys
 from cupy_syncbn.comm.call import Collective
-Collective.sum = lambda self, vector: None
+whole = Collective.sum
+Collective.sum = lambda self, vector: self.call.direction in ("forward", "backward") or whole(self, vector)
 sys.argv.pop(0)
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
