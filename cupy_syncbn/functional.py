@@ -13,7 +13,7 @@ from cupy_syncbn.arrays import Array
 from cupy_syncbn.backends.interface import Affine, BatchSums, Epilogue, ParameterSums
 from cupy_syncbn.checks import Activation
 from cupy_syncbn.comm import trailer
-from cupy_syncbn.comm.call import Call, Collective, commit
+from cupy_syncbn.comm.call import DO, Call, Collective, commit
 from cupy_syncbn.comm.groups import SINGLE, ProcessGroup, as_group
 from cupy_syncbn.plan import Arguments, Plan, Settings, prepare, prepare_gradient
 
@@ -42,6 +42,8 @@ class Saved:
     """False if the output was written over `x`."""
     batch: BatchSums | None
     """The sums over all ranks; None with running statistics."""
+    backward: Description
+    """Of a backward whose ranks are these."""
 
 
 class Gradients(NamedTuple):
@@ -166,7 +168,7 @@ def sync_batch_norm(
         arguments = Arguments(weight, bias, running_mean, running_var, num_batches_tracked, residual, out)
         settings = Settings(training, momentum, eps, channels_last, activation)
         result = forward(x, arguments, settings, process_group, step)
-        commit(result.writes)
+        commit(map(DO, result.writes))
     return result.y, result.saved
 
 
@@ -199,7 +201,7 @@ def forward(
     backend, batch = plan.backend, None
     if plan.uses_batch:
         step.needed += plan.has_squares
-        vector, local_sums = backend.statistics(x, step.trailer())  # -> (4C + 1 + trailer,)
+        vector, local_sums = backend.statistics(x, call.trailer(peers))  # -> (4C + 1 + trailer,)
         step.sum(vector)
         squares = None
         if plan.has_squares:  # once more, about the mean of all ranks
@@ -209,7 +211,9 @@ def forward(
         batch = BatchSums(vector, squares, peers.size)
 
     affine = Affine(arguments.weight, arguments.bias, settings.eps)
-    saved = Saved(plan, x, None, group, peers, call, input_kept, batch)
+    length = 2 * call.channels + trailer.LENGTH
+    description = call._replace(direction="backward"), peers, length, (x,)
+    saved = Saved(plan, x, None, group, peers, call, input_kept, batch, description)
     saved.normalization, writes = backend.normalize(
         x, y, batch, running, affine, Epilogue(residual, plan.slope)
     )
@@ -261,11 +265,10 @@ def sync_batch_norm_backward(dy: Array, saved: Saved, *, grad_reduction: str = "
 
 def describe_backward(saved: Saved, grad_reduction: str) -> Description:
     """Return what `Collective` needs to know of a backward."""
-    peers = saved.peers
+    call, peers, length, arrays = saved.backward
     if grad_reduction != "none" and not saved.plan.training:
         peers = as_group(saved.group)
-    call = saved.call._replace(direction="backward")
-    return call, peers, 2 * call.channels + trailer.LENGTH, (saved.x,)
+    return call, peers, length, arrays
 
 
 @np.errstate(all="ignore")
@@ -279,7 +282,7 @@ def backward(dy: Any, saved: Saved, grad_reduction: str, step: Collective) -> Gr
     dx = backend.empty(layout.shape_3d, plan.dtype)
     dresidual = backend.empty(layout.shape_3d, plan.dtype) if plan.has_residual else None
     global_sums, local_sums, gradient = backend.reduce_gradients(
-        dy, x, normalization, dresidual, step.trailer()
+        dy, x, normalization, dresidual, step.call.trailer(peers)
     )  # -> (2C + trailer,)
 
     step.sum(global_sums)

@@ -28,7 +28,7 @@ FOUR = (
     "tests/nn/test_data_parallel.py",
     "tests/nn/test_batch_norm.py",
 )
-"""What the number of ranks matters to: on four, a power of two beyond two, no others run."""
+"""What the number of ranks matters to: on four, and on three of the other library, no others run."""
 NO_KERNELS = (
     "--ignore=tests/test_cupy_functional.py",
     "--deselect=tests/test_fuzz.py::test_drawn_cases[cupy]",
@@ -67,9 +67,13 @@ def test_one_rank():
     launch_tests(sys.executable, 1, *OF_ONE_RANK)
 
 
-@pytest.mark.parametrize(("ranks", "left_out"), [(2, ()), (3, NO_NCCL)], ids=["2", "3"])
-def test_ranks_of_other_mpi(ranks, left_out):
-    launch_tests(other_python(), ranks, *NO_KERNELS, *NO_LIBRARIES, *NO_SWEEPS, *left_out, "tests")
+@pytest.mark.parametrize(
+    ("ranks", "chosen"),
+    [(2, (*NO_KERNELS, *NO_LIBRARIES, *NO_SWEEPS, "tests")), (3, (*NO_NCCL, *FOUR))],
+    ids=["2", "3"],
+)
+def test_ranks_of_other_mpi(ranks, chosen):
+    launch_tests(other_python(), ranks, *chosen)
 
 
 def test_deadline_ends_all_descendants(tmp_path):

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple, Self
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -82,7 +82,9 @@ class CheckedSum:
         self._is_divided = False  # while the pieces of a long vector come
         self._messages: list[_Messages] = []
         self._outgoing: list[tuple[MPI.Prequest, int]] = []
-        self._at = self._begun = 0  # the step of the sum that is under way, and how many were begun
+        self._at = 0  # the step of the sum that is under way
+        self.begun = 0
+        """How many steps of it were begun; the caller sets it to 0 when it has ended."""
         for partner, sends, receives, replaces in steps(rank, size):
             incoming = comm.Recv_init(receive_buffer, partner, _TAG) if receives else None
             sent = np.empty(length)
@@ -93,12 +95,8 @@ class CheckedSum:
             requests = [*([] if incoming is None else [incoming]), *outgoing]
             self._messages.append(_Messages(partner, requests, incoming, outgoing, sent, replaces))
             self._outgoing += [(request, partner) for request in outgoing]
-        self._start = MPI.Prequest.Startall
-
-    def begin(self) -> Self:
-        """Return itself, ready for a sum."""
-        self._at = self._begun = 0
-        return self
+        self._sent = [request for request, _ in self._outgoing]
+        self._start, self._test_all = MPI.Prequest.Startall, MPI.Request.Testall
 
     def sum(self, vector: Array, wait: Callable[[MPI.Request, int], MPI.Status]) -> int:
         """Replace `vector`, float64, by its sum, and return 1, the number of sums that have ended."""
@@ -108,7 +106,7 @@ class CheckedSum:
             partner, requests, incoming, outgoing, sent, replaces = message
             if outgoing:
                 np.copyto(sent, vector)  # as the vector is written to before it has gone
-            self._begun = start(requests) or number + 1
+            self.begun = start(requests) or number + 1
             if incoming is None:
                 continue
             nbytes = wait(incoming, partner).count
@@ -118,7 +116,8 @@ class CheckedSum:
                 vector[:] = self._expected
             else:
                 vector += self._expected
-        self._leave(wait)
+        if not self._test_all(self._sent):  # mostly they have gone
+            self._leave(wait)
         return 1
 
     def finish(self, notice: Array, wait: Callable[[MPI.Request, int], MPI.Status]) -> None:
@@ -127,10 +126,10 @@ class CheckedSum:
             raise RuntimeError("some messages of a long vector have come, and some have not")
         for number in range(self._at, len(self._messages)):
             message = self._messages[number]
-            if number >= self._begun:
+            if number >= self.begun:
                 message = self._notices._messages[number]
                 np.copyto(message.sent, notice)
-                self._begun = self._start(message.requests) or number + 1
+                self.begun = self._start(message.requests) or number + 1
             if message.incoming is not None:  # if that has come already, there is nothing to add
                 nbytes = wait(message.incoming, message.partner).count
                 self._notices._take_other(notice, message, nbytes, wait)
@@ -166,8 +165,7 @@ class CheckedSum:
     def _leave(self, wait: Callable[[MPI.Request, int], MPI.Status]) -> None:
         """Wait until all messages have gone."""
         for request, partner in self._outgoing:
-            if not request.Test():  # mostly it has gone
-                wait(request, partner)
+            wait(request, partner)
 
     def free(self) -> None:
         """Free the requests when no sum is under way."""

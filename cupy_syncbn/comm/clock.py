@@ -18,10 +18,6 @@ class RunningClock:
         self.seconds = 0.0
         self._last = time.monotonic()
 
-    def resume(self) -> None:
-        """Leave out the time since the last look, in which the process did something else."""
-        self._last = time.monotonic()
-
     def look(self) -> float:
         """Return the seconds until now."""
         now = time.monotonic()

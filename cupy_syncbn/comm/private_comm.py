@@ -10,14 +10,14 @@ import sys
 import threading
 import time
 import weakref
-from typing import TYPE_CHECKING, Any, Self, cast
+from typing import TYPE_CHECKING, Any, NoReturn, Self, cast
 
 import numpy as np
 
 from cupy_syncbn.arrays import Array
 from cupy_syncbn.comm import trailer
 from cupy_syncbn.comm.checked_sum import LONGEST, CheckedSum
-from cupy_syncbn.comm.clock import RunningClock
+from cupy_syncbn.comm.clock import LONGEST_LOOK, RunningClock
 from cupy_syncbn.comm.errors import CollectiveTimeoutError, RemoteRankError
 from cupy_syncbn.comm.launcher import FINALIZED, initialized_mpi
 from cupy_syncbn.comm.schedules import steps
@@ -68,7 +68,7 @@ class PrivateComm:
         self._unusable: tuple[type[RuntimeError], str] | None = None  # the error of each further use
         self._lock = threading.RLock()  # an error in its release must not keep out this thread
         self._timeout = math.inf
-        self._clock = RunningClock()
+        self._waited = 0.0
         self._status = MPI.Status()
         self._opening: Any = None  # the request, once there is one
         self._is_open = False
@@ -106,16 +106,19 @@ class PrivateComm:
 
     def take(self, timeout: float) -> Self:
         """Keep other threads out until the context ends; all waits in it have `timeout` seconds together."""
+        if self._unusable or not self._lock.acquire(False):
+            self._refuse()
+        self._timeout, self._waited = timeout, 0.0
+        return self
+
+    def _refuse(self) -> NoReturn:
         if self._unusable:
             kind, reason = self._unusable
             raise kind(reason)
-        if not self._lock.acquire(False):
-            raise RuntimeError(
-                "two threads of this process exchange on one communicator at a time: the other ranks cannot "
-                "tell whose turn it is. Give each thread a group of its own, new_group()"
-            )
-        self._timeout, self._clock.seconds = timeout, 0.0
-        return self
+        raise RuntimeError(
+            "two threads of this process exchange on one communicator at a time: the other ranks cannot "
+            "tell whose turn it is. Give each thread a group of its own, new_group()"
+        )
 
     def __enter__(self) -> Self:
         return self
@@ -128,11 +131,13 @@ class PrivateComm:
 
         After an error here the other ranks are told, unless that would have to wait.
         """
-        self.take(timeout)
+        if self._unusable or not self._lock.acquire(False):  # as `take`, in one call less
+            self._refuse()
         checked_sum = None
         try:
-            checked_sum = (self._sums.get(vector.size) or self._sum_of(vector.size)).begin()
-            self.sums += checked_sum.sum(vector, self.wait)
+            self._timeout, self._waited = timeout, 0.0
+            checked_sum = self._sums.get(vector.size) or self._sum_of(vector.size)
+            self.sums, checked_sum.begun = self.sums + checked_sum.sum(vector, self.wait), 0
         except BaseException as error:
             if checked_sum is None:
                 raise  # nothing has been sent
@@ -156,7 +161,7 @@ class PrivateComm:
             self._notice[:] = vector[trailer.FAULT :]
             self._notice[trailer.FAULT] = trailer.fault_code(self.rank, self.size)
             checked_sum.finish(self._notice, self.wait)
-            self.sums += 1
+            self.sums, checked_sum.begun = self.sums + 1, 0
         except BaseException as late:
             self.leave(late)
 
@@ -180,37 +185,40 @@ class PrivateComm:
         for _ in _SPINS_BEFORE_YIELD:
             if test(status):
                 return status
-        clock = self._clock
-        clock.resume()
-        next_probe = clock.seconds
+        # As `RunningClock`, without its calls: time counts in which this process ran and looked.
+        last, next_probe = time.monotonic(), self._waited
         while not test(status):
             os.sched_yield()
-            now = clock.look()
-            if now > self._timeout:
+            now = time.monotonic()
+            self._waited += min(now - last, LONGEST_LOOK)
+            last = now
+            if self._waited > self._timeout:
                 if test(status):  # its message may have come while this process was stopped
                     return status
-                raise self._timed_out(partner, now)
-            if now > next_probe:
-                next_probe = now + _BETWEEN_PROBES
+                raise self._timed_out(partner)
+            if self._waited > next_probe:
+                next_probe = self._waited + _BETWEEN_PROBES
                 if self._is_open and self.comm.Iprobe(_any_source(), _LEAVING):
                     if test(status):
                         return status
-                    raise self._given_up_by_another(partner, now)
+                    raise self._given_up_by_another(partner)
         return status
 
-    def _given_up_by_another(self, partner: int | None, waited: float) -> RuntimeError:
+    def _given_up_by_another(self, partner: int | None) -> RuntimeError:
         """Return the error of a rank that waits, where another has left its messages."""
         reason, origin, waiting = self._hear()
         if reason == _FAILED:
             self._tell_partners(_FAILED, origin)
             return RemoteRankError(f"rank {origin} failed in the middle: see the error there. {GO_ON}")
-        return self._timed_out(partner, waited, waiting)
+        return self._timed_out(partner, waiting)
 
-    def _timed_out(self, partner: int | None, waited: float, waiting: int = 0) -> CollectiveTimeoutError:
+    def _timed_out(self, partner: int | None, waiting: int = 0) -> CollectiveTimeoutError:
         """Return the error of a rank that gives up waiting, with the ranks that do not wait as well."""
-        waits = f"rank {self.rank} of {self.size} waited {waited:.3g} s"
-        if waited < self._timeout:
-            waits = f"rank {self.rank} of {self.size} waited {waited:.1f} s, and another rank to its end,"
+        waits = f"rank {self.rank} of {self.size} waited {self._waited:.3g} s"
+        if self._waited < self._timeout:
+            waits = (
+                f"rank {self.rank} of {self.size} waited {self._waited:.1f} s, and another rank to its end,"
+            )
         if not self._is_open:
             whom = "the other ranks" if partner is None else f"rank {partner}"
         elif missing := self._missing_ranks(waiting):

@@ -14,7 +14,7 @@ from cupy_syncbn import functional
 from cupy_syncbn.arrays import Array, array_module, module_of
 from cupy_syncbn.checks import Activation, activation_slope, check_grad_reduction, check_settings, data_type
 from cupy_syncbn.comm import trailer
-from cupy_syncbn.comm.call import Call, Collective, commit
+from cupy_syncbn.comm.call import DO, Call, Collective, commit
 from cupy_syncbn.comm.groups import SINGLE, ProcessGroup, as_group
 from cupy_syncbn.functional import Description, Saved
 from cupy_syncbn.nn.module import Module, Parameter, accumulation, check_gradient
@@ -126,7 +126,8 @@ class BatchNormBase(Module):
             )
             y, saved, writes = functional.forward(x, arguments, settings, self._group, step)
             own = partial(vars(self).update, _saved=saved, _calls_made=self._calls_made + training)
-            commit([*writes, own] if self._observe is None else [*writes, own, partial(self._observe, saved)])
+            shown = [] if self._observe is None else [partial(self._observe, saved)]
+            commit(map(DO, [*writes, own, *shown]))
             return y
 
     if TYPE_CHECKING:  # so that `y = bn(x)` has a type
@@ -165,23 +166,26 @@ class BatchNormBase(Module):
         "none".
         """
         with Collective(describe=partial(self._describe_backward, dy)) as step:
-            step.enter(*self._describe_backward(dy))
             saved, parameters = self._saved, (self.weight, self.bias)
             if saved is _NO_FORWARD:
                 raise RuntimeError("backward needs a forward before it: each forward serves one backward")
+            if saved.plan.training or self.grad_reduction == "none":
+                step.enter(*saved.backward)
+            else:
+                step.enter(*self._describe_backward(dy))
             for name, parameter in zip(("weight", "bias"), parameters, strict=True):
                 if parameter is not None and parameter.grad is not None:
                     check_gradient(name, parameter)
             gradients = functional.backward(dy, saved, self.grad_reduction, step)
-            writes = [
-                accumulation(parameter, gradient)
-                for parameter, gradient in zip(parameters, (gradients.weight, gradients.bias), strict=True)
-                if parameter is not None and gradient is not None
-            ]
+            writes = []
+            for parameter, gradient in zip(parameters, (gradients.weight, gradients.bias), strict=True):
+                if parameter is not None and gradient is not None:
+                    writes.append(accumulation(parameter, gradient))
             # A rank that fails after the sum has another number than the others, and they find out.
             calls = self._calls_made + (saved.plan.training or self.grad_reduction != "none")
             result = gradients.x if gradients.residual is None else (gradients.x, gradients.residual)
-            commit([*writes, partial(vars(self).update, _saved=_NO_FORWARD, _calls_made=calls)])
+            own = partial(vars(self).update, _saved=_NO_FORWARD, _calls_made=calls)
+            commit(map(DO, [*writes, own]))
             return result
 
     def _describe_backward(self, dy: Any) -> Description:

@@ -16,7 +16,7 @@ import numpy as np
 from cupy_syncbn.arrays import Array, check_writeable, module_of
 from cupy_syncbn.backends import backend_of
 from cupy_syncbn.comm import trailer
-from cupy_syncbn.comm.call import Call, Collective, commit
+from cupy_syncbn.comm.call import DO, Call, Collective, commit
 from cupy_syncbn.comm.errors import RankMismatchError
 from cupy_syncbn.comm.groups import ProcessGroup, as_group
 from cupy_syncbn.functional import Description
@@ -130,7 +130,7 @@ class DistributedDataParallel(Module):
             if isinstance(layer, SyncBatchNorm):
                 writes.append(restart_of(layer, name=layer.name or name or None, model=self._model))
         step.sum(ending)
-        commit(writes)
+        commit(map(DO, writes))
 
     @property
     def process_group(self) -> ProcessGroup:
@@ -185,7 +185,8 @@ class DistributedDataParallel(Module):
             step.sum(present)
             means.sum(group, present)
             step.owes_messages = False
-            commit([*means.writes(), partial(vars(self).update, _reductions=self._reductions + 1)])
+            writes = [*means.writes(), partial(vars(self).update, _reductions=self._reductions + 1)]
+            commit(map(DO, writes))
 
     def _describe_reduction(self) -> Description:
         call = Call("DistributedDataParallel", 0, "gradients", self._reductions, self._model)

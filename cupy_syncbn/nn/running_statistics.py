@@ -13,7 +13,7 @@ import numpy as np
 from cupy_syncbn.arrays import Array, check_writeable, module_of, move
 from cupy_syncbn.backends.vector import moments, round_to_12_bits
 from cupy_syncbn.comm import trailer
-from cupy_syncbn.comm.call import Call, Collective, commit, was_heard_by
+from cupy_syncbn.comm.call import DO, Call, Collective, commit, was_heard_by
 from cupy_syncbn.comm.groups import ProcessGroup, SingleProcessGroup, as_group
 from cupy_syncbn.functional import Description, Saved
 from cupy_syncbn.nn.batch_norm import BatchNormBase, FrozenStatistics, observing
@@ -121,7 +121,7 @@ def recalibrate(module: Module, batches: Iterable[Any]) -> None:
         if layer.running_mean is not None and layer.running_var is not None and total.count:
             writes.append(_assignment(layer.running_mean, total.pivot + total.offset))
             writes.append(_assignment(layer.running_var, total.m2 / max(total.count - 1, 1)))
-    commit(writes)
+    commit(map(DO, writes))
 
 
 def _layers(module: Module) -> list[BatchNormBase]:

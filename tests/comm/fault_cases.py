@@ -1025,15 +1025,15 @@ def killed_in_an_exchange(t):
     raise t.attempt(train)
 
 
-def main(folder, name=None):
+def main(folder, chosen=None):
     world = world_of_ranks()
     with Path(folder, f"{world.rank}.jsonl").open("w") as file:
-        if name in FATAL:
-            run, _ = FATAL[name]
-            run(Trial(file, name))
+        if chosen in FATAL:
+            run, _ = FATAL[chosen]
+            run(Trial(file, chosen))
             return
         for name, case in CASES.items():
-            if world.size in case.ranks and (name is None or case.is_for_two_alone):
+            if world.size in case.ranks and (chosen is None or case.is_for_two_alone):
                 t = Trial(file, name)
                 case.run(t)
                 meet()

@@ -36,16 +36,6 @@ def test_a_stop_counts_little(time_of, stop):
     assert running.look() == pytest.approx(0.1 + clock.LONGEST_LOOK)
 
 
-def test_what_lies_between_two_waits_does_not_count(time_of):
-    running = clock.RunningClock()
-    time_of(0.1)
-    running.look()
-    time_of(0.2)
-    running.resume()
-    time_of(0.05)
-    assert running.look() == pytest.approx(0.15)
-
-
 def test_many_short_stops_end_a_wait_at_last(time_of):
     """A process that never runs for long, but looks, does time out."""
     running = clock.RunningClock()

@@ -315,7 +315,7 @@ def test_training(cluster, tmp_path, shape):
 
 
 @slurm
-@pytest.mark.parametrize("nodes", [1, 2], ids=["one-node", "two-nodes"])
+@pytest.mark.parametrize("nodes", [pytest.param(1, marks=pytest.mark.long), 2], ids=["one-node", "two-nodes"])
 def test_ranks_are_one_world(cluster, program, python, nodes):
     # Ranks of MPICH on two nodes of one machine would name the shared memory of their nodes alike.
     ranks_per_node = 2 if nodes == 1 or vendor_of(python) == "Open MPI" else 1
@@ -396,6 +396,7 @@ def test_pbs_ranks_are_one_world(tmp_path, program, which):
     assert all((one["OMP_NUM_THREADS"], one["CUPY_SYNCBN_TIMEOUT"]) == ("1", "300") for one in everyones)
 
 
+@pytest.mark.long
 def test_pbs_training(tmp_path):
     words = "scripts/train_digits.py --epochs 1 --batch 32 --plot="
     status, output = run_pbs(tmp_path, sys.executable, words)

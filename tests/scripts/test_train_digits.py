@@ -66,6 +66,7 @@ def check(status, output, picture, tolerance=1e-9):
     return rows
 
 
+@pytest.mark.long
 @pytest.mark.mpi_skip
 def test_one_process(tmp_path):
     command = [sys.executable, "-W", "error", SCRIPT, *SMALL, "--plot", str(tmp_path / "curves.png")]

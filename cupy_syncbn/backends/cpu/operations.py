@@ -212,7 +212,8 @@ def _update(running: Running, mean: Array, unbiased_var: Array) -> list[Callable
         momentum = 1 / batches
     for buffer, value in ((running.mean, mean), (running.var, unbiased_var)):
         if momentum != 1:  # 0 * inf would keep an infinity for ever
-            value = (1 - momentum) * buffer.astype(np.float64) + momentum * value
+            value = np.multiply(momentum, value)
+            value += np.multiply(buffer, 1 - momentum, dtype=np.float64)
         writes.append(partial(buffer.__setitem__, ..., value.astype(buffer.dtype)))
     return writes
 

@@ -429,7 +429,7 @@ def take_float32_for_16_bits(backend):
 IN_LAUNCHES = [
     (claim_alignment, "misaligned", "misaligned"),
     (pass_32_bits, "rows", r"argument \d+ is int32 \d+; expected int64"),
-    (pass_an_argument_too_many, "rows", r"15 arguments for 14 parameters"),
+    (pass_an_argument_too_many, "rows", r"17 arguments for 16 parameters"),
     (allocate_partials_of_one_split, "rows", f"{OUTSIDE} write"),
     (leave_the_counters_as_they_are, "rows", "atomic of uninitialised memory"),
     (forget_the_edges_in_the_mask, "masked rows", f"{OUTSIDE} write"),
