@@ -129,7 +129,7 @@ def counted(device: str, emulate: bool) -> list[list[str]]:
             layer.backward(layer(x))
         # A message that has not gone yet takes a call more: the fewest of several are those of the code.
         counts = []
-        for _ in range(5):
+        for _ in range(20):
             clear()
             counts.append((count(package, lambda: layer(x)), count(package, lambda: layer.backward(dy))))
         later = tuple(map(min, zip(*counts, strict=True)))
