@@ -292,7 +292,8 @@ class PrivateComm:
         """
         if self._unusable is not None:
             return
-        if not isinstance(error, CollectiveTimeoutError | RemoteRankError):  # all know of these
+        # All know of these; and before it is open, its duplicate takes no message.
+        if self._is_open and not isinstance(error, CollectiveTimeoutError | RemoteRankError):
             self._tell_partners(_FAILED, self.rank)
         reason = str(error) or type(error).__name__
         self._unusable = (
