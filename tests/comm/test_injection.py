@@ -35,7 +35,7 @@ MOST_EXCEPTIONS = 10
 def reports(error, steps, library="this"):
     """Return the reports of both ranks, by pairs."""
     python = injection.sys.executable if library == "this" else other_python()
-    deadline = 120 if steps == "sample" else 900
+    deadline = 120 if (error, steps) == ("MemoryError", "sample") else 900
     with tempfile.TemporaryDirectory() as folder:
         arguments = ["-m", "mpi4py", injection.__file__, folder, error, steps]
         command, status, output = launch(python, 2, arguments, deadline)
