@@ -171,7 +171,7 @@ class Collective(SimpleNamespace, contextlib.AbstractContextManager["Collective"
 
     def _raise_fault_later(self, ending: Array) -> None:
         call, group = self.call, self.group
-        self.group.defer(ending, functools.partial(_check, call, group), call)
+        group.defer(ending, functools.partial(_check, call, group), call)
 
 
 def _check(call: Call, group: ProcessGroup, ending: list[float]) -> None:

@@ -383,14 +383,14 @@ class MPIProcessGroup(ProcessGroup):
         return unpack(data)
 
     @contextlib.contextmanager
-    def messages(self, needed: list[Any]) -> Iterator[tuple[MPI.Comm, Callable[[Any, int], MPI.Status]]]:
-        """Lend the communicator for messages between ranks, and the function that waits for one.
+    def messages(self, needed: list[Any]) -> Iterator[PrivateComm]:
+        """Lend the private communicator for messages between ranks, and for its wait.
 
         After an error inside, the communicator is used no more, and the memory that MPI needed is kept.
         """
         with self._taken() as private:
             try:
-                yield private.comm, private.wait
+                yield private
             except BaseException as error:
                 private.leave(error, *needed)
                 raise

@@ -171,8 +171,8 @@ class _Request:
         """Return the communicator of the ranks of one color; MPI.COMM_NULL if that is None."""
         # One timeout for all, but the split has a second of its own, which it needs if the machine is slow.
         left = max(self.timeout - (time.monotonic() - self._start), min(self.timeout, 1.0))
-        with self.parent.messages([]) as (comm, _):
-            split = Split(comm, color, key)
+        with self.parent.messages([]) as private:
+            split = Split(private, color, key)
             wrong = split.wait(left)
             if wrong:
                 raise CollectiveTimeoutError(

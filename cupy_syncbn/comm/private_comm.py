@@ -198,7 +198,7 @@ class PrivateComm:
                 raise self._timed_out(partner)
             if self._waited > next_probe:
                 next_probe = self._waited + _BETWEEN_PROBES
-                if self._is_open and self.comm.Iprobe(_any_source(), _LEAVING):
+                if self._is_open and self.another_leaves():
                     if test(status):
                         return status
                     raise self._given_up_by_another(partner)
@@ -221,7 +221,7 @@ class PrivateComm:
             )
         if not self._is_open:
             whom = "the other ranks" if partner is None else f"rank {partner}"
-        elif missing := self._missing_ranks(waiting):
+        elif missing := self.missing_ranks(waiting):
             whom = trailer.describe_ranks(missing)
         else:
             return CollectiveTimeoutError(
@@ -232,7 +232,11 @@ class PrivateComm:
             f"{waits} for {whom}: a rank ended, is stuck, or did not make this call. {GO_ON}"
         )
 
-    def _missing_ranks(self, waiting: int) -> list[int]:
+    def another_leaves(self) -> bool:
+        """Tell whether another rank has left its messages, and said so."""
+        return self.comm.Iprobe(_any_source(), _LEAVING)
+
+    def missing_ranks(self, waiting: int = 0) -> list[int]:
         """Tell that this rank gives up, and return those for which some rank waits and which say nothing.
 
         `waiting` has a bit for each rank that has given up, as far as this one knows. It passes on what it
@@ -241,7 +245,7 @@ class PrivateComm:
         told, waiting = 0, waiting | 1 << self.rank
         clock, patience = RunningClock(), min(self._timeout / 2, _LONGEST_ROLL_CALL)
         while waiting.bit_count() < self.size and clock.look() < patience:
-            if self.comm.Iprobe(_any_source(), _LEAVING):
+            if self.another_leaves():
                 waiting |= self._hear()[2]
             elif told != waiting:
                 self._tell_partners(_TIMED_OUT, self.rank, waiting)

@@ -3,29 +3,21 @@
 from __future__ import annotations
 
 import atexit
-import contextlib
 import functools
 import sys
 import threading
 import time
 from typing import TYPE_CHECKING, cast
 
-import numpy as np
+from cupy_syncbn.comm import trailer
+from cupy_syncbn.comm.clock import RunningClock
+from cupy_syncbn.comm.private_comm import PrivateComm
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-_TAG = 4
-"""Of empty messages that say: this rank waits for the split no longer."""
-
 _PERIOD = 0.01
-"""Seconds between two looks for such a message; the end of the split itself is noticed at once."""
-
-_LONGEST_GAP = 1.0
-"""Seconds between two looks that count as waiting: more, and this process did not run meanwhile."""
-
-_ROLL_CALL = 0.7
-"""Seconds in which those that wait tell each other so, when the first has given up."""
+"""Seconds between two looks at the other ranks; the end of the split itself is noticed at once."""
 
 _EXIT = 0.5
 """Seconds that the end of the process waits for a split that was given up."""
@@ -37,10 +29,10 @@ class Split:
     It is the only user of that communicator, which is of no more use when the wait has failed.
     """
 
-    def __init__(self, comm: MPI.Comm, color: int | None, key: int) -> None:
+    def __init__(self, private: PrivateComm, color: int | None, key: int) -> None:
         from mpi4py import MPI
 
-        self._comm = cast("MPI.Intracomm", comm)
+        self._private, self._comm = private, cast("MPI.Intracomm", private.comm)
         self._color, self._key = MPI.UNDEFINED if color is None else color, key
         self.part: MPI.Comm = MPI.COMM_NULL
         self.error: Exception | None = None
@@ -62,54 +54,27 @@ class Split:
 
         It goes wrong also where another rank has waited for longer, as its group will not be used then.
         """
-        thread, waited = self._thread, 0.0
+        thread, private, clock = self._thread, self._private, RunningClock()
         if thread is None:
             return ""
         try:
-            last = time.monotonic()
             while True:
                 thread.join(_PERIOD)
-                others_gave_up = self._comm.Iprobe(tag=_TAG)
-                if others_gave_up or waited > timeout or not thread.is_alive():
+                others_gave_up = private.another_leaves()
+                if others_gave_up or clock.look() > timeout or not thread.is_alive():
                     break
-                now = time.monotonic()
-                waited, last = waited + min(now - last, _LONGEST_GAP), now
             if not thread.is_alive() and not others_gave_up:
                 return ""
-            absent = self._absent()
-            if others_gave_up and (not absent or not thread.is_alive()):
+            missing = private.missing_ranks()
+            if others_gave_up and (not missing or not thread.is_alive()):
                 return "came to MPI_Comm_split when another rank had given up waiting"
-            until = ", until another rank gave up" if waited < timeout else ""
-            seconds = round(min(waited, timeout), 1)
-            return f"waited {seconds:g} s for {_in_words(absent)} in MPI_Comm_split{until}"
+            until = ", until another rank gave up" if clock.seconds < timeout else ""
+            seconds = round(min(clock.seconds, timeout), 1)
+            whom = trailer.describe_ranks(missing) or "a rank that came too late"
+            return f"waited {seconds:g} s for {whom} in MPI_Comm_split{until}"
         finally:  # also after Ctrl-C
             if thread.is_alive():
                 _leave_behind(thread)
-
-    def _absent(self) -> list[int]:
-        """Return the ranks that do not wait, and tell those that do that this one waits no longer."""
-        from mpi4py import MPI
-
-        comm, nothing, status = self._comm, np.empty(0), MPI.Status()
-        absent = set(range(comm.size)) - {comm.rank}
-        for rank in absent:
-            with contextlib.suppress(MPI.Exception):  # of a rank that has ended
-                comm.Isend(nothing, rank, _TAG)
-        end = time.monotonic() + _ROLL_CALL
-        while absent and time.monotonic() < end:
-            if comm.Iprobe(tag=_TAG, status=status):
-                comm.Recv(nothing, status.source, _TAG)
-                absent.discard(status.source)
-            else:
-                time.sleep(1e-3)
-        return sorted(absent)
-
-
-def _in_words(ranks: list[int]) -> str:
-    if not ranks:
-        return "a rank that came too late"
-    more = f" and {len(ranks) - 10} more" if len(ranks) > 10 else ""
-    return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(map(str, ranks[:10])) + more
 
 
 _left_behind: list[threading.Thread] = []

@@ -14,7 +14,7 @@ from cupy_syncbn.arrays import import_cupy
 from cupy_syncbn.comm.trailer import FAULT
 
 if TYPE_CHECKING:
-    from mpi4py import MPI
+    from cupy_syncbn.comm.private_comm import PrivateComm
 
 Array: TypeAlias = Any  # of NumPy or CuPy
 
@@ -33,9 +33,7 @@ class HostGroup(Protocol):
     def broadcast_into(self, buffer: Array, root: int) -> None: ...
     def gather_objects(self, value: Any) -> list[Any]: ...
     def broadcast_object(self, value: Any) -> Any: ...
-    def messages(
-        self, needed: list[Any]
-    ) -> AbstractContextManager[tuple[MPI.Comm, Callable[[Any, int], MPI.Status]]]: ...
+    def messages(self, needed: list[Any]) -> AbstractContextManager[PrivateComm]: ...
 
 
 class Transport(ABC):

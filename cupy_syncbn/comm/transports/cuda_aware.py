@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from cupy_syncbn.arrays import import_cupy
 from cupy_syncbn.comm.errors import RankMismatchError
@@ -13,6 +13,8 @@ from cupy_syncbn.comm.transports.base import Array, HostGroup, Transport
 from cupy_syncbn.comm.transports.host_staged import HostStaged
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from mpi4py import MPI
 
 _TAG = 2  # of messages that carry arrays on the GPU; those of `checked_sum` have another
@@ -55,7 +57,8 @@ class CUDAAware(Transport):
         receive_buffer = cupy.empty_like(sent)
         received = receive_buffer.view(buffer.dtype).reshape(buffer.shape)
         needed, all_fit = [sent, receive_buffer], True
-        with self._group.messages(needed) as (comm, wait):
+        with self._group.messages(needed) as private:
+            comm, wait = private.comm, cast("Callable[[Any, int], MPI.Status]", private.wait)
             for partner, sends, receives, replaces in self._steps:
                 stream.synchronize()  # MPI knows nothing of streams
                 sending = comm.Isend(sent, partner, _TAG) if sends else None
