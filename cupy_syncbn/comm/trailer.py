@@ -33,15 +33,15 @@ def trailer_of(tag: int) -> tuple[float, float, float, float, float]:
     return 0.0, *pairs_of(tag)
 
 
-def agree(pairs: Sequence[float], size: int) -> bool:
-    """Tell whether all ranks had the same tags, by the sum of their pairs."""
-    return all(size * square == half * half for half, square in zip(pairs[::2], pairs[1::2], strict=True))
-
-
 def is_sound(ending: Sequence[float], size: int) -> bool:
     """Tell whether no rank has failed, and all were in the same call, by the sum of their trailers."""
     fault, low, low_square, high, high_square = ending
     return fault == 0 and size * low_square == low * low and size * high_square == high * high
+
+
+def agree(pairs: Sequence[float], size: int) -> bool:
+    """Tell whether all ranks had the same tags, by the sum of the pairs of each, one tag after the other."""
+    return all(is_sound((0.0, *pairs[at : at + 4]), size) for at in range(0, len(pairs), 4))
 
 
 def fault_code(rank: int, size: int) -> float:
