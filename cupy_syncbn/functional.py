@@ -285,16 +285,43 @@ def backward(dy: Any, saved: Saved, grad_reduction: str, step: Collective) -> Gr
         dy, x, normalization, dresidual, step.call.trailer(peers)
     )  # -> (2C + trailer,)
 
-    step.sum(global_sums)
-    if grad_reduction == "none":
-        parameters = ParameterSums(local_sums, 1.0, plan.weight_type, plan.bias_type)
-    else:
-        scale = 1 / peers.size if grad_reduction == "mean" else 1.0
-        parameters = ParameterSums(global_sums, scale, plan.weight_type, plan.bias_type)
-    sums = None if saved.batch is None else global_sums if plan.training else local_sums
-    weight, bias = backend.input_gradient(gradient, x, normalization, dx, sums, parameters)
+    if plan.training:
+        step.sum(global_sums)
+    is_reduced = grad_reduction != "none"
+    scale = 1 / peers.size if grad_reduction == "mean" else 1.0
+    sums = global_sums if plan.training else None if saved.batch is None else local_sums
+    if plan.training or not is_reduced:
+        vector = global_sums if is_reduced else local_sums
+        parameters = ParameterSums(vector, scale, plan.weight_type, plan.bias_type)
+        weight, bias = backend.input_gradient(gradient, x, normalization, dx, sums, parameters)
+    else:  # each rank's statistics are its own, and so are the factors of its gradients
+        parameters = ParameterSums(local_sums, 1.0, _summed(plan.weight_type), _summed(plan.bias_type))
+        weight, bias = backend.input_gradient(gradient, x, normalization, dx, sums, parameters)
+        weight, bias = _sum_parameters(global_sums, weight, bias, scale, plan, step)
     return Gradients(
         layout.as_batch(dx), weight, bias, None if dresidual is None else layout.as_batch(dresidual)
+    )
+
+
+def _summed(dtype: np.dtype[Any] | None) -> np.dtype[Any] | None:
+    """Return the type of a rank's gradient before it is added up: not of 16 bits."""
+    return np.dtype(np.float32) if dtype is not None and dtype.itemsize == 2 else dtype
+
+
+def _sum_parameters(
+    vector: Array, weight: Array | None, bias: Array | None, scale: float, plan: Plan, step: Collective
+) -> tuple[Array | None, Array | None]:
+    """Return the gradients of weight and bias added up over the ranks, in a vector that has its trailer."""
+    C = step.call.channels
+    bias_sum, weight_sum = vector[:C], vector[C : 2 * C]
+    if weight is not None:
+        weight_sum[...] = weight
+    if bias is not None:
+        bias_sum[...] = bias
+    step.sum(vector)
+    return (
+        None if weight is None else (weight_sum * scale).astype(plan.weight_type),
+        None if bias is None else (bias_sum * scale).astype(plan.bias_type),
     )
 
 

@@ -137,6 +137,64 @@ def test_activation_and_residual(world, rng, dtypes, mode, activation, residual)
             assert_identical(arrays[name], array)
 
 
+@pytest.mark.parametrize(
+    ("dtypes", "statistics", "reduction", "split", "activation"),
+    pairwise(DTYPES, ["batch", "running"], ["sum", "mean"], SPLITS, [None, "relu"]),
+)
+def test_reduction_in_eval_of_own_statistics(world, rng, dtypes, statistics, reduction, split, activation):
+    """Each rank's gradients have the factors of its own statistics, before they are added up."""
+    dtype, parameter_dtype = DTYPES[dtypes]
+    shape = SHAPES["4d"]
+    x, dy = random_batch(rng, shape, dtype), random_array(rng, shape, dtype)
+    reference, arrays = make_layer(rng, shape[1], parameter_dtype, activation=activation)
+    reference.training = False
+    expected = {"weight": 0.0, "bias": 0.0}
+    for rank in range(world.size):
+        mean, var = rng.normal(size=shape[1]), rng.uniform(0.1, 1, shape[1]) * 10.0**rank
+        share = world.part(len(x), split, rank)
+        reference.running_mean = reference.running_var = None
+        if statistics == "running":
+            reference.running_mean, reference.running_var = (
+                each.astype(parameter_dtype).astype(np.float64) for each in (mean, var)
+            )
+        reference(x[share])
+        dx = reference.backward(dy[share])
+        for name in expected:
+            expected[name] = expected[name] + getattr(reference, f"{name}_grad")
+        if rank == world.rank:
+            own, part = dx, share
+            arrays["running_mean"], arrays["running_var"] = (
+                mean.astype(parameter_dtype),
+                var.astype(parameter_dtype),
+            )
+    if statistics == "batch":
+        del arrays["running_mean"], arrays["running_var"]
+    _, saved = sync_batch_norm(x[part], **arrays, training=False, activation=activation)
+    gradients = sync_batch_norm_backward(dy[part], saved, grad_reduction=reduction)
+    assert_close(gradients.x, own)
+    for name in expected:
+        gradient, divisor = getattr(gradients, name), world.size if reduction == "mean" else 1
+        assert gradient.dtype == parameter_dtype
+        assert_close(gradient, expected[name] / divisor)
+    world.assert_same(gradients.weight, gradients.bias)
+
+
+def test_reduction_in_eval_with_one_parameter(world, rng):
+    """The gradient of a weight or a bias alone takes its own place in the sum."""
+    x = random_batch(rng, (6, 3)) * (world.rank + 1)
+    weight, bias = random_channels(rng, 3)
+    _, saved = sync_batch_norm(x, weight, bias, training=False)
+    both = sync_batch_norm_backward(x, saved, grad_reduction="sum")
+    for arrays in {"weight": weight}, {"bias": bias}, {}:
+        _, saved = sync_batch_norm(x, **arrays, training=False)
+        alone = sync_batch_norm_backward(x, saved, grad_reduction="sum")
+        for name in "weight", "bias":
+            if name in arrays:
+                assert_identical(getattr(alone, name), getattr(both, name))
+            else:
+                assert getattr(alone, name) is None
+
+
 def test_infinite_gradient_under_relu_mask(world, rng):
     shape = SHAPES["4d"]
     part = world.part(shape[0], "uneven")

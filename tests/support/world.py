@@ -14,14 +14,15 @@ class World:
         self.comm = MPI.COMM_WORLD
         self.rank, self.size = self.comm.rank, self.comm.size
 
-    def part(self, n, split="even"):
-        """Return the slice of n samples that belongs to this rank."""
+    def part(self, n, split="even", rank=None):
+        """Return the slice of n samples that belongs to a rank, by default to this one."""
+        rank = self.rank if rank is None else rank
         pattern = SPLITS[split]
-        shares = [pattern[rank % len(pattern)] for rank in range(self.size)]
+        shares = [pattern[each % len(pattern)] for each in range(self.size)]
         if not sum(shares):
             shares = [1]
         ends = np.rint(n * np.cumsum([0, *shares]) / sum(shares)).astype(int)
-        return slice(*ends[self.rank : self.rank + 2])
+        return slice(*ends[rank : rank + 2])
 
     def sum(self, array):
         return self.comm.allreduce(np.asarray(array).astype(np.float64))
