@@ -26,7 +26,8 @@ from cupy_syncbn.nn.batch_norm import (
     convert_sync_batchnorm,
 )
 from cupy_syncbn.nn.data_parallel import DistributedDataParallel
-from cupy_syncbn.nn.module import Module, Parameter, Sequential
+from cupy_syncbn.nn.module import Module, Parameter, Sequential, no_backward
+from cupy_syncbn.nn.records import Record
 from cupy_syncbn.nn.running_statistics import frozen_statistics, recalibrate
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "Parameter",
     "ProcessGroup",
     "RankMismatchError",
+    "Record",
     "RemoteRankError",
     "Sequential",
     "SingleProcessGroup",
@@ -52,6 +54,7 @@ __all__ = [
     "frozen_statistics",
     "local_rank",
     "new_group",
+    "no_backward",
     "recalibrate",
     "show_config",
     "split_group",

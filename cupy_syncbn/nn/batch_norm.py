@@ -18,6 +18,7 @@ from cupy_syncbn.comm.call import DO, Call, Collective, commit
 from cupy_syncbn.comm.groups import SINGLE, ProcessGroup, as_group
 from cupy_syncbn.functional import Description, Saved
 from cupy_syncbn.nn.module import Module, Parameter, accumulation, check_gradient
+from cupy_syncbn.nn.records import NO_FORWARD, NOTHING, Waiting
 from cupy_syncbn.nn.replace import replace_within
 from cupy_syncbn.nn.tree import Tree
 from cupy_syncbn.plan import Arguments, Settings
@@ -26,11 +27,15 @@ if TYPE_CHECKING:
     from mpi4py import MPI
 
 
-_NO_FORWARD: Saved = object.__new__(Saved)
-"""Stands for the record of a forward where there is none: of the same type, as a module's tree prefers."""
-
-_TRANSIENT = ("_frozen", "_observe", "_saved")
+_TRANSIENT = ("_frozen", "_no_backward", "_observe", "_waiting")
 """Attributes that no copy has."""
+
+_ATTRIBUTES = (
+    "_calls_made", "_group", "_introduced", "_model", "activation", "affine", "bias", "channels_last",
+    "dtype", "eps", "grad_reduction", "momentum", "name", "num_features", "track_running_stats", "weight",
+    *_TRANSIENT,
+)  # fmt: skip
+"""Attributes of each layer. A forward leaves its record there alone; a subclass may add others."""
 
 
 class BatchNormBase(Module):
@@ -38,6 +43,7 @@ class BatchNormBase(Module):
 
     _buffer_names = ("running_mean", "running_var", "num_batches_tracked")
     _dimensions: ClassVar[tuple[int, ...] | None] = None
+    _never_left = Module._never_left.union(_ATTRIBUTES)
 
     weight: Parameter | None
     bias: Parameter | None
@@ -49,8 +55,10 @@ class BatchNormBase(Module):
     _introduced: bool
     _model: int | None = None
     """See `Call`."""
-    _saved: Saved = _NO_FORWARD
-    """The record of the forward that waits for its backward."""
+    _waiting: Waiting = NOTHING
+    """The records of the forwards that wait for their backward."""
+    _no_backward: int = 0
+    """How many `no_backward` the layer is in."""
     _frozen: int = 0
     """How many `frozen_statistics` the layer is in."""
     _observe: Callable[[Saved], None] | None = None
@@ -125,7 +133,8 @@ class BatchNormBase(Module):
                 self.dtype,
             )
             y, saved, writes = functional.forward(x, arguments, settings, self._group, step)
-            own = partial(vars(self).update, _saved=saved, _calls_made=self._calls_made + training)
+            waiting = self._waiting if self._no_backward else self._waiting.after(saved)
+            own = partial(vars(self).update, _waiting=waiting, _calls_made=self._calls_made + training)
             shown = [] if self._observe is None else [partial(self._observe, saved)]
             commit(map(DO, [*writes, own, *shown]))
             return y
@@ -156,19 +165,21 @@ class BatchNormBase(Module):
         return functional.describe_forward(self._call("forward"), peers, (*arrays, self.running_mean))
 
     def backward(self, dy: Array) -> Array | tuple[Array, Array]:
-        """Compute the gradient of the last forward's input; see `sync_batch_norm_backward`.
+        """Compute the gradient of the input of the forward that waits; see `sync_batch_norm_backward`.
 
         Those of weight and bias are added to their ``grad``. Returns dx, or (dx, dresidual) if the forward
-        was given a residual. RuntimeError is raised if there was no forward since the last backward; after
-        a wrong `dy` or ``grad`` the backward can be called again.
+        was given a residual. RuntimeError is raised if no forward waits, or another one has come between:
+        see `take_record`, `no_backward` and `forget`. While one in training and one in evaluation mode wait,
+        training mode means the former. After a wrong `dy` or ``grad`` the backward can be called again.
 
         **Collective** over the ranks of a SyncBatchNorm, if its forward was, or if `grad_reduction` is not
         "none".
         """
         with Collective(describe=partial(self._describe_backward, dy)) as step:
-            saved, parameters = self._saved, (self.weight, self.bias)
-            if saved is _NO_FORWARD:
-                raise RuntimeError("backward needs a forward before it: each forward serves one backward")
+            saved, evaluation, lost = waiting = self._waiting
+            if saved is NO_FORWARD or evaluation is not NO_FORWARD or lost:
+                saved = waiting.choose(self.training, self.name or type(self).__name__)
+            parameters = self.weight, self.bias
             if saved.plan.training or self.grad_reduction == "none":
                 step.enter(*saved.backward)
             else:
@@ -184,18 +195,47 @@ class BatchNormBase(Module):
             # A rank that fails after the sum has another number than the others, and they find out.
             calls = self._calls_made + (saved.plan.training or self.grad_reduction != "none")
             result = gradients.x if gradients.residual is None else (gradients.x, gradients.residual)
-            own = partial(vars(self).update, _saved=_NO_FORWARD, _calls_made=calls)
+            left = NOTHING if evaluation is NO_FORWARD else waiting.without(saved)
+            own = partial(vars(self).update, _waiting=left, _calls_made=calls)
             commit(map(DO, [*writes, own]))
             return result
 
     def _describe_backward(self, dy: Any) -> Description:
-        if self._saved is not _NO_FORWARD:
-            return functional.describe_backward(self._saved, self.grad_reduction)
+        waiting = self._waiting
+        saved = waiting.evaluation if waiting.training is NO_FORWARD else waiting.training
+        if saved is not NO_FORWARD:
+            return functional.describe_backward(saved, self.grad_reduction)
         is_collective = self.training or self.grad_reduction != "none"
         peers = as_group(self._group) if is_collective else SINGLE
         weight = None if self.weight is None else self.weight.data
         length = 2 * self.num_features + trailer.LENGTH
         return self._call("backward"), peers, length, (dy, weight, self.running_mean)
+
+    def _is_waiting(self) -> bool | None:
+        return self._waiting.last() is not NO_FORWARD
+
+    def _forget(self) -> None:
+        self._waiting = NOTHING
+
+    def _take_left(self) -> Any:
+        saved = self._waiting.last()
+        is_training = saved is self._waiting.training
+        self._waiting = self._waiting._replace(evaluation=NO_FORWARD) if not is_training else NOTHING
+        return Waiting(saved) if is_training else Waiting(evaluation=saved), super()._take_left()
+
+    def _swap_left(self, left: Any) -> Any:
+        waiting, self._waiting = self._waiting, left[0]
+        return waiting, super()._swap_left(left[1])
+
+    def _set_aside(self) -> Callable[[], object]:
+        put_back_rest = super()._set_aside()  # of a subclass, which may leave something of its own
+        self._no_backward += 1
+
+        def put_back() -> None:
+            self._no_backward -= 1
+            put_back_rest()
+
+        return put_back
 
     @property
     def process_group(self) -> ProcessGroup | None:
@@ -249,8 +289,12 @@ class BatchNormBase(Module):
 
 
 def restart_of(layer: BatchNormBase, *, name: str | None, model: int | None) -> Callable[[], object]:
-    """Return what counts a layer's calls from there on, and names it: all ranks do so at the same time."""
-    return partial(vars(layer).update, name=name, _model=model, _calls_made=0, _introduced=False)
+    """Return what counts a layer's calls from there on, and names it: all ranks do so at the same time.
+
+    A forward before it waits for its backward no more.
+    """
+    start = {"_model": model, "_calls_made": 0, "_introduced": False, "_waiting": NOTHING}
+    return partial(vars(layer).update, start, name=name)
 
 
 class FrozenStatistics(contextlib.ContextDecorator, contextlib.AbstractContextManager[None]):
@@ -271,17 +315,12 @@ class FrozenStatistics(contextlib.ContextDecorator, contextlib.AbstractContextMa
 @contextlib.contextmanager
 def observing(layer: BatchNormBase, show: Callable[[Saved], None]) -> Iterator[None]:
     """Keep a layer in training mode, show each of its forwards, and put it back in its state."""
-    training, saved = layer.training, layer._saved
-
-    def observe(forward: Saved) -> None:
-        layer._saved = saved  # of no use to a backward: the batch can go
-        show(forward)
-
-    layer.training, layer._observe = True, observe
+    training = layer.training
+    layer.training, layer._observe = True, show
     try:
         yield
     finally:
-        layer.training, layer._saved, layer._observe = training, saved, None
+        layer.training, layer._observe = training, None
 
 
 class SyncBatchNorm(BatchNormBase):
@@ -332,7 +371,8 @@ class SyncBatchNorm(BatchNormBase):
     training : bool
         Whether it is in training mode; see `train` and `eval`.
     process_group : ProcessGroup or None
-        The ranks. Assigned anew on all of them, the layer's calls are counted from there on.
+        The ranks. Assigned anew on all of them, the layer's calls are counted from there on, and a forward
+        waits for its backward no more.
 
     Raises
     ------

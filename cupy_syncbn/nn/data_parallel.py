@@ -21,7 +21,8 @@ from cupy_syncbn.comm.errors import RankMismatchError
 from cupy_syncbn.comm.groups import ProcessGroup, as_group
 from cupy_syncbn.functional import Description
 from cupy_syncbn.nn.batch_norm import BatchNormBase, SyncBatchNorm, restart_of
-from cupy_syncbn.nn.module import Module, Parameter, check_gradient, tree_of
+from cupy_syncbn.nn.module import Module, Parameter, check_gradient, own_buffers, tree_of
+from cupy_syncbn.nn.tree import join
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -42,13 +43,17 @@ class DistributedDataParallel(Module):
         The ranks; None is all.
     bucket_cap_mb : float
         MiB of gradients that one message carries at most, except that one parameter is never divided.
+    broadcast_buffers : bool
+        Whether buffers take the values of rank 0 before each forward in training mode, as in torch: so all
+        ranks evaluate by the same statistics of a local BatchNorm, which are rank 0's. Left out are those of
+        SyncBatchNorm layers over these ranks, which are equal anyway. Without others, no message is sent.
 
     Raises
     ------
     TypeError
         If `module` is not a Module, or a parameter not an array.
     ValueError
-        If `bucket_cap_mb` is not positive, or an array is read-only.
+        If `module` has no parameters, `bucket_cap_mb` is not positive, or an array is read-only.
     RemoteRankError
         If an array of another rank's module is wrong so.
     RankMismatchError
@@ -58,8 +63,10 @@ class DistributedDataParallel(Module):
 
     Notes
     -----
-    Construction and `reduce_gradients` are **collective**; forward and backward are the module's.
-    SyncBatchNorm layers without a name take their dotted one in the module, for errors to tell.
+    Construction and `reduce_gradients` are **collective**; backward is the module's, and so is forward but
+    for the buffers.
+    Batch normalizations without a name take their dotted one in the module, for errors to tell. Forwards
+    before the construction are forgotten.
 
     Examples
     --------
@@ -80,19 +87,25 @@ class DistributedDataParallel(Module):
         module: Module,
         process_group: ProcessGroup | MPI.Intracomm | None = None,
         bucket_cap_mb: float = 25,
+        broadcast_buffers: bool = True,
     ) -> None:
         with Collective(describe=partial(_describe_construction, process_group)) as step:
             step.enter(*_describe_construction(process_group))
             if not isinstance(module, Module):
                 raise TypeError(f"expected a Module (got {type(module).__name__})")
+            if not any(True for _ in module.parameters()):
+                raise ValueError(
+                    f"expected a module with parameters to train (got {type(module).__name__}, in which none "
+                    "are found: as attributes, or in lists, tuples and dicts): call it without a wrapper"
+                )
             if not bucket_cap_mb > 0:
                 raise ValueError(f"expected bucket_cap_mb to be positive (got {bucket_cap_mb!r})")
             self.module = module
             # None stays None, so that a pickle means the ranks of the program that loads it.
             self._group = None if process_group is None else as_group(process_group)
-            self.bucket_cap_mb = bucket_cap_mb
+            self.bucket_cap_mb, self.broadcast_buffers = bucket_cap_mb, broadcast_buffers
             self.training = module.training
-            self._reductions = 0
+            self._reductions = self._broadcasts = 0
             step.needed, step.owes_messages = 2, True
             self._start_alike(step)
 
@@ -127,10 +140,13 @@ class DistributedDataParallel(Module):
         for name, layer in self.module.named_modules():
             # The name is alike on all ranks, and tells layers of one size apart. The calls start anew, as a
             # layer that a rank has loaded from a pickle may have been called before.
-            if isinstance(layer, SyncBatchNorm):
+            if isinstance(layer, BatchNormBase):
                 writes.append(restart_of(layer, name=layer.name or name or None, model=self._model))
         step.sum(ending)
         commit(map(DO, writes))
+
+    def _left(self) -> dict[str, Any]:
+        return {}  # all that a forward leaves is the module's
 
     @property
     def process_group(self) -> ProcessGroup:
@@ -138,8 +154,48 @@ class DistributedDataParallel(Module):
         return as_group(self._group)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the module."""
+        """Call the module, in training mode with the buffers of rank 0."""
+        if self.training and self.broadcast_buffers:
+            self._take_buffers()
         return self.module(*args, **kwargs)
+
+    def _take_buffers(self) -> None:
+        """Take the buffers of rank 0, all or none (**collective**)."""
+        group = self.process_group
+        if group.size == 1 or not self._own_buffers():
+            return
+        describe = self._describe_broadcast
+        with Collective(describe=describe) as step:
+            step.enter(*describe())
+            buffers = self._own_buffers()
+            for name, buffer in buffers.items():
+                _check_array(name, buffer)
+            # Those of long items first, so that all lie where their type wants them.
+            ordered = sorted(buffers.values(), key=lambda buffer: -buffer.dtype.itemsize)
+            packs = [_Pack(alike) for alike in _by_library(ordered)]
+            step.owes_messages = True
+            step.sum(np.array(step.trailer()))
+            for pack in packs:
+                group.broadcast_owned(pack.data)
+            step.owes_messages = False
+            writes = [write for pack in packs for write in pack.writes()] if group.rank else []
+            commit(map(DO, [*writes, partial(vars(self).update, _broadcasts=self._broadcasts + 1)]))
+
+    def _own_buffers(self) -> dict[str, Array]:
+        """Return the buffers that may differ between the ranks, each by its name."""
+        found: dict[str, Array] = {}
+        for prefix, module in self.module.named_modules():
+            if not isinstance(module, SyncBatchNorm) or not as_group(module.process_group).has_same_ranks(
+                self.process_group
+            ):
+                found |= {join(prefix, name): buffer for name, buffer in own_buffers(module)}
+        return found
+
+    def _describe_broadcast(self) -> Description:
+        described = self._description(self._own_buffers())
+        name = f"DistributedDataParallel with buffers of code {zlib.crc32(repr(described).encode()):08x}"
+        call = Call(name, 0, "broadcast", self._broadcasts, self._model)
+        return call, self.process_group, trailer.LENGTH, ()
 
     def backward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the module's backward. Gradients are this rank's until `reduce_gradients`."""
@@ -285,6 +341,36 @@ class _Means:
             for bucket in self._buckets
             for parameter, part in zip(bucket.parameters, bucket.parts, strict=True)
         ]
+
+
+class _Pack:
+    """Arrays of one library, copied one behind the other into bytes, and back."""
+
+    def __init__(self, arrays: list[Array]) -> None:
+        self._arrays = arrays
+        self.data: Array = module_of(arrays[0]).concatenate(
+            [array.reshape(-1).view("u1") for array in arrays]
+        )
+
+    def writes(self) -> list[Callable[[], object]]:
+        """Return what assigns the bytes to the arrays."""
+        ends = itertools.accumulate(array.nbytes for array in self._arrays)
+        return [
+            partial(
+                array.__setitem__,
+                ...,
+                self.data[end - array.nbytes : end].view(array.dtype).reshape(array.shape),
+            )
+            for array, end in zip(self._arrays, ends, strict=True)
+        ]
+
+
+def _by_library(arrays: list[Array]) -> list[list[Array]]:
+    """Divide arrays into those of NumPy and those of CuPy."""
+    groups: dict[ModuleType, list[Array]] = {}
+    for array in arrays:
+        groups.setdefault(module_of(array), []).append(array)
+    return [groups[xp] for xp in sorted(groups, key=lambda xp: xp.__name__)]
 
 
 def _assignment(parameter: Parameter, mean: Array) -> Callable[[], object]:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from operator import methodcaller
-from typing import Any, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 
 from cupy_syncbn.arrays import Array, array_module, check_writeable, module_of, move
 from cupy_syncbn.checks import is_data_type
-from cupy_syncbn.nn.tree import Kinds, Tree, items_of, join
+from cupy_syncbn.nn.records import NoBackward, Record
+from cupy_syncbn.nn.tree import Kinds, Tree, has_members, items_of, join
 
 
 class Parameter:
@@ -109,6 +111,8 @@ class Module:
     _buffer_names: tuple[str, ...] = ()
     _tree: Tree
     """See `tree_of`."""
+    _never_left: ClassVar[frozenset[str]] = frozenset({"_buffer_names", "_tree", "training"})
+    """Attributes that are none of a forward's."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Compute the output; subclasses write it.
@@ -176,9 +180,8 @@ class Module:
         """Yield (dotted name, array) of all buffers, each once."""
         seen: set[int] = set()
         for prefix, module in self.named_modules():
-            for name in module._buffer_names:
-                buffer = getattr(module, name)
-                if buffer is not None and id(buffer) not in seen:
+            for name, buffer in own_buffers(module):
+                if id(buffer) not in seen:
                     seen.add(id(buffer))
                     yield join(prefix, name), buffer
 
@@ -206,6 +209,73 @@ class Module:
         """Set the gradients of all parameters to None."""
         for parameter in tree_of(self).leaves:
             parameter.grad = None
+
+    def take_record(self) -> Record:
+        """Return the record of the last forward, for its backward at any later time.
+
+        So several forwards can wait: for each its record's ``backward``, in any order. Take the record
+        before the next forward; no forward waits in the module then.
+
+        Returns
+        -------
+        Record
+
+        Raises
+        ------
+        RuntimeError
+            If no forward of a batch normalization within waits for its backward.
+
+        Notes
+        -----
+        Of modules other than batch normalizations it holds the values of attributes, so a forward leaves
+        new arrays there, and does not change those of an earlier one.
+        """
+        parts = [module for _, module in self.named_modules()]
+        waiting = [part._is_waiting() for part in parts]
+        if any(each is False for each in waiting) and True not in waiting:
+            raise RuntimeError(
+                "there is no forward to take the record of: call it right after the forward, and outside of "
+                "no_backward"
+            )
+        return Record(self.backward, [(part, part._take_left()) for part in parts])
+
+    def forget(self) -> Self:
+        """Drop the records of all forwards that wait for their backward; return this module.
+
+        It is for a forward whose backward will not come, as after an error or a batch that is left out.
+        """
+        for _, module in self.named_modules():
+            module._forget()
+        return self
+
+    def _left(self) -> dict[str, Any]:
+        """Return the attributes in which a forward can have left something for the backward."""
+        never = {*self._never_left, *self._buffer_names}
+        return {
+            name: value
+            for name, value in vars(self).items()
+            if name not in never and not has_members(value, _KINDS)
+        }
+
+    def _is_waiting(self) -> bool | None:
+        """Tell whether a forward waits for its backward; None if this module cannot tell."""
+        return None
+
+    def _forget(self) -> None:
+        """Drop the records of this module itself."""
+
+    def _take_left(self) -> Any:
+        """Return what the last forward has left in this module itself, for `_swap_left`."""
+        return self._left()
+
+    def _swap_left(self, left: Any) -> Any:
+        """Put back what a forward has left; return what was there instead."""
+        return swap_attributes(self, left)
+
+    def _set_aside(self) -> Callable[[], object]:
+        """Begin to leave nothing for a backward; return what puts back that which is there now."""
+        before = self._left()
+        return lambda: swap_attributes(self, {**dict.fromkeys(self._left(), _ABSENT), **before})
 
     def state_dict(self) -> dict[str, Array]:
         """Return the arrays of all parameters and buffers by name: the arrays themselves, not copies.
@@ -295,13 +365,77 @@ class Module:
         return self
 
 
+_ABSENT = object()
+_KINDS = Kinds(Module, Parameter, methodcaller("_members"))
+
+
+def swap_attributes(module: Module, left: dict[str, Any]) -> dict[str, Any]:
+    """Give a module's attributes values that a forward has left; return those that were there instead."""
+    attributes, now = vars(module), module._left()
+    there = {}
+    for name, value in left.items():
+        old = now.get(name, _ABSENT)
+        if old is value or (old is _ABSENT and name in attributes):  # the latter is a parameter by now, say
+            continue
+        there[name] = old
+        if value is _ABSENT:
+            del attributes[name]
+        else:
+            attributes[name] = value
+    return there
+
+
+def no_backward(module: Module) -> contextlib.AbstractContextManager[None]:
+    """Return a context for forwards that need no backward, and keep no batch alive.
+
+    A forward that waits for its backward waits on: validation, or a part of a network that is computed once
+    more later, does not take its place. Other modules than batch normalizations find their attributes
+    afterwards as they were, but for parameters, buffers, modules and modes.
+
+    Parameters
+    ----------
+    module : Module
+        Holds the modules: those that it has at this call.
+
+    Returns
+    -------
+    context manager
+        It may be entered any number of times, and nested.
+
+    Raises
+    ------
+    TypeError
+        If `module` is not a Module.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cupy_syncbn import BatchNorm1d
+    >>> bn, x = BatchNorm1d(3, device="cpu"), np.random.default_rng(0).normal(size=(4, 3)).astype("f4")
+    >>> y = bn(x)
+    >>> with no_backward(bn):
+    ...     other = bn(2 * x)
+    >>> bn.backward(np.ones_like(y)).shape
+    (4, 3)
+    """
+    if not isinstance(module, Module):
+        raise TypeError(f"expected a Module (got {type(module).__name__})")
+    return NoBackward(each for _, each in module.named_modules())
+
+
+def own_buffers(module: Module) -> list[tuple[str, Array]]:
+    """Return (name, array) of the buffers of a module itself."""
+    named = [(name, getattr(module, name)) for name in module._buffer_names]
+    return [(name, buffer) for name, buffer in named if buffer is not None]
+
+
 def tree_of(module: Module) -> Tree:
     """Return all that is within a module: the nodes are modules, the leaves are parameters."""
     tree: Tree | None = vars(module).get("_tree")
     if tree is None or not tree.is_current(module):
         # Not by setattr, which a frozen dataclass refuses; and before the walk, which sees all attributes.
         vars(module)["_tree"] = Tree()
-        vars(module)["_tree"] = tree = Tree(module, Kinds(Module, Parameter, methodcaller("_members")))
+        vars(module)["_tree"] = tree = Tree(module, _KINDS)
     return tree
 
 

@@ -17,14 +17,15 @@ from cupy_syncbn.comm.call import DO, Call, Collective, commit, was_heard_by
 from cupy_syncbn.comm.groups import ProcessGroup, SingleProcessGroup, as_group
 from cupy_syncbn.functional import Description, Saved
 from cupy_syncbn.nn.batch_norm import BatchNormBase, FrozenStatistics, observing
-from cupy_syncbn.nn.module import Module
+from cupy_syncbn.nn.module import Module, no_backward
 
 
 def frozen_statistics(module: Module) -> contextlib.AbstractContextManager[None]:
     """Return a context in which training leaves running statistics and num_batches_tracked as they are.
 
     Batches are normalized by their own statistics as ever. It is for forwards that are computed again, as
-    in activation checkpointing, which would count their batches twice.
+    in activation checkpointing, which would count their batches twice. The first forward, whose activations
+    are dropped, belongs in `no_backward`.
 
     Parameters
     ----------
@@ -44,13 +45,14 @@ def frozen_statistics(module: Module) -> contextlib.AbstractContextManager[None]
     Examples
     --------
     >>> import numpy as np
-    >>> from cupy_syncbn import BatchNorm1d
+    >>> from cupy_syncbn import BatchNorm1d, no_backward
     >>> bn, x = BatchNorm1d(3, device="cpu"), np.ones((4, 3), "float32")
-    >>> y = bn(x)
+    >>> with no_backward(bn):
+    ...     y = bn(x)
     >>> with frozen_statistics(bn):
     ...     y = bn(x)
-    >>> int(bn.num_batches_tracked)
-    1
+    >>> int(bn.num_batches_tracked), bn.backward(y).shape
+    (1, (4, 3))
     """
     return FrozenStatistics(_layers(module))
 
@@ -104,6 +106,7 @@ def recalibrate(module: Module, batches: Iterable[Any]) -> None:
     totals = [_Total() for _ in layers]
     with contextlib.ExitStack() as stack:
         stack.enter_context(FrozenStatistics(layers))
+        stack.enter_context(no_backward(module))
         for layer, total in zip(layers, totals, strict=True):
             stack.enter_context(observing(layer, total.add))
         for number, arguments in enumerate(_in_step(batches, group, layers)):

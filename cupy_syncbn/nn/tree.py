@@ -73,7 +73,7 @@ class Tree:
                 met.add(id(value))
                 containers.append(value)
                 pending += [(f"{name}.{key}", item) for key, item in items_of(value)][::-1]
-        self._seen += [_Seen.of(each, kinds) for each in containers if _has_members(each, kinds)]
+        self._seen += [_Seen.of(each, kinds) for each in containers if has_members(each, kinds)]
 
     def is_current(self, root: Any) -> bool:
         """Tell whether nothing within has changed: a comparison, without a walk."""
@@ -106,7 +106,7 @@ class _Seen(NamedTuple):
         seen = cls(values, [], [], [])
         for key, value in items_of(values):
             seen.types.append(type(value))
-            if _has_members(value, kinds):
+            if has_members(value, kinds):
                 seen.held.append((key, value))
             elif isinstance(value, _CONTAINERS):
                 seen.plain.append((key, _form(value)))
@@ -127,12 +127,12 @@ class _Seen(NamedTuple):
 _CONTAINERS = (list, tuple, dict)
 
 
-def _has_members(value: Any, kinds: Kinds, within: tuple[int, ...] = ()) -> bool:
+def has_members(value: Any, kinds: Kinds, within: tuple[int, ...] = ()) -> bool:
     """Tell whether a value is a node or leaf, or a container that holds one."""
     if not isinstance(value, _CONTAINERS):
         return isinstance(value, kinds.node | kinds.leaf)
     within = (*within, id(value))
-    return any(_has_members(item, kinds, within) for _, item in items_of(value) if id(item) not in within)
+    return any(has_members(item, kinds, within) for _, item in items_of(value) if id(item) not in within)
 
 
 def _form(value: Any, within: tuple[int, ...] = ()) -> Any:

@@ -544,17 +544,19 @@ class Ours:
         """Keep what the backwards need."""
         self.saved = []
         for i in range(self.tensors.copies):
+            self.bn.forget()
             self.forward(i)
-            self.saved.append(self.bn._saved)
+            self.saved.append(self.bn._waiting)
 
     def backward(self, i: int) -> Any:
         """Return the gradients of a copy; it can be called again."""
-        self.bn._saved = self.saved[i]
+        self.bn._waiting = self.saved[i]
         self.weight.grad = self.bias.grad = None  # made afresh, not added up
         return self.bn.backward(self.tensors.dy[i])
 
     def step(self) -> None:
         """Forward and backward."""
+        self.bn.forget()
         self.forward(0)
         self.weight.grad = self.bias.grad = None
         self.bn.backward(self.tensors.dy[0])
@@ -565,8 +567,9 @@ class Ours:
         # Memory that the results are likely to get, full of NaN: what is not written shows.
         held = [tensors.gpu.cupy.full(tensors.case.nbytes, 255, "uint8") for _ in range(4)]
         del held
+        self.bn.forget()
         y = self.forward(0)
-        self.saved = [self.bn._saved]
+        self.saved = [self.bn._waiting]
         dx = self.backward(0)
         found = dict(zip(("dx", "dresidual"), dx if isinstance(dx, tuple) else (dx,), strict=False))
         found |= {"dweight": self.weight.grad, "dbias": self.bias.grad}

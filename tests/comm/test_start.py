@@ -92,10 +92,11 @@ def test_rank_that_fails_before_its_first_layer_ends_all(name, library):
 @pytest.mark.parametrize("library", ["this", pytest.param("other", marks=pytest.mark.long)])
 def test_rank_that_leaves_before_its_first_layer(library):
     """It has no error, so the others wait for the timeout, and no longer."""
-    status, output, seconds = run_case(library, 2, "leaves_early", CUPY_SYNCBN_TIMEOUT=str(TIMEOUT))
+    timeout = 2 * TIMEOUT  # the start of MPI has that time too, on a busy machine as well
+    status, output, seconds = run_case(library, 2, "leaves_early", CUPY_SYNCBN_TIMEOUT=str(timeout))
     assert status not in (0, None), output
     assert "CollectiveTimeoutError" in output
-    assert seconds < TIMEOUT + MARGIN
+    assert seconds < timeout + MARGIN
 
 
 # ---- A rank never starts MPI ----

@@ -418,7 +418,7 @@ with open(sys.argv[1], "rb") as file:
 x = np.ones((4, 2), "f4")
 for layer in layers[:2]:
     assert layer.num_batches_tracked == 2 and layer.weight.grad is not None
-    assert layer._saved is type(layer)._saved
+    assert layer._waiting is type(layer)._waiting
     assert layer(x).shape == x.shape and not layer.running_mean is layers[2].running_mean
 assert layers[0].process_group is None and layers[1].process_group is None
 with open(sys.argv[1], "wb") as file:

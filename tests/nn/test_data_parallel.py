@@ -15,6 +15,7 @@ from cupy_syncbn import (
     Sequential,
     SingleProcessGroup,
     SyncBatchNorm,
+    new_group,
     split_group,
 )
 from support.arrays import random_array, random_batch
@@ -385,3 +386,97 @@ def test_memory_of_construction(world):
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 1.1 * nbytes
+
+
+class Mixed(Module):
+    """Buffers that ranks share, and those that a local layer or the program makes of each rank's own data."""
+
+    def __init__(self, group, dtype="float32"):
+        self.shared = SyncBatchNorm(4, process_group=group, dtype=dtype)
+        self.local = BatchNorm1d(4, dtype=dtype)
+        self.register_buffer("seen", np.zeros((), np.int64))
+        self.register_buffer("table", np.arange(6, dtype=np.float16).reshape(2, 3).T)
+        self.register_buffer("nothing", None)
+
+    def forward(self, x):
+        self.found = {name: buffer.copy() for name, buffer in self.named_buffers()}
+        self.seen += len(x)
+        return self.local(self.shared(x))
+
+    def backward(self, dy):
+        return self.shared.backward(self.local.backward(dy))
+
+
+def copies(module):
+    return {name: buffer.copy() for name, buffer in module.named_buffers()}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_buffers_of_rank_0_before_each_training_forward(world, rng, dtype):
+    """As in torch: what a rank's own data made of a buffer in the last step is overwritten."""
+    model = DistributedDataParallel(Mixed(None, dtype))
+    net = model.module
+    for step in range(3):
+        before = copies(net)
+        expected = world.comm.bcast(before)
+        x = random_batch(rng, (9, 4), dtype)[world.rank % 4 :]
+        model(x)
+        for name, buffer in net.found.items():
+            assert_identical(buffer, expected[name])
+        if step and world.rank % 4:
+            assert net.found["local.running_mean"].tobytes() != before["local.running_mean"].tobytes()
+        model.backward(x)
+    found = copies(net)
+    model.eval()(x)
+    assert all(np.array_equal(buffer, found[name]) for name, buffer in net.found.items())  # no message
+
+
+def test_buffers_of_other_groups(world, rng):
+    """A layer whose group is not the wrapper's has its own statistics; one over the same ranks has theirs."""
+    alone, together = (
+        SyncBatchNorm(4, process_group=SingleProcessGroup()),
+        SyncBatchNorm(4, process_group=new_group()),
+    )
+    model = DistributedDataParallel(Sequential(together, alone))
+    for _ in range(2):
+        model.module.forget()
+        model(random_batch(rng, (9, 4)))
+        world.assert_same(together.running_mean)
+    assert model._broadcasts == 2 * (world.size > 1)
+    only = DistributedDataParallel(Sequential(together))
+    only(np.ones((4, 4), "f4"))
+    assert only._broadcasts == 0  # no message
+
+
+def test_buffers_stay_each_ranks_own_if_asked(world, rng):
+    model = DistributedDataParallel(Mixed(SingleProcessGroup()), broadcast_buffers=False)
+    model(random_batch(rng, (3, 4)) + world.rank)
+    before = copies(model)
+    model(random_batch(rng, (3, 4)))
+    for name, buffer in model.module.found.items():
+        assert_identical(buffer, before[f"module.{name}"])
+
+
+@pytest.mark.mpi(min_size=2)
+@pytest.mark.parametrize("fault", ["read-only", "another shape", "not an array"])
+def test_buffer_that_cannot_be_broadcast(world, rng, fault):
+    """All ranks raise an error, and no buffer has changed."""
+    model = DistributedDataParallel(Mixed(None))
+    net = model.module
+    net.local.running_mean[...] = world.rank
+    last = world.rank == world.size - 1
+    if last and fault == "read-only":
+        net.local.running_var.flags.writeable = False
+    elif last:
+        vars(net)["table"] = np.zeros(7, np.float16) if fault == "another shape" else "table"
+    expected = {"read-only": ValueError, "another shape": RankMismatchError, "not an array": TypeError}[fault]
+    with pytest.raises(expected if last or fault == "another shape" else RemoteRankError):
+        model(random_batch(rng, (3, 4)))
+    assert_identical(net.local.running_mean, np.full(4, world.rank, "f4"))
+    assert net.seen == 0
+
+
+def test_model_without_parameters(world):
+    for module in Module(), SyncBatchNorm(3, affine=False), Sequential(BatchNorm1d(3, affine=False)):
+        with pytest.raises(ValueError, match="parameters to train"):
+            DistributedDataParallel(module)

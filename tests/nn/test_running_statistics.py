@@ -17,6 +17,7 @@ from cupy_syncbn import (
     SyncBatchNorm,
     convert_sync_batchnorm,
     frozen_statistics,
+    no_backward,
     recalibrate,
     split_group,
 )
@@ -151,7 +152,7 @@ class Twice(Module):
 
     def __init__(self, layer):
         self.layer, self.dropout = layer, Module().eval()
-        self.saved = layer._saved
+        self.waiting = layer._waiting
         self.modes = []
 
     def forward(self, pair, scale, flag=None):
@@ -159,7 +160,7 @@ class Twice(Module):
         assert flag is None
         self.layer(pair["left"] * scale)
         y = self.layer(pair["right"][0])
-        assert self.layer._saved is self.saved  # no batch is kept that no backward needs
+        assert self.layer._waiting is self.waiting  # no batch is kept that no backward needs
         return y
 
 
@@ -311,7 +312,7 @@ def test_error_of_the_module(world, rng):
     x = random_batch(rng, (6, C))
     layer = SyncBatchNorm(C)
     layer(x)
-    before, saved = snapshot(layer), layer._saved
+    before, waiting = snapshot(layer), layer._waiting
     wrong = world.rank == world.size - 1
     with pytest.raises(ValueError if wrong else RemoteRankError, match=r"channels|failed"):
         recalibrate(layer, [x, x[:, 1:] if wrong else x])
@@ -324,7 +325,7 @@ def test_error_of_the_module(world, rng):
         with pytest.raises(TypeError, match=r"Module \(got list\)"):
             function([layer])
     assert_unchanged(layer, before)
-    assert layer._saved is saved
+    assert layer._waiting is waiting
     assert (layer.training, layer._frozen, layer._observe) == (True, 0, None)
 
 
@@ -361,10 +362,11 @@ def test_checkpointed_training_equals_plain(world, rng, dtype, momentum):
     plain = Sequential(*(SyncBatchNorm(C, momentum=momentum, dtype=dtype, activation="relu") for _ in "12"))
     checkpointed = copy.deepcopy(plain)
     for x, dy in batches:
-        y, expected = checkpointed(x), plain(x)
-        assert_identical(y, expected)
-        checkpointed(x + 1)  # another use in between, whose activations are dropped too
-        plain(x + 1)
+        with no_backward(checkpointed), no_backward(plain):
+            y, expected = checkpointed(x), plain(x)
+            assert_identical(y, expected)
+            checkpointed(x + 1)  # another use in between, whose activations are dropped too
+            plain(x + 1)
         plain(x)
         for old, new in zip(plain.buffers(), checkpointed.buffers(), strict=True):
             old[...] = new

@@ -55,7 +55,7 @@ def test_nothing_has_changed(net, walks):
     assert len(before) == 2 * 5
     net[1].scale = 3.0  # no parameter, but another type: seen again
     net[0](np.ones((3, 1), "f4"))
-    net.train()
+    net.train().forget()
     names(net)
     walks.clear()
     for _ in range(3):
@@ -63,7 +63,7 @@ def test_nothing_has_changed(net, walks):
         net[0].backward(net[0](np.arange(3, dtype="f4")[:, None]))
         assert names(net) == before
         net[0](np.ones((3, 1), "f4"))  # a record waits
-        net.eval().train().zero_grad()
+        net.eval().train().forget().zero_grad()
     assert not walks
 
 

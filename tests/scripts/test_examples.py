@@ -102,6 +102,11 @@ def check_torch_autograd(output):
         check_deviations(part, names)
 
 
+def check_siamese(output):
+    parameters = ["0.weight", "1.weight", "1.bias", "2.weight", "3.weight", "3.bias", "4.weight"]
+    check_deviations(output, [*(f"module.{name}" for name in parameters), "loss"])
+
+
 def check_jax_custom_vjp(output):
     check_deviations(output, ["y", "dx", "dweight", "dbias"])
 

@@ -60,6 +60,7 @@ def test_host_waits_once_an_exchange(world, rng, cupy, streams):
     layer = SyncBatchNorm(4, device="cuda", process_group=host_staged())
     x = cupy.asarray(random_array(rng, SHAPE))
     layer(x)
+    layer.forget()
     streams.synchronizations.clear()
     layer(x)
     layer.backward(x)
