@@ -49,7 +49,7 @@ NO_ERRORS = {
     "Sequential",
     "SingleProcessGroup",
     *(f"Module.{name}" for name in ("buffers", "eval", "named_buffers", "named_modules", "named_parameters")),
-    *(f"Module.{name}" for name in ("parameters", "register_buffer", "state_dict", "train", "zero_grad")),
+    *(f"Module.{name}" for name in ("parameters", "state_dict", "train", "zero_grad")),
     "Parameter.accumulate",
     "ProcessGroup.has_same_ranks",
     "BatchNormBase.reset_running_stats",

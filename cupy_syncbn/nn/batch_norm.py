@@ -37,6 +37,7 @@ class BatchNormBase(Module):
     """The common part of all batch normalizations: parameters, running statistics, forward and backward."""
 
     _buffer_names = ("running_mean", "running_var", "num_batches_tracked")
+    _parameter_names = ("weight", "bias")
     _dimensions: ClassVar[tuple[int, ...] | None] = None
 
     weight: Parameter | None

@@ -10,9 +10,10 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 
-from cupy_syncbn.arrays import Array, array_module, check_writeable, module_of, move
+from cupy_syncbn.arrays import Array, array_module, as_array, is_cupy, module_of, move, type_name
 from cupy_syncbn.checks import is_data_type
-from cupy_syncbn.nn.tree import Kinds, Tree, items_of, join
+from cupy_syncbn.nn.state import as_buffer, assign, check_mapping, fitted, is_array, names_differ
+from cupy_syncbn.nn.tree import Kinds, Tree, items_of, join, two_of_one_name
 
 
 class Parameter:
@@ -30,6 +31,11 @@ class Parameter:
     grad : array or None
         The gradient, of the shape and type of `data`: None until a backward, which then adds to it.
 
+    Notes
+    -----
+    NumPy's functions take a parameter of NumPy arrays as its `data`. Of CuPy arrays they raise TypeError, as
+    they do for these.
+
     Examples
     --------
     >>> import numpy as np
@@ -38,11 +44,45 @@ class Parameter:
     ...     weight.accumulate(np.full(3, 0.5))
     >>> weight.grad
     array([1., 1., 1.])
+    >>> np.sum(weight), weight.shape
+    (np.float64(3.0), (3,))
     """
+
+    grad: Array | None = None
 
     def __init__(self, data: Array) -> None:
         self.data = data
-        self.grad: Array | None = None
+        self.grad = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of `data`."""
+        shape: tuple[int, ...] = self.data.shape
+        return shape
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The type of `data`."""
+        dtype: np.dtype[Any] = self.data.dtype
+        return dtype
+
+    @property
+    def size(self) -> int:
+        """The number of values."""
+        return self.data.size
+
+    @property
+    def ndim(self) -> int:
+        """The number of axes."""
+        return self.data.ndim
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray[Any, Any]:
+        if is_cupy(self.data):  # as CuPy's arrays refuse
+            raise TypeError(
+                "expected a parameter of NumPy arrays for a conversion to NumPy (got one of CuPy): "
+                "use .data, or .data.get() for a copy on the CPU"
+            )
+        return np.array(self.data, dtype=dtype, copy=copy)
 
     def accumulate(self, gradient: Array) -> None:
         """Add to the gradient, in place unless it is read-only.
@@ -91,6 +131,9 @@ class Module:
     Parameters, buffers and modules are found through its attributes, and the lists, tuples and dicts in
     them, by dotted names: ``blocks.0.bn.weight``.
 
+    An array that is assigned where a parameter or buffer is, is copied into it: it must be on its device and
+    of its shape, and is rounded to its type. A Parameter takes the place of another, None that of both.
+
     Attributes
     ----------
     training : bool
@@ -107,8 +150,20 @@ class Module:
 
     training: bool = True
     _buffer_names: tuple[str, ...] = ()
+    _parameter_names: tuple[str, ...] = ()
+    """Attributes that are parameters or None."""
     _tree: Tree
     """See `tree_of`."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute: of a parameter or buffer, given an array, the values."""
+        current = vars(self).get(name)
+        if value is not None:
+            if name in self._buffer_names:
+                value = _buffer_after(name, current, value)
+            elif isinstance(current, Parameter) or name in self._parameter_names:
+                value = _parameter_after(name, current, value)
+        super().__setattr__(name, value)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Compute the output; subclasses write it.
@@ -149,9 +204,28 @@ class Module:
         name : str
             The attribute.
         array : array or None
-            Its value; None is left out of the state.
+            Its value, kept and not copied; None is left out of the state.
+
+        Raises
+        ------
+        TypeError
+            If `name` is not a str, or `array` not an array.
+        KeyError
+            If `name` is empty or has a dot, or is another attribute.
         """
-        setattr(self, name, array)
+        if not isinstance(name, str):
+            raise TypeError(f"expected the name of a buffer to be a str (got {type_name(name)})")
+        if not name or "." in name:
+            raise KeyError(f"expected the name of a buffer to be neither empty nor with a dot (got {name!r})")
+        if name not in self._buffer_names:
+            present = getattr(self, name, None)
+            if present is not None and not is_array(present):
+                raise KeyError(
+                    f"expected the name of a buffer to be a new one (got {name!r}, which is a "
+                    f"{type(present).__name__} of this {type(self).__name__}): use another"
+                )
+        value = None if array is None else as_buffer(name, array)
+        super().__setattr__(name, value)
         if name not in self._buffer_names:
             self._buffer_names = (*self._buffer_names, name)
 
@@ -213,9 +287,13 @@ class Module:
         Names, their order, shapes and types are those that torch gives to the same layers. An array that is
         found in several places has as many names.
         """
-        return dict(_state("", self, ()))
+        tree_of(self)  # which finds two members of one name
+        state: dict[str, Array] = {}
+        for name, array in _state("", self, ()):
+            if state.setdefault(name, array) is not array:
+                raise two_of_one_name(name)
+        return state
 
-    @np.errstate(all="ignore")  # values that exceed a type become infinite, as in a forward
     def load_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> IncompatibleKeys:
         """Copy values into the parameters and buffers.
 
@@ -224,8 +302,8 @@ class Module:
         state : mapping of str to array
             From `state_dict`, ``np.load`` of an npz file, ``safetensors.numpy``, or a torch state_dict with
             its tensors: anything that `numpy.asarray` takes. An older one without ``num_batches_tracked``
-            counts as 0. Values are rounded to the types of the parameters and buffers. Of an array with
-            several names the last value stays, as in torch.
+            leaves the present one. Values are rounded to the types of the parameters and buffers, averages of
+            counters cut off. Of an array with several names the last value stays, as in torch.
         strict : bool
             Whether the names must be the same.
 
@@ -241,31 +319,22 @@ class Module:
         ValueError
             If a shape differs, or an array here is read-only.
         TypeError
-            If a type cannot be cast. Nothing has been changed in any of these cases.
+            If `state` is not a mapping, or a type cannot be cast. Nothing has been changed in any of these
+            cases.
         """
+        check_mapping(state)
         targets = self.state_dict()
         missing = [name for name in targets if name not in state]
         values = {name: move(state[name], np) for name in targets if name in state}
         for name in [name for name in missing if name.split(".")[-1] == "num_batches_tracked"]:
             if f"{name.removesuffix('num_batches_tracked')}running_mean" in values:
                 missing.remove(name)
-                values[name] = np.zeros((), np.int64)
         unexpected = [name for name in state if name not in targets]
         if strict and (missing or unexpected):
-            raise KeyError(f"state_dict has missing keys {missing} and unexpected keys {unexpected}")
+            raise names_differ(missing, unexpected)
+        values = {name: fitted(name, value, targets[name]) for name, value in values.items()}
         for name, value in values.items():
-            target = targets[name]
-            check_writeable(name, target)
-            if target.shape == () and value.size == 1:  # torch had counters of shape (1,) before 0.4
-                values[name] = value = value.reshape(())
-            if value.shape != target.shape:
-                raise ValueError(f"expected {name} of shape {target.shape} (got {value.shape})")
-            if value.dtype == "V2" and target.dtype.name == "bfloat16":
-                values[name] = value.view(target.dtype)  # npz files keep its bits, not its name
-            elif not _can_cast(value, target.dtype):
-                raise TypeError(f"expected {name} to be {target.dtype} (got {value.dtype})")
-        for name, value in values.items():
-            targets[name][...] = module_of(targets[name]).asarray(value.astype(targets[name].dtype))
+            targets[name][...] = module_of(targets[name]).asarray(value)
         return IncompatibleKeys(missing, unexpected)
 
     def to(self, device: str) -> Self:
@@ -291,7 +360,7 @@ class Module:
         for _, module in self.named_modules():
             for name in module._buffer_names:
                 buffer = getattr(module, name)
-                setattr(module, name, None if buffer is None else move(buffer, xp))
+                object.__setattr__(module, name, None if buffer is None else move(buffer, xp))
         return self
 
 
@@ -322,14 +391,36 @@ def _state(prefix: str, holder: Any, within: tuple[int, ...]) -> Iterator[tuple[
             yield from _state(name, value, within)
 
 
-def _can_cast(values: Array, target: np.dtype[Any]) -> bool:
-    """Tell whether values may be converted to a type."""
-    if np.can_cast(values.dtype, target, "same_kind"):
-        return True
-    # NumPy counts bfloat16 to float16 as no cast of one kind, nor counters in floating-point numbers.
-    return is_data_type(values.dtype) and (
-        is_data_type(target) or (target.kind == "i" and bool((values.astype(target) == values).all()))
-    )
+def _buffer_after(name: str, buffer: Any, value: Any) -> Any:
+    """Return a buffer after an assignment to it: the same with other values, if there is one."""
+    if isinstance(value, Parameter | Module):
+        raise TypeError(
+            f"expected the buffer {name} to be an array or None (got a {type(value).__name__}): "
+            "use its .data, or another name"
+        )
+    array = as_buffer(name, value)
+    if buffer is None:
+        return array
+    assign(name, buffer, array)
+    return buffer
+
+
+def _parameter_after(name: str, parameter: Any, value: Any) -> Any:
+    """Return a parameter after an assignment to it: the same with other values, if given an array."""
+    if isinstance(value, Parameter | Module):
+        return value
+    array = as_array(value)
+    if not isinstance(parameter, Parameter):
+        raise TypeError(
+            f"expected {name} to be a Parameter or None (got {type_name(value)}): use Parameter(array)"
+        )
+    if not is_array(array) or not is_array(parameter.data):
+        raise TypeError(
+            f"expected {name} to be an array, a Parameter or None (got {type_name(value)}): "
+            f"change its values by .{name}.data[...] = value, or assign an array to .{name}.data"
+        )
+    assign(name, parameter.data, array)
+    return parameter
 
 
 class Sequential(Module):

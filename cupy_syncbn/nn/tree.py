@@ -37,6 +37,7 @@ class Tree:
     def _walk(self, root: Any, kinds: Kinds) -> None:
         pending: list[tuple[str, Any]] = [("", root)]
         met: set[int] = set()
+        named: dict[str, Any] = {}
         while pending:
             prefix, node = pending.pop()
             if id(node) in met:
@@ -45,6 +46,8 @@ class Tree:
             own, nodes = [], []
             for name, value in self._members(node, kinds):
                 dotted = join(prefix, name)
+                if named.setdefault(dotted, value) is not value:
+                    raise two_of_one_name(dotted)
                 if isinstance(value, kinds.node):
                     nodes.append((dotted, value))
                     continue
@@ -151,3 +154,11 @@ def items_of(container: list[Any] | tuple[Any, ...] | dict[Any, Any]) -> Iterabl
 def join(prefix: str, name: str) -> str:
     """Return the dotted name of a member of something that has a dotted name."""
     return f"{prefix}.{name}" if prefix else name
+
+
+def two_of_one_name(name: str) -> ValueError:
+    """Return the error that tells of two members with one dotted name."""
+    return ValueError(
+        f"expected one member by each name (got two by {name!r}): use other keys, of which no two are the "
+        "same text, nor have dots"
+    )
