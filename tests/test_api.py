@@ -50,7 +50,9 @@ NO_ERRORS = {
     "SingleProcessGroup",
     *(f"Module.{name}" for name in ("buffers", "eval", "named_buffers", "named_modules", "named_parameters")),
     *(f"Module.{name}" for name in ("parameters", "state_dict", "train", "zero_grad")),
+    "Module.requires_grad_",
     "Parameter.accumulate",
+    "Parameter.requires_grad_",
     "ProcessGroup.has_same_ranks",
     "BatchNormBase.reset_running_stats",
 }

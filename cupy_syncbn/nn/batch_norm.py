@@ -124,6 +124,8 @@ class BatchNormBase(Module):
                 training and (self._frozen > 0 or not self.track_running_stats),
                 self._dimensions,
                 self.dtype,
+                weight is None or weight.requires_grad,
+                bias is None or bias.requires_grad,
             )
             y, saved, writes = functional.forward(x, arguments, settings, self._group, step)
             own = partial(vars(self).update, _saved=saved, _calls_made=self._calls_made + training)
@@ -143,6 +145,11 @@ class BatchNormBase(Module):
             f"affine={self.affine}, tracking={self.track_running_stats}, activation={self.activation}, "
             f"grad_reduction={self.grad_reduction}, channels_last={self.channels_last}"
         )
+        for name, parameter in ("weight", self.weight), ("bias", self.bias):
+            if self.affine and parameter is None:
+                direction += f", {name}=None"
+            elif parameter is not None and not parameter.requires_grad:
+                direction += f", {name}.requires_grad=False"
         step.enter(self._call(direction), as_group(self._group), trailer.LENGTH)
         step.needed = 2  # of which the forward is the second
         step.sum(np.array(step.trailer()))
@@ -180,7 +187,7 @@ class BatchNormBase(Module):
             gradients = functional.backward(dy, saved, self.grad_reduction, step)
             writes = []
             for parameter, gradient in zip(parameters, (gradients.weight, gradients.bias), strict=True):
-                if parameter is not None and gradient is not None:
+                if parameter is not None and gradient is not None and parameter.requires_grad:
                     writes.append(accumulation(parameter, gradient))
             # A rank that fails after the sum has another number than the others, and they find out.
             calls = self._calls_made + (saved.plan.training or self.grad_reduction != "none")
@@ -325,7 +332,7 @@ class SyncBatchNorm(BatchNormBase):
     Attributes
     ----------
     weight, bias : Parameter or None
-        Of shape (C,).
+        Of shape (C,). Without `requires_grad` none of their gradients is computed; see `Parameter`.
     running_mean, running_var : array or None
         Of shape (C,).
     num_batches_tracked : array or None

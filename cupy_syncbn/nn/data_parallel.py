@@ -52,7 +52,8 @@ class DistributedDataParallel(Module):
     RemoteRankError
         If an array of another rank's module is wrong so.
     RankMismatchError
-        If parameters or buffers differ between ranks in name, shape, type or device, or `bucket_cap_mb` does.
+        If parameters or buffers differ between ranks in name, shape, type, device or ``requires_grad``, or
+        `bucket_cap_mb` does.
     CollectiveTimeoutError
         If a rank does not come within the group's timeout.
 
@@ -148,8 +149,9 @@ class DistributedDataParallel(Module):
     def reduce_gradients(self) -> None:
         """Replace all gradients by their mean over the ranks.
 
-        Left out are those of layers whose ``grad_reduction`` has summed or averaged them over these ranks.
-        A gradient that only some ranks have counts as zero on the others; one that none has stays None.
+        Left out are those of layers whose ``grad_reduction`` has summed or averaged them over these ranks,
+        and those of parameters without ``requires_grad``. A gradient that only some ranks have counts as zero
+        on the others; one that none has stays None.
 
         Raises
         ------
@@ -169,21 +171,24 @@ class DistributedDataParallel(Module):
         """
         with Collective(describe=self._describe_reduction) as step:
             reduced, group = self._already_reduced(), self.process_group
-            named = [(name, p) for name, p in self.module.named_parameters() if id(p) not in reduced]
+            present = [(name, p) for name, p in self.module.named_parameters() if id(p) not in reduced]
+            named = [(name, p) for name, p in present if p.requires_grad]
             caller = "DistributedDataParallel"
             if group.size > 1:
-                described = self._description({name: p.data for name, p in named})
+                described = self._description({name: p.data for name, p in present})
                 caller += f" with parameters of code {zlib.crc32(repr(described).encode()):08x}"
+                if len(named) < len(present):
+                    caller += f", {len(present) - len(named)} of {len(present)} without requires_grad"
             call = Call(caller, 0, "gradients", self._reductions, self._model)
             step.enter(call, group, len(named) + trailer.LENGTH)
             for name, parameter in named:
                 check_gradient(name, parameter)
             parameters = [parameter for _, parameter in named]
             means = _Means(parameters if group.size > 1 else [], self.bucket_cap_mb)
-            present = np.array([*(p.grad is not None for p in parameters), *step.trailer()], np.float64)
+            having = np.array([*(p.grad is not None for p in parameters), *step.trailer()], np.float64)
             step.owes_messages = group.size > 1
-            step.sum(present)
-            means.sum(group, present)
+            step.sum(having)
+            means.sum(group, having)
             step.owes_messages = False
             writes = [*means.writes(), partial(vars(self).update, _reductions=self._reductions + 1)]
             commit(map(DO, writes))
@@ -194,8 +199,9 @@ class DistributedDataParallel(Module):
 
     def _description(self, arrays: dict[str, Array]) -> list[str]:
         """Describe all that the messages between ranks depend on."""
+        frozen = {id(p.data) for p in self.module.parameters() if not p.requires_grad}
         described = [
-            _describe(name, array.shape, array.dtype, module_of(array))
+            _describe(name, array.shape, array.dtype, module_of(array), id(array) in frozen)
             if hasattr(array, "dtype")
             else f"{name}: {type(array).__name__}"
             for name, array in arrays.items()
@@ -302,8 +308,11 @@ def _describe_construction(process_group: ProcessGroup | MPI.Intracomm | None) -
 
 
 @functools.lru_cache(maxsize=4096)
-def _describe(name: str, shape: tuple[int, ...], dtype: np.dtype[Any], library: ModuleType) -> str:
-    return f"{name}: shape {shape}, type {dtype.str} {dtype.name}, of {library.__name__}"
+def _describe(
+    name: str, shape: tuple[int, ...], dtype: np.dtype[Any], library: ModuleType, is_frozen: bool
+) -> str:
+    frozen = ", requires_grad=False" if is_frozen else ""
+    return f"{name}: shape {shape}, type {dtype.str} {dtype.name}, of {library.__name__}{frozen}"
 
 
 def _check_array(name: str, array: Any) -> None:

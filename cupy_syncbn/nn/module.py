@@ -23,6 +23,8 @@ class Parameter:
     ----------
     data : array
         The values; kept, not copied.
+    requires_grad : bool
+        Whether it is trained.
 
     Attributes
     ----------
@@ -30,6 +32,9 @@ class Parameter:
         The values. An optimizer may change them in place, or assign others.
     grad : array or None
         The gradient, of the shape and type of `data`: None until a backward, which then adds to it.
+    requires_grad : bool
+        Whether a backward adds to the gradient, and `reduce_gradients` averages it. It must be set at the
+        forward and at its backward, as in torch; the gradient that is there stays. The same on all ranks.
 
     Notes
     -----
@@ -49,9 +54,10 @@ class Parameter:
     """
 
     grad: Array | None = None
+    requires_grad: bool = True
 
-    def __init__(self, data: Array) -> None:
-        self.data = data
+    def __init__(self, data: Array, requires_grad: bool = True) -> None:
+        self.data, self.requires_grad = data, requires_grad
         self.grad = None
 
     @property
@@ -85,13 +91,15 @@ class Parameter:
         return np.array(self.data, dtype=dtype, copy=copy)
 
     def accumulate(self, gradient: Array) -> None:
-        """Add to the gradient, in place unless it is read-only.
+        """Add to the gradient, in place unless it is read-only; nothing without `requires_grad`.
 
         Parameters
         ----------
         gradient : array
             Like `data`. The first is kept, not copied.
         """
+        if not self.requires_grad:
+            return
         if self.grad is None:
             self.grad = gradient
             return
@@ -100,8 +108,20 @@ class Parameter:
         with np.errstate(all="ignore"):  # infinities and NaN are the data's, and pass through
             self.grad += gradient
 
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """Set `requires_grad`; return this parameter.
+
+        Parameters
+        ----------
+        requires_grad : bool
+            False to freeze it.
+        """
+        self.requires_grad = requires_grad
+        return self
+
     def __repr__(self) -> str:
-        return f"Parameter(shape={self.data.shape}, dtype={self.data.dtype})"
+        frozen = "" if self.requires_grad else ", requires_grad=False"
+        return f"Parameter(shape={self.data.shape}, dtype={self.data.dtype}{frozen})"
 
 
 @np.errstate(all="ignore")  # infinities and NaN are the data's, and pass through
@@ -275,6 +295,20 @@ class Module:
     def eval(self) -> Self:
         """Set evaluation mode here and in all modules within; return this module."""
         return self.train(False)
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """Set `requires_grad` of all parameters; return this module.
+
+        Batch normalizations that are to stay as they are need `eval` too, for their running statistics.
+
+        Parameters
+        ----------
+        requires_grad : bool
+            False to freeze them; see `Parameter`.
+        """
+        for parameter in tree_of(self).leaves:
+            parameter.requires_grad = requires_grad
+        return self
 
     def zero_grad(self) -> None:
         """Set the gradients of all parameters to None."""
