@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import json
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -62,6 +63,11 @@ class DistributedDataParallel(Module):
     Construction and `reduce_gradients` are **collective**; forward and backward are the module's.
     SyncBatchNorm layers without a name take their dotted one in the module, for errors to tell.
 
+    torch's other keywords have nothing to say here. A rank computes where its module's arrays are (not
+    `device_ids`, `output_device`), on the part of the batch that it is given (`dim`). One call behind the
+    backward reduces the gradients that there are (`find_unused_parameters`, `static_graph`), in arrays of
+    their own (`gradient_as_bucket_view`). Construction always compares and sends (`init_sync`).
+
     Examples
     --------
     >>> import numpy as np
@@ -73,8 +79,14 @@ class DistributedDataParallel(Module):
     >>> bn.weight.data -= 0.1 * bn.weight.grad
     """
 
+    _transient = ("_tree", "_paused")
+    _group: ProcessGroup | None = None
+    bucket_cap_mb: float = 25
+    _reductions: int = 0
     _model: int | None = None
     """See `Call`."""
+    _paused: int = 0
+    """How many `no_sync` it is in."""
 
     def __init__(
         self,
@@ -146,6 +158,30 @@ class DistributedDataParallel(Module):
         """Call the module's backward. Gradients are this rank's until `reduce_gradients`."""
         return self.module.backward(*args, **kwargs)
 
+    @contextlib.contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Return a context in which `reduce_gradients` does nothing, as torch's.
+
+        It is for a training step that is called for each part of a batch: gradients add up on each rank, and
+        the call for the last part, outside, reduces them. Who writes the loop can as well leave out all calls
+        of `reduce_gradients` but the last. SyncBatchNorm layers send their messages inside as ever.
+
+        Yields
+        ------
+        None
+            It may be nested. All ranks are inside at the same calls.
+
+        Raises
+        ------
+        RankMismatchError, CollectiveTimeoutError
+            By a later call, on the ranks that reduce while another one is inside.
+        """
+        self._paused += 1
+        try:
+            yield
+        finally:
+            self._paused -= 1
+
     def reduce_gradients(self) -> None:
         """Replace all gradients by their mean over the ranks.
 
@@ -169,6 +205,8 @@ class DistributedDataParallel(Module):
         **Collective.** 16-bit gradients are added up in float32. All gradients are replaced when the last has
         come, or none: until then there is a copy of them in the type of the sums, and a bucket.
         """
+        if self._paused:
+            return
         with Collective(describe=self._describe_reduction) as step:
             reduced, group = self._already_reduced(), self.process_group
             present = [(name, p) for name, p in self.module.named_parameters() if id(p) not in reduced]

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import operator
+import reprlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from operator import methodcaller
-from typing import Any, NamedTuple, Self
+from types import ModuleType
+from typing import Any, NamedTuple, Self, overload
 
 import numpy as np
 
 from cupy_syncbn.arrays import Array, array_module, as_array, is_cupy, module_of, move, type_name
-from cupy_syncbn.checks import is_data_type
+from cupy_syncbn.checks import data_type, is_data_type
 from cupy_syncbn.nn.state import as_buffer, assign, check_mapping, fitted, is_array, names_differ
 from cupy_syncbn.nn.tree import Kinds, Tree, items_of, join, two_of_one_name
 
@@ -172,6 +174,8 @@ class Module:
     _buffer_names: tuple[str, ...] = ()
     _parameter_names: tuple[str, ...] = ()
     """Attributes that are parameters or None."""
+    _transient: tuple[str, ...] = ("_tree",)
+    """Attributes that no copy has."""
     _tree: Tree
     """See `tree_of`."""
 
@@ -213,7 +217,9 @@ class Module:
         """Return the state that copies and pickles have: without the `_tree`, which they make anew."""
         state: Any = super().__getstate__()  # `(dict, slots)` if a subclass has slots
         attributes = state[0] if isinstance(state, tuple) else state
-        attributes = {name: value for name, value in (attributes or {}).items() if name != "_tree"}
+        attributes = {
+            name: value for name, value in (attributes or {}).items() if name not in self._transient
+        }
         return (attributes, state[1]) if isinstance(state, tuple) else attributes
 
     def register_buffer(self, name: str, array: Array | None) -> None:
@@ -258,6 +264,34 @@ class Module:
         yield "", self
         yield from ((name, module) for name, module, _ in tree_of(self).within)
 
+    def modules(self) -> Iterator[Module]:
+        """Return an iterator over this module and all within it, in the order of `named_modules`."""
+        return (module for _, module in self.named_modules())
+
+    def named_children(self) -> Iterator[tuple[str, Module]]:
+        """Yield (dotted name, module) of the modules that are within no other one in this, each once."""
+        met: set[int] = set()
+        for name, module in tree_of(self).root_nodes:
+            if id(module) not in met:
+                met.add(id(module))
+                yield name, module
+
+    def children(self) -> Iterator[Module]:
+        """Return an iterator over the modules of `named_children`."""
+        return (module for _, module in self.named_children())
+
+    def apply(self, fn: Callable[[Module], object]) -> Self:
+        """Call a function with all modules within, then with this module; return this module.
+
+        Parameters
+        ----------
+        fn : callable
+            Called once with each module, with those within it before.
+        """
+        for module in list(_inside_out(self, set())):
+            fn(module)
+        return self
+
     def named_parameters(self) -> Iterator[tuple[str, Parameter]]:
         """Yield (dotted name, parameter) of all parameters, each once."""
         yield from tree_of(self).named_leaves
@@ -287,7 +321,15 @@ class Module:
         ----------
         mode : bool
             False for evaluation.
+
+        Raises
+        ------
+        ValueError
+            If `mode` is no bool.
         """
+        if not isinstance(mode, bool | np.bool_):
+            raise ValueError(f"expected mode True or False (got {mode!r}): use eval() for evaluation")
+        mode = bool(mode)
         for _, module in self.named_modules():
             module.training = mode
         return self
@@ -310,10 +352,22 @@ class Module:
             parameter.requires_grad = requires_grad
         return self
 
-    def zero_grad(self) -> None:
-        """Set the gradients of all parameters to None."""
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients of all parameters.
+
+        Parameters
+        ----------
+        set_to_none : bool
+            Whether they become None. Else those that are there become 0, in place unless read-only.
+        """
         for parameter in tree_of(self).leaves:
-            parameter.grad = None
+            grad = parameter.grad
+            if set_to_none or grad is None:
+                parameter.grad = None
+            elif is_cupy(grad) or (isinstance(grad, np.ndarray) and grad.flags.writeable):
+                grad[...] = 0
+            else:
+                parameter.grad = np.zeros_like(grad)
 
     def state_dict(self) -> dict[str, Array]:
         """Return the arrays of all parameters and buffers by name: the arrays themselves, not copies.
@@ -371,31 +425,84 @@ class Module:
             targets[name][...] = module_of(targets[name]).asarray(value)
         return IncompatibleKeys(missing, unexpected)
 
-    def to(self, device: str) -> Self:
-        """Move all parameters and buffers to a device; return this module.
+    def to(self, device: Any = None, dtype: Any = None) -> Self:
+        """Move all parameters, gradients and buffers to a device, or change their type; return this module.
 
         Parameters
         ----------
-        device : {"cpu", "cuda"}
-            The device; "cuda" is the current one of CuPy.
+        device : {"cpu", "cuda"}, optional
+            The device; "cuda" is the current one of CuPy. As in torch, a type may stand here.
+        dtype : {"float16", "bfloat16", "float32", "float64"}, optional
+            The type of those that have floating-point numbers, and the `dtype` of batch normalizations: they
+            compare it between ranks at their next call.
 
         Raises
         ------
         ValueError
             If there is no such device.
+        TypeError
+            If there is no such type, or neither is given.
         ModuleNotFoundError, RuntimeError
             If CuPy is not installed, or sees no GPU.
+
+        Notes
+        -----
+        A backward takes dy where and in the type in which its forward was computed.
         """
-        xp = array_module(device)
+        xp, dtype = _target_of(device, dtype)
+        new: dict[int, tuple[Array, Array]] = {}  # by the old one's id, so that what is shared stays so
+
+        def converted(array: Array | None) -> Any:
+            if array is not None and id(array) not in new:
+                new[id(array)] = array, _converted(array, xp, dtype)
+            return None if array is None else new[id(array)][1]
+
+        writes: list[Callable[[], object]] = []
         for parameter in self.parameters():
-            parameter.data = move(parameter.data, xp)
-            if parameter.grad is not None:
-                parameter.grad = move(parameter.grad, xp)
-        for _, module in self.named_modules():
+            for name in "data", "grad":
+                writes.append(partial(setattr, parameter, name, converted(getattr(parameter, name))))
+        for module in self.modules():
             for name in module._buffer_names:
-                buffer = getattr(module, name)
-                object.__setattr__(module, name, None if buffer is None else move(buffer, xp))
+                buffer = converted(getattr(module, name))
+                writes.append(partial(object.__setattr__, module, name, buffer))
+        for write in writes:
+            write()
+        if dtype is not None:
+            for module in self.modules():
+                module._take_type(dtype)
         return self
+
+    def _take_type(self, dtype: np.dtype[Any]) -> None:
+        """Take note of the new type of parameters and buffers."""
+
+    def float(self) -> Self:
+        """Change parameters, gradients and buffers to float32, by `to`; return this module."""
+        return self.to(dtype="float32")
+
+    def double(self) -> Self:
+        """Change parameters, gradients and buffers to float64, by `to`; return this module."""
+        return self.to(dtype="float64")
+
+    def half(self) -> Self:
+        """Change parameters, gradients and buffers to float16, by `to`; return this module."""
+        return self.to(dtype="float16")
+
+    def bfloat16(self) -> Self:
+        """Change parameters, gradients and buffers to bfloat16, by `to`; return this module."""
+        return self.to(dtype="bfloat16")
+
+    def extra_repr(self) -> str:
+        """Return what `repr` says of this module beside the modules within; subclasses write it."""
+        return ""
+
+    @reprlib.recursive_repr()
+    def __repr__(self) -> str:
+        extra = self.extra_repr()
+        children = [f"({name}): {module!r}" for name, module in tree_of(self).root_nodes]
+        if not children and "\n" not in extra:
+            return f"{type(self).__name__}({extra})"
+        lines = "\n".join([*filter(None, [extra]), *children]).replace("\n", "\n  ")
+        return f"{type(self).__name__}(\n  {lines}\n)"
 
 
 def tree_of(module: Module) -> Tree:
@@ -406,6 +513,42 @@ def tree_of(module: Module) -> Tree:
         vars(module)["_tree"] = Tree()
         vars(module)["_tree"] = tree = Tree(module, Kinds(Module, Parameter, methodcaller("_members")))
     return tree
+
+
+def _inside_out(module: Module, met: set[int]) -> Iterator[Module]:
+    """Yield all modules within one, and it behind them, each once."""
+    met.add(id(module))
+    for child in module.children():
+        if id(child) not in met:
+            yield from _inside_out(child, met)
+    yield module
+
+
+def _target_of(device: Any, dtype: Any) -> tuple[ModuleType | None, np.dtype[Any] | None]:
+    """Return the library and the type that the arguments of `Module.to` mean; None stands for no change."""
+    if device is None and dtype is None:
+        raise TypeError("expected a device, a type or both (got neither)")
+    if device is None or dtype is not None or (isinstance(device, str) and device in ("cpu", "cuda")):
+        xp = None if device is None else array_module(device)
+        return xp, None if dtype is None else data_type(dtype)
+    try:
+        return None, data_type(device)
+    except TypeError:
+        if not isinstance(device, str):
+            raise
+    raise ValueError(
+        "expected device 'cpu' or 'cuda', or a type: 'float16', 'bfloat16', 'float32', 'float64' "
+        f"(got {device!r})"
+    )
+
+
+@np.errstate(all="ignore")  # values that exceed a type become infinite, as in a forward
+def _converted(array: Array, xp: ModuleType | None, dtype: np.dtype[Any] | None) -> Array:
+    """Return an array of a library, and of a type if it has floating-point numbers."""
+    xp = xp or module_of(array)
+    if dtype is None or array.dtype == dtype or not (is_data_type(array.dtype) or array.dtype.kind == "f"):
+        return move(array, xp)
+    return move(move(array, np).astype(dtype), xp)  # on the host: CuPy does not convert to all types
 
 
 def _state(prefix: str, holder: Any, within: tuple[int, ...]) -> Iterator[tuple[str, Array]]:
@@ -465,15 +608,30 @@ class Sequential(Module):
     *layers : Module
         The modules, in the order of the forward.
 
+    Raises
+    ------
+    TypeError
+        If one is not a Module.
+
+    Notes
+    -----
+    Indices, slices, assignment, ``del``, ``len`` and loops do what they do with lists. A slice is a
+    Sequential.
+
     Examples
     --------
     >>> net = Sequential(BatchNorm1d(4), BatchNorm1d(4))
     >>> list(net.state_dict())[:3]
     ['0.weight', '0.bias', '0.running_mean']
+    >>> net
+    Sequential(
+      (0): BatchNorm1d(4, eps=1e-05, momentum=0.1, affine=True, track_running_stats=True)
+      (1): BatchNorm1d(4, eps=1e-05, momentum=0.1, affine=True, track_running_stats=True)
+    )
     """
 
     def __init__(self, *layers: Module) -> None:
-        self.layers = list(layers)
+        self.layers = _layers(layers)
 
     def _members(self) -> Iterator[tuple[str, Any]]:
         return ((str(index), layer) for index, layer in enumerate(self.layers))
@@ -490,13 +648,100 @@ class Sequential(Module):
             dy = layer.backward(dy)
         return dy
 
-    def __getitem__(self, index: int) -> Module:
-        """Return a layer."""
-        return self.layers[index]
+    def append(self, module: Module) -> Self:
+        """Add a layer behind the last; return this module.
+
+        Parameters
+        ----------
+        module : Module
+            The layer.
+
+        Raises
+        ------
+        TypeError
+            If it is not a Module.
+        """
+        return self.extend([module])
+
+    def extend(self, modules: Iterable[Module]) -> Self:
+        """Add layers behind the last; return this module.
+
+        Parameters
+        ----------
+        modules : iterable of Module
+            The layers, or a Sequential of them.
+
+        Raises
+        ------
+        TypeError
+            If one is not a Module; then none is added.
+        """
+        self.layers += _layers(modules)
+        return self
+
+    def insert(self, index: int, module: Module) -> Self:
+        """Add a layer before another; return this module.
+
+        Parameters
+        ----------
+        index : int
+            Of the other; as for lists.
+        module : Module
+            The layer.
+
+        Raises
+        ------
+        TypeError
+            If it is not a Module.
+        """
+        self.layers[index:index] = _layers([module])
+        return self
+
+    @overload
+    def __getitem__(self, index: int) -> Module: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequential: ...
+    def __getitem__(self, index: int | slice) -> Module:
+        """Return a layer, or a Sequential of some layers, which it shares."""
+        if not isinstance(index, slice):
+            return self.layers[index]
+        part = Sequential(*self.layers[index])
+        part.training = self.training
+        return part
+
+    def __setitem__(self, index: int | slice, value: Any) -> None:
+        """Replace a layer, or a slice of layers."""
+        if isinstance(index, slice):
+            self.layers[index] = _layers(value)
+        else:
+            self.layers[index] = _layers([value])[0]
+
+    def __delitem__(self, index: int | slice) -> None:
+        """Remove a layer, or a slice of layers."""
+        del self.layers[index]
+
+    def __iter__(self) -> Iterator[Module]:
+        """Return an iterator over the layers."""
+        return iter(self.layers)
 
     def __len__(self) -> int:
         """Return how many layers there are."""
         return len(self.layers)
+
+
+def _layers(values: Iterable[Any]) -> list[Module]:
+    """Return the layers of a Sequential; TypeError if one is none."""
+    layers = list(values)
+    for layer in layers:
+        if not isinstance(layer, Module):
+            is_collection = isinstance(layer, list | tuple)
+            remedy = (
+                "use Sequential(*layers)" if is_collection else "write a Module with forward and backward"
+            )
+            raise TypeError(
+                f"expected the layers of a Sequential to be Modules (got {type_name(layer)}): {remedy}"
+            )
+    return layers
 
 
 def check_gradient(name: str, parameter: Parameter) -> None:

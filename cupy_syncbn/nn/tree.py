@@ -25,6 +25,8 @@ class Tree:
         self.within: list[tuple[str, Any, list[Any]]] = []
         """Dotted name, node and its own leaves, of all nodes but the root, each once."""
         self.root_leaves: list[Any] = []
+        self.root_nodes: list[tuple[str, Any]] = []
+        """Dotted name and node, of those that are within no other node, by each of their names."""
         self.named_leaves: list[tuple[str, Any]] = []
         """Dotted name and leaf, each once."""
         self._root: _Seen | None = None
@@ -59,6 +61,7 @@ class Tree:
             attributes = _Seen.of(vars(node), kinds)
             if node is root:
                 self.root_leaves, self._root = own, attributes._replace(values=None)
+                self.root_nodes = [each for each in nodes if each[1] is not root]
             else:
                 self.within.append((prefix, node, own))
                 self._seen.append(attributes)
