@@ -181,7 +181,7 @@ class Module:
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set an attribute: of a parameter or buffer, given an array, the values."""
-        current = vars(self).get(name)
+        current = self.__dict__.get(name)
         if value is not None:
             if name in self._buffer_names:
                 value = _buffer_after(name, current, value)
@@ -245,12 +245,14 @@ class Module:
             raise KeyError(f"expected the name of a buffer to be neither empty nor with a dot (got {name!r})")
         if name not in self._buffer_names:
             present = getattr(self, name, None)
-            if present is not None and not is_array(present):
+            is_free = present is None or is_array(present)
+            is_taken = name in self._parameter_names or isinstance(getattr(type(self), name, None), property)
+            if is_taken or not is_free:
                 raise KeyError(
-                    f"expected the name of a buffer to be a new one (got {name!r}, which is a "
-                    f"{type(present).__name__} of this {type(self).__name__}): use another"
+                    f"expected the name of a buffer to be a new one (got {name!r}, which this "
+                    f"{type(self).__name__} has for something else): use another"
                 )
-        value = None if array is None else as_buffer(name, array)
+        value = None if array is None else _buffer_after(name, None, array)
         super().__setattr__(name, value)
         if name not in self._buffer_names:
             self._buffer_names = (*self._buffer_names, name)
