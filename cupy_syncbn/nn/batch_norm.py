@@ -242,10 +242,7 @@ class BatchNormBase(Module):
         for name, value in (slots or {}).items():
             object.__setattr__(self, name, value)
         if "dtype" not in attributes:
-            arrays = (
-                self.running_mean,
-                *(parameter.data for parameter in (self.weight, self.bias) if parameter),
-            )
+            arrays = (self.running_mean, self.weight, self.bias)
             types = [array.dtype for array in arrays if array is not None]
             vars(self)["dtype"] = types[0] if types else np.dtype(np.float32)
 
@@ -288,7 +285,7 @@ class BatchNormBase(Module):
 
     def extra_repr(self) -> str:
         """Return the settings: torch's first ones, and of the others those that are not as by default."""
-        parameter = self.weight or self.bias
+        parameter = self.bias if self.weight is None else self.weight
         array = self.running_mean if parameter is None else parameter.data
         others = {
             "bias": self.bias is not None or not self.affine,

@@ -209,24 +209,25 @@ class DistributedDataParallel(Module):
             return
         with Collective(describe=self._describe_reduction) as step:
             reduced, group = self._already_reduced(), self.process_group
-            present = [(name, p) for name, p in self.module.named_parameters() if id(p) not in reduced]
-            named = [(name, p) for name, p in present if p.requires_grad]
+            every = list(self.module.named_parameters())
+            named = [(name, p) for name, p in every if p.requires_grad and id(p) not in reduced]
             caller = "DistributedDataParallel"
             if group.size > 1:
-                described = self._description({name: p.data for name, p in present})
+                frozen = [name for name, p in every if not p.requires_grad]
+                described = [*self._description({name: p.data for name, p in named}), *frozen]
                 caller += f" with parameters of code {zlib.crc32(repr(described).encode()):08x}"
-                if len(named) < len(present):
-                    caller += f", {len(present) - len(named)} of {len(present)} without requires_grad"
+                if frozen:
+                    caller += f", {len(frozen)} of {len(every)} without requires_grad"
             call = Call(caller, 0, "gradients", self._reductions, self._model)
             step.enter(call, group, len(named) + trailer.LENGTH)
             for name, parameter in named:
                 check_gradient(name, parameter)
             parameters = [parameter for _, parameter in named]
             means = _Means(parameters if group.size > 1 else [], self.bucket_cap_mb)
-            having = np.array([*(p.grad is not None for p in parameters), *step.trailer()], np.float64)
+            present = np.array([*(p.grad is not None for p in parameters), *step.trailer()], np.float64)
             step.owes_messages = group.size > 1
-            step.sum(having)
-            means.sum(group, having)
+            step.sum(present)
+            means.sum(group, present)
             step.owes_messages = False
             writes = [*means.writes(), partial(vars(self).update, _reductions=self._reductions + 1)]
             commit(map(DO, writes))

@@ -153,9 +153,11 @@ def test_all_are_frozen(world):
 
 @pytest.mark.mpi(min_size=2)
 @pytest.mark.parametrize("name", ["weight", "bias"])
+@pytest.mark.parametrize("grad_reduction", ["none", "sum"])
 @pytest.mark.parametrize("where", ["construction", "reduction", "first call"])
-def test_ranks_compare_which_are_frozen(world, rng, name, where):
-    layer = SyncBatchNorm(C)
+def test_ranks_compare_which_are_frozen(world, rng, name, where, grad_reduction):
+    """Those too whose gradients the layer itself adds up."""
+    layer = SyncBatchNorm(C, grad_reduction=grad_reduction)
     net = Sequential(layer)
     last = world.size - 1
     model = DistributedDataParallel(net) if where == "reduction" else None
