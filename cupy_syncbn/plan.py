@@ -48,7 +48,7 @@ class Arguments(NamedTuple):
 
 
 class Settings(NamedTuple):
-    """The settings of a forward; the last two are a layer's own."""
+    """The settings of a forward; the last four are a layer's own."""
 
     training: bool = True
     momentum: float | None = 0.1
@@ -60,6 +60,9 @@ class Settings(NamedTuple):
     dimensions: tuple[int, ...] | None = None
     """The numbers of axes that a layer takes."""
     layer_type: np.dtype[Any] | None = None
+    weight_trains: bool = True
+    """Whether the backward computes the gradient of the weight, if there is one; so `bias_trains`."""
+    bias_trains: bool = True
 
 
 class Plan:
@@ -85,8 +88,9 @@ class Plan:
         """Whether there is a second sum: float64 data show the error of a single one."""
         self.slope = activation_slope(settings.activation)
         self.has_residual = arguments.residual is not None
-        self.weight_type = None if weight is None else weight.dtype
-        self.bias_type = None if bias is None else bias.dtype
+        self.weight_type = None if weight is None or not settings.weight_trains else weight.dtype
+        """None if there is no gradient to compute; so `bias_type`."""
+        self.bias_type = None if bias is None or not settings.bias_trains else bias.dtype
         self.gradients: set[Any] = set()
         """The kinds of dy, with reductions, that have been found right."""
         self.as_tensor: Callable[[Array], Array] = layout.as_3d if self.on_host else self._as_kernel_input

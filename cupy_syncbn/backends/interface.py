@@ -60,7 +60,7 @@ class ParameterSums(NamedTuple):
     vector: Array
     scale: float = 1.0
     weight_type: Any = None
-    """None if there is no weight to have a gradient; so is `bias_type`."""
+    """None if no gradient of the weight is wanted; so is `bias_type`."""
     bias_type: Any = None
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypedDict, Unpack
 import numpy as np
 
 from cupy_syncbn import functional
-from cupy_syncbn.arrays import Array, array_module, module_of
+from cupy_syncbn.arrays import Array, array_module, is_cupy, module_of
 from cupy_syncbn.checks import Activation, activation_slope, check_grad_reduction, check_settings, data_type
 from cupy_syncbn.comm import trailer
 from cupy_syncbn.comm.call import DO, Call, Collective, commit
@@ -27,32 +27,42 @@ if TYPE_CHECKING:
     from mpi4py import MPI
 
 
-_TRANSIENT = ("_frozen", "_no_backward", "_observe", "_waiting")
-"""Attributes that no copy has."""
-
 _ATTRIBUTES = (
     "_calls_made", "_group", "_introduced", "_model", "activation", "affine", "bias", "channels_last",
     "dtype", "eps", "grad_reduction", "momentum", "name", "num_features", "track_running_stats", "weight",
-    *_TRANSIENT,
+    "_frozen", "_no_backward", "_observe", "_waiting",
 )  # fmt: skip
 """Attributes of each layer. A forward leaves its record there alone; a subclass may add others."""
+
+_NEEDED = (
+    "num_features", "eps", "momentum", "affine", "track_running_stats", "weight", "bias", "running_mean",
+    "running_var", "num_batches_tracked",
+)  # fmt: skip
+"""Attributes without which a pickle is no layer."""
 
 
 class BatchNormBase(Module):
     """The common part of all batch normalizations: parameters, running statistics, forward and backward."""
 
     _buffer_names = ("running_mean", "running_var", "num_batches_tracked")
+    _parameter_names = ("weight", "bias")
     _dimensions: ClassVar[tuple[int, ...] | None] = None
     _never_left = Module._never_left.union(_ATTRIBUTES)
+    _transient = ("_frozen", "_no_backward", "_observe", "_tree", "_waiting")
 
     weight: Parameter | None
     bias: Parameter | None
     running_mean: Array | None
     running_var: Array | None
     num_batches_tracked: Array | None
-    _group: ProcessGroup | None
-    _calls_made: int
-    _introduced: bool
+    # What a pickle of an older version may lack has its value here.
+    channels_last: bool = False
+    activation: Activation = None
+    grad_reduction: str = "none"
+    name: str | None = None
+    _group: ProcessGroup | None = None
+    _calls_made: int = 0
+    _introduced: bool = False
     _model: int | None = None
     """See `Call`."""
     _waiting: Waiting = NOTHING
@@ -79,6 +89,7 @@ class BatchNormBase(Module):
         activation: Activation = None,
         grad_reduction: str = "none",
         name: str | None = None,
+        bias: bool = True,
     ) -> None:
         self.num_features = operator.index(num_features)
         if self.num_features < 1:
@@ -92,7 +103,7 @@ class BatchNormBase(Module):
         self.grad_reduction, self.name = grad_reduction, name
         xp, shape, dtype = array_module(device), (self.num_features,), data_type(dtype)
         self.weight = Parameter(xp.ones(shape, dtype)) if affine else None
-        self.bias = Parameter(xp.zeros(shape, dtype)) if affine else None
+        self.bias = Parameter(xp.zeros(shape, dtype)) if affine and bias else None
         self.running_mean = xp.zeros(shape, dtype) if track_running_stats else None
         self.running_var = xp.ones(shape, dtype) if track_running_stats else None
         self.num_batches_tracked = xp.zeros((), np.int64) if track_running_stats else None
@@ -131,6 +142,8 @@ class BatchNormBase(Module):
                 training and (self._frozen > 0 or not self.track_running_stats),
                 self._dimensions,
                 self.dtype,
+                weight is None or weight.requires_grad,
+                bias is None or bias.requires_grad,
             )
             y, saved, writes = functional.forward(x, arguments, settings, self._group, step)
             waiting = self._waiting if self._no_backward else self._waiting.after(saved)
@@ -151,6 +164,11 @@ class BatchNormBase(Module):
             f"affine={self.affine}, tracking={self.track_running_stats}, activation={self.activation}, "
             f"grad_reduction={self.grad_reduction}, channels_last={self.channels_last}"
         )
+        for name, parameter in ("weight", self.weight), ("bias", self.bias):
+            if self.affine and parameter is None:
+                direction += f", {name}=None"
+            elif parameter is not None and not parameter.requires_grad:
+                direction += f", {name}.requires_grad=False"
         step.enter(self._call(direction), as_group(self._group), trailer.LENGTH)
         step.needed = 2  # of which the forward is the second
         step.sum(np.array(step.trailer()))
@@ -190,7 +208,7 @@ class BatchNormBase(Module):
             gradients = functional.backward(dy, saved, self.grad_reduction, step)
             writes = []
             for parameter, gradient in zip(parameters, (gradients.weight, gradients.bias), strict=True):
-                if parameter is not None and gradient is not None:
+                if parameter is not None and gradient is not None and parameter.requires_grad:
                     writes.append(accumulation(parameter, gradient))
             # A rank that fails after the sum has another number than the others, and they find out.
             calls = self._calls_made + (saved.plan.training or self.grad_reduction != "none")
@@ -242,12 +260,26 @@ class BatchNormBase(Module):
         """The ranks whose batches are one; None is all."""
         return self._group
 
-    def __getstate__(self) -> Any:
-        """Return the state that copies and pickles have: without a forward that waits for its backward."""
-        whole = super().__getstate__()  # `(dict, slots)` if a subclass has slots
-        attributes = whole[0] if isinstance(whole, tuple) else whole
-        state = {name: value for name, value in attributes.items() if name not in _TRANSIENT}
-        return (state, whole[1]) if isinstance(whole, tuple) else state
+    def __setstate__(self, state: Any) -> None:
+        """Take the state of a copy or pickle; RuntimeError if it is one of a version that kept less."""
+        attributes, slots = state if isinstance(state, tuple) else (state, {})
+        missing = [name for name in _NEEDED if name not in attributes]
+        if missing:
+            raise RuntimeError(
+                f"expected a pickle of {type(self).__name__} with {', '.join(_NEEDED)} (got one without "
+                f"{', '.join(missing)}, of another version): load its state_dict() into a new layer"
+            )
+        vars(self).update(attributes)
+        for name, value in (slots or {}).items():
+            object.__setattr__(self, name, value)
+        if "dtype" not in attributes:
+            arrays = (self.running_mean, self.weight, self.bias)
+            types = [array.dtype for array in arrays if array is not None]
+            vars(self)["dtype"] = types[0] if types else np.dtype(np.float32)
+
+    def _take_type(self, dtype: np.dtype[Any]) -> None:
+        if self.dtype != dtype:
+            vars(self).update(dtype=dtype, _introduced=False)
 
     def reset_running_stats(self) -> None:
         """Set the running statistics, if they are tracked, to their start: mean 0, variance 1, no batches."""
@@ -273,19 +305,33 @@ class BatchNormBase(Module):
         if weight not in ("ones", "uniform"):
             raise ValueError(f"expected weight 'ones' or 'uniform' (got {weight!r})")
         self.reset_running_stats()
-        if self.weight is not None and self.bias is not None:
-            self.weight.data[...] = 1
+        if self.bias is not None:
             self.bias.data[...] = 0
+        if self.weight is not None:
+            self.weight.data[...] = 1
             if weight == "uniform":
                 rng = rng or np.random.default_rng(0)
                 values = rng.random(self.num_features).astype(self.dtype)
                 self.weight.data[...] = module_of(self.weight.data).asarray(values)
 
-    def __repr__(self) -> str:
+    def extra_repr(self) -> str:
+        """Return the settings: torch's first ones, and of the others those that are not as by default."""
+        parameter = self.bias if self.weight is None else self.weight
+        array = self.running_mean if parameter is None else parameter.data
+        others = {
+            "bias": self.bias is not None or not self.affine,
+            "dtype": self.dtype.name,
+            "device": "cuda" if is_cupy(array) else None,
+            "channels_last": self.channels_last,
+            "activation": self.activation,
+            "grad_reduction": self.grad_reduction,
+            "name": self.name,
+        }
+        usual = {"bias": True, "dtype": "float32", "channels_last": False, "grad_reduction": "none"}
         return (
-            f"{type(self).__name__}({self.num_features}, eps={self.eps}, momentum={self.momentum}, "
-            f"affine={self.affine}, track_running_stats={self.track_running_stats})"
-        )
+            f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, affine={self.affine}, "
+            f"track_running_stats={self.track_running_stats}"
+        ) + "".join(f", {name}={value!r}" for name, value in others.items() if value != usual.get(name))
 
 
 def restart_of(layer: BatchNormBase, *, name: str | None, model: int | None) -> Callable[[], object]:
@@ -359,11 +405,13 @@ class SyncBatchNorm(BatchNormBase):
     name : str, optional
         The layer's name in errors, the same on all ranks; DistributedDataParallel names a layer that has
         none. Ranks that call different layers of one size notice it by the names, or by the number of calls.
+    bias : bool
+        Whether there is a bias, if `affine`. Either parameter can be None, from the start or assigned.
 
     Attributes
     ----------
     weight, bias : Parameter or None
-        Of shape (C,).
+        Of shape (C,). Without `requires_grad` none of their gradients is computed; see `Parameter`.
     running_mean, running_var : array or None
         Of shape (C,).
     num_batches_tracked : array or None
@@ -401,6 +449,10 @@ class SyncBatchNorm(BatchNormBase):
     >>> bn.backward(np.ones_like(y)).shape
     (8, 3, 4, 4)
     """
+
+    def extra_repr(self) -> str:
+        group = "" if self._group is None else f", process_group={self._group!r}"
+        return super().extra_repr() + group
 
     @property
     def process_group(self) -> ProcessGroup | None:
@@ -445,10 +497,13 @@ class LayerSettings(TypedDict, total=False):
     activation: Activation
     grad_reduction: str
     name: str | None
+    bias: bool
 
 
 class _LocalBatchNorm(BatchNormBase):
     """Batch normalization by the statistics of this rank's batch."""
+
+    _group = SINGLE
 
     def __init__(
         self,

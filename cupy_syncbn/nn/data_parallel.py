@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import json
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -57,16 +58,25 @@ class DistributedDataParallel(Module):
     RemoteRankError
         If an array of another rank's module is wrong so.
     RankMismatchError
-        If parameters or buffers differ between ranks in name, shape, type or device, or `bucket_cap_mb` does.
+        If parameters or buffers differ between ranks in name, shape, type, device or ``requires_grad``, or
+        `bucket_cap_mb` does.
     CollectiveTimeoutError
         If a rank does not come within the group's timeout.
 
     Notes
     -----
     Construction and `reduce_gradients` are **collective**; backward is the module's, and so is forward but
-    for the buffers.
-    Batch normalizations without a name take their dotted one in the module, for errors to tell. Forwards
-    before the construction are forgotten.
+    for the buffers. SyncBatchNorm layers without a name take their dotted one in the module, for errors to
+    tell. Forwards before the construction are forgotten.
+
+    A step without `reduce_gradients` lets the ranks' parameters part, silently: to look for it would take a
+    message more in each step. Parameters and buffers are sent, an optimizer's state is not: load that on
+    each rank.
+
+    torch's other keywords have nothing to say here. A rank computes where its module's arrays are (not
+    `device_ids`, `output_device`), on the part of the batch that it is given (`dim`). One call behind the
+    backward reduces the gradients that there are (`find_unused_parameters`, `static_graph`), in arrays of
+    their own (`gradient_as_bucket_view`). Construction always compares and sends (`init_sync`).
 
     Examples
     --------
@@ -79,8 +89,16 @@ class DistributedDataParallel(Module):
     >>> bn.weight.data -= 0.1 * bn.weight.grad
     """
 
+    _transient = ("_tree", "_paused")
+    _group: ProcessGroup | None = None
+    bucket_cap_mb: float = 25
+    _reductions: int = 0
     _model: int | None = None
     """See `Call`."""
+    broadcast_buffers: bool = True
+    _broadcasts: int = 0
+    _paused: int = 0
+    """How many `no_sync` it is in."""
 
     def __init__(
         self,
@@ -141,7 +159,8 @@ class DistributedDataParallel(Module):
             # The name is alike on all ranks, and tells layers of one size apart. The calls start anew, as a
             # layer that a rank has loaded from a pickle may have been called before.
             if isinstance(layer, BatchNormBase):
-                writes.append(restart_of(layer, name=layer.name or name or None, model=self._model))
+                own = layer.name or (name if isinstance(layer, SyncBatchNorm) else "")
+                writes.append(restart_of(layer, name=own or None, model=self._model))
         step.sum(ending)
         commit(map(DO, writes))
 
@@ -155,7 +174,7 @@ class DistributedDataParallel(Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the module, in training mode with the buffers of rank 0."""
-        if self.training and self.broadcast_buffers:
+        if self.training and self.broadcast_buffers and not self._paused:
             self._take_buffers()
         return self.module(*args, **kwargs)
 
@@ -201,11 +220,36 @@ class DistributedDataParallel(Module):
         """Call the module's backward. Gradients are this rank's until `reduce_gradients`."""
         return self.module.backward(*args, **kwargs)
 
+    @contextlib.contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Return a context in which `reduce_gradients` does nothing, as torch's.
+
+        It is for a training step that is called for each part of a batch: gradients add up on each rank, and
+        the call for the last part, outside, reduces them. Who writes the loop can as well leave out all calls
+        of `reduce_gradients` but the last. SyncBatchNorm layers send their messages inside as ever.
+
+        Yields
+        ------
+        None
+            It may be nested. All ranks are inside at the same calls.
+
+        Raises
+        ------
+        RankMismatchError, CollectiveTimeoutError
+            By a later call, on the ranks that reduce while another one is inside.
+        """
+        self._paused += 1
+        try:
+            yield
+        finally:
+            self._paused -= 1
+
     def reduce_gradients(self) -> None:
         """Replace all gradients by their mean over the ranks.
 
-        Left out are those of layers whose ``grad_reduction`` has summed or averaged them over these ranks.
-        A gradient that only some ranks have counts as zero on the others; one that none has stays None.
+        Left out are those of layers whose ``grad_reduction`` has summed or averaged them over these ranks,
+        and those of parameters without ``requires_grad``. A gradient that only some ranks have counts as zero
+        on the others; one that none has stays None.
 
         Raises
         ------
@@ -223,13 +267,19 @@ class DistributedDataParallel(Module):
         **Collective.** 16-bit gradients are added up in float32. All gradients are replaced when the last has
         come, or none: until then there is a copy of them in the type of the sums, and a bucket.
         """
+        if self._paused:
+            return
         with Collective(describe=self._describe_reduction) as step:
             reduced, group = self._already_reduced(), self.process_group
-            named = [(name, p) for name, p in self.module.named_parameters() if id(p) not in reduced]
+            every = list(self.module.named_parameters())
+            named = [(name, p) for name, p in every if p.requires_grad and id(p) not in reduced]
             caller = "DistributedDataParallel"
             if group.size > 1:
-                described = self._description({name: p.data for name, p in named})
+                frozen = [name for name, p in every if not p.requires_grad]
+                described = [*self._description({name: p.data for name, p in named}), *frozen]
                 caller += f" with parameters of code {zlib.crc32(repr(described).encode()):08x}"
+                if frozen:
+                    caller += f", {len(frozen)} of {len(every)} without requires_grad"
             call = Call(caller, 0, "gradients", self._reductions, self._model)
             step.enter(call, group, len(named) + trailer.LENGTH)
             for name, parameter in named:
@@ -250,8 +300,9 @@ class DistributedDataParallel(Module):
 
     def _description(self, arrays: dict[str, Array]) -> list[str]:
         """Describe all that the messages between ranks depend on."""
+        frozen = {id(p.data) for p in self.module.parameters() if not p.requires_grad}
         described = [
-            _describe(name, array.shape, array.dtype, module_of(array))
+            _describe(name, array.shape, array.dtype, module_of(array), id(array) in frozen)
             if hasattr(array, "dtype")
             else f"{name}: {type(array).__name__}"
             for name, array in arrays.items()
@@ -388,8 +439,11 @@ def _describe_construction(process_group: ProcessGroup | MPI.Intracomm | None) -
 
 
 @functools.lru_cache(maxsize=4096)
-def _describe(name: str, shape: tuple[int, ...], dtype: np.dtype[Any], library: ModuleType) -> str:
-    return f"{name}: shape {shape}, type {dtype.str} {dtype.name}, of {library.__name__}"
+def _describe(
+    name: str, shape: tuple[int, ...], dtype: np.dtype[Any], library: ModuleType, is_frozen: bool
+) -> str:
+    frozen = ", requires_grad=False" if is_frozen else ""
+    return f"{name}: shape {shape}, type {dtype.str} {dtype.name}, of {library.__name__}{frozen}"
 
 
 def _check_array(name: str, array: Any) -> None:

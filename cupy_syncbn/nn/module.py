@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import operator
+import reprlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from operator import methodcaller
-from typing import Any, ClassVar, NamedTuple, Self
+from types import ModuleType
+from typing import Any, ClassVar, NamedTuple, Self, overload
 
 import numpy as np
 
-from cupy_syncbn.arrays import Array, array_module, check_writeable, module_of, move
-from cupy_syncbn.checks import is_data_type
+from cupy_syncbn.arrays import Array, array_module, as_array, is_cupy, module_of, move, type_name
+from cupy_syncbn.checks import data_type, is_data_type
 from cupy_syncbn.nn.records import NoBackward, Record
-from cupy_syncbn.nn.tree import Kinds, Tree, has_members, items_of, join
+from cupy_syncbn.nn.state import as_buffer, assign, check_mapping, fitted, is_array, names_differ
+from cupy_syncbn.nn.tree import Kinds, Tree, has_members, items_of, join, two_of_one_name
 
 
 class Parameter:
@@ -24,6 +27,8 @@ class Parameter:
     ----------
     data : array
         The values; kept, not copied.
+    requires_grad : bool
+        Whether it is trained.
 
     Attributes
     ----------
@@ -31,6 +36,14 @@ class Parameter:
         The values. An optimizer may change them in place, or assign others.
     grad : array or None
         The gradient, of the shape and type of `data`: None until a backward, which then adds to it.
+    requires_grad : bool
+        Whether a backward adds to the gradient, and `reduce_gradients` averages it. It must be set at the
+        forward and at its backward, as in torch; the gradient that is there stays. The same on all ranks.
+
+    Notes
+    -----
+    NumPy's functions take a parameter of NumPy arrays as its `data`. Of CuPy arrays they raise TypeError, as
+    they do for these.
 
     Examples
     --------
@@ -40,20 +53,57 @@ class Parameter:
     ...     weight.accumulate(np.full(3, 0.5))
     >>> weight.grad
     array([1., 1., 1.])
+    >>> np.sum(weight), weight.shape
+    (np.float64(3.0), (3,))
     """
 
-    def __init__(self, data: Array) -> None:
-        self.data = data
-        self.grad: Array | None = None
+    grad: Array | None = None
+    requires_grad: bool = True
+
+    def __init__(self, data: Array, requires_grad: bool = True) -> None:
+        self.data, self.requires_grad = data, requires_grad
+        self.grad = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of `data`."""
+        shape: tuple[int, ...] = self.data.shape
+        return shape
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The type of `data`."""
+        dtype: np.dtype[Any] = self.data.dtype
+        return dtype
+
+    @property
+    def size(self) -> int:
+        """The number of values."""
+        return self.data.size
+
+    @property
+    def ndim(self) -> int:
+        """The number of axes."""
+        return self.data.ndim
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray[Any, Any]:
+        if is_cupy(self.data):  # as CuPy's arrays refuse
+            raise TypeError(
+                "expected a parameter of NumPy arrays for a conversion to NumPy (got one of CuPy): "
+                "use .data, or .data.get() for a copy on the CPU"
+            )
+        return np.array(self.data, dtype=dtype, copy=copy)
 
     def accumulate(self, gradient: Array) -> None:
-        """Add to the gradient, in place unless it is read-only.
+        """Add to the gradient, in place unless it is read-only; nothing without `requires_grad`.
 
         Parameters
         ----------
         gradient : array
             Like `data`. The first is kept, not copied.
         """
+        if not self.requires_grad:
+            return
         if self.grad is None:
             self.grad = gradient
             return
@@ -62,8 +112,20 @@ class Parameter:
         with np.errstate(all="ignore"):  # infinities and NaN are the data's, and pass through
             self.grad += gradient
 
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """Set `requires_grad`; return this parameter.
+
+        Parameters
+        ----------
+        requires_grad : bool
+            False to freeze it.
+        """
+        self.requires_grad = requires_grad
+        return self
+
     def __repr__(self) -> str:
-        return f"Parameter(shape={self.data.shape}, dtype={self.data.dtype})"
+        frozen = "" if self.requires_grad else ", requires_grad=False"
+        return f"Parameter(shape={self.data.shape}, dtype={self.data.dtype}{frozen})"
 
 
 @np.errstate(all="ignore")  # infinities and NaN are the data's, and pass through
@@ -93,6 +155,9 @@ class Module:
     Parameters, buffers and modules are found through its attributes, and the lists, tuples and dicts in
     them, by dotted names: ``blocks.0.bn.weight``.
 
+    An array that is assigned where a parameter or buffer is, is copied into it: it must be on its device and
+    of its shape, and is rounded to its type. A Parameter takes the place of another, None that of both.
+
     Attributes
     ----------
     training : bool
@@ -109,10 +174,24 @@ class Module:
 
     training: bool = True
     _buffer_names: tuple[str, ...] = ()
+    _parameter_names: tuple[str, ...] = ()
+    """Attributes that are parameters or None."""
+    _transient: tuple[str, ...] = ("_tree",)
+    """Attributes that no copy has."""
     _tree: Tree
     """See `tree_of`."""
     _never_left: ClassVar[frozenset[str]] = frozenset({"_buffer_names", "_tree", "training"})
     """Attributes that are none of a forward's."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute: of a parameter or buffer, given an array, the values."""
+        current = self.__dict__.get(name)
+        if value is not None:
+            if name in self._buffer_names:
+                value = _buffer_after(name, current, value)
+            elif isinstance(current, Parameter) or name in self._parameter_names:
+                value = _parameter_after(name, current, value)
+        super().__setattr__(name, value)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Compute the output; subclasses write it.
@@ -142,7 +221,9 @@ class Module:
         """Return the state that copies and pickles have: without the `_tree`, which they make anew."""
         state: Any = super().__getstate__()  # `(dict, slots)` if a subclass has slots
         attributes = state[0] if isinstance(state, tuple) else state
-        attributes = {name: value for name, value in (attributes or {}).items() if name != "_tree"}
+        attributes = {
+            name: value for name, value in (attributes or {}).items() if name not in self._transient
+        }
         return (attributes, state[1]) if isinstance(state, tuple) else attributes
 
     def register_buffer(self, name: str, array: Array | None) -> None:
@@ -153,9 +234,30 @@ class Module:
         name : str
             The attribute.
         array : array or None
-            Its value; None is left out of the state.
+            Its value, kept and not copied; None is left out of the state.
+
+        Raises
+        ------
+        TypeError
+            If `name` is not a str, or `array` not an array.
+        KeyError
+            If `name` is empty or has a dot, or is another attribute.
         """
-        setattr(self, name, array)
+        if not isinstance(name, str):
+            raise TypeError(f"expected the name of a buffer to be a str (got {type_name(name)})")
+        if not name or "." in name:
+            raise KeyError(f"expected the name of a buffer to be neither empty nor with a dot (got {name!r})")
+        if name not in self._buffer_names:
+            present = getattr(self, name, None)
+            is_free = present is None or is_array(present)
+            is_taken = name in self._parameter_names or isinstance(getattr(type(self), name, None), property)
+            if is_taken or not is_free:
+                raise KeyError(
+                    f"expected the name of a buffer to be a new one (got {name!r}, which this "
+                    f"{type(self).__name__} has for something else): use another"
+                )
+        value = None if array is None else _buffer_after(name, None, array)
+        super().__setattr__(name, value)
         if name not in self._buffer_names:
             self._buffer_names = (*self._buffer_names, name)
 
@@ -167,6 +269,34 @@ class Module:
         """Yield (dotted name, module) of this module, named "", and of all within it, each once."""
         yield "", self
         yield from ((name, module) for name, module, _ in tree_of(self).within)
+
+    def modules(self) -> Iterator[Module]:
+        """Return an iterator over this module and all within it, in the order of `named_modules`."""
+        return (module for _, module in self.named_modules())
+
+    def named_children(self) -> Iterator[tuple[str, Module]]:
+        """Yield (dotted name, module) of the modules that are within no other one in this, each once."""
+        met: set[int] = set()
+        for name, module in tree_of(self).root_nodes:
+            if id(module) not in met:
+                met.add(id(module))
+                yield name, module
+
+    def children(self) -> Iterator[Module]:
+        """Return an iterator over the modules of `named_children`."""
+        return (module for _, module in self.named_children())
+
+    def apply(self, fn: Callable[[Module], object]) -> Self:
+        """Call a function with all modules within, then with this module; return this module.
+
+        Parameters
+        ----------
+        fn : callable
+            Called once with each module, with those within it before.
+        """
+        for module in list(_inside_out(self, set())):
+            fn(module)
+        return self
 
     def named_parameters(self) -> Iterator[tuple[str, Parameter]]:
         """Yield (dotted name, parameter) of all parameters, each once."""
@@ -196,7 +326,15 @@ class Module:
         ----------
         mode : bool
             False for evaluation.
+
+        Raises
+        ------
+        ValueError
+            If `mode` is no bool.
         """
+        if not isinstance(mode, bool | np.bool_):
+            raise ValueError(f"expected mode True or False (got {mode!r}): use eval() for evaluation")
+        mode = bool(mode)
         for _, module in self.named_modules():
             module.training = mode
         return self
@@ -205,10 +343,36 @@ class Module:
         """Set evaluation mode here and in all modules within; return this module."""
         return self.train(False)
 
-    def zero_grad(self) -> None:
-        """Set the gradients of all parameters to None."""
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """Set `requires_grad` of all parameters; return this module.
+
+        Batch normalizations that are to stay as they are need `eval` too, for their running statistics.
+
+        Parameters
+        ----------
+        requires_grad : bool
+            False to freeze them; see `Parameter`.
+        """
         for parameter in tree_of(self).leaves:
-            parameter.grad = None
+            parameter.requires_grad = requires_grad
+        return self
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients of all parameters.
+
+        Parameters
+        ----------
+        set_to_none : bool
+            Whether they become None. Else those that are there become 0, in place unless read-only.
+        """
+        for parameter in tree_of(self).leaves:
+            grad = parameter.grad
+            if set_to_none or grad is None:
+                parameter.grad = None
+            elif is_cupy(grad) or (isinstance(grad, np.ndarray) and grad.flags.writeable):
+                grad[...] = 0
+            else:
+                parameter.grad = np.zeros_like(grad)
 
     def take_record(self) -> Record:
         """Return the record of the last forward, for its backward at any later time.
@@ -283,9 +447,13 @@ class Module:
         Names, their order, shapes and types are those that torch gives to the same layers. An array that is
         found in several places has as many names.
         """
-        return dict(_state("", self, ()))
+        tree_of(self)  # which finds two members of one name
+        state: dict[str, Array] = {}
+        for name, array in _state("", self, ()):
+            if state.setdefault(name, array) is not array:
+                raise two_of_one_name(name)
+        return state
 
-    @np.errstate(all="ignore")  # values that exceed a type become infinite, as in a forward
     def load_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> IncompatibleKeys:
         """Copy values into the parameters and buffers.
 
@@ -294,8 +462,8 @@ class Module:
         state : mapping of str to array
             From `state_dict`, ``np.load`` of an npz file, ``safetensors.numpy``, or a torch state_dict with
             its tensors: anything that `numpy.asarray` takes. An older one without ``num_batches_tracked``
-            counts as 0. Values are rounded to the types of the parameters and buffers. Of an array with
-            several names the last value stays, as in torch.
+            leaves the present one. Values are rounded to the types of the parameters and buffers, averages of
+            counters cut off. Of an array with several names the last value stays, as in torch.
         strict : bool
             Whether the names must be the same.
 
@@ -311,58 +479,102 @@ class Module:
         ValueError
             If a shape differs, or an array here is read-only.
         TypeError
-            If a type cannot be cast. Nothing has been changed in any of these cases.
+            If `state` is not a mapping, or a type cannot be cast. Nothing has been changed in any of these
+            cases.
         """
+        check_mapping(state)
         targets = self.state_dict()
         missing = [name for name in targets if name not in state]
         values = {name: move(state[name], np) for name in targets if name in state}
         for name in [name for name in missing if name.split(".")[-1] == "num_batches_tracked"]:
             if f"{name.removesuffix('num_batches_tracked')}running_mean" in values:
                 missing.remove(name)
-                values[name] = np.zeros((), np.int64)
         unexpected = [name for name in state if name not in targets]
         if strict and (missing or unexpected):
-            raise KeyError(f"state_dict has missing keys {missing} and unexpected keys {unexpected}")
+            raise names_differ(missing, unexpected)
+        values = {name: fitted(name, value, targets[name]) for name, value in values.items()}
         for name, value in values.items():
-            target = targets[name]
-            check_writeable(name, target)
-            if target.shape == () and value.size == 1:  # torch had counters of shape (1,) before 0.4
-                values[name] = value = value.reshape(())
-            if value.shape != target.shape:
-                raise ValueError(f"expected {name} of shape {target.shape} (got {value.shape})")
-            if value.dtype == "V2" and target.dtype.name == "bfloat16":
-                values[name] = value.view(target.dtype)  # npz files keep its bits, not its name
-            elif not _can_cast(value, target.dtype):
-                raise TypeError(f"expected {name} to be {target.dtype} (got {value.dtype})")
-        for name, value in values.items():
-            targets[name][...] = module_of(targets[name]).asarray(value.astype(targets[name].dtype))
+            targets[name][...] = module_of(targets[name]).asarray(value)
         return IncompatibleKeys(missing, unexpected)
 
-    def to(self, device: str) -> Self:
-        """Move all parameters and buffers to a device; return this module.
+    def to(self, device: Any = None, dtype: Any = None) -> Self:
+        """Move all parameters, gradients and buffers to a device, or change their type; return this module.
 
         Parameters
         ----------
-        device : {"cpu", "cuda"}
-            The device; "cuda" is the current one of CuPy.
+        device : {"cpu", "cuda"}, optional
+            The device; "cuda" is the current one of CuPy. As in torch, a type may stand here.
+        dtype : {"float16", "bfloat16", "float32", "float64"}, optional
+            The type of those that have floating-point numbers, and the `dtype` of batch normalizations: they
+            compare it between ranks at their next call.
 
         Raises
         ------
         ValueError
             If there is no such device.
+        TypeError
+            If there is no such type, or neither is given.
         ModuleNotFoundError, RuntimeError
             If CuPy is not installed, or sees no GPU.
+
+        Notes
+        -----
+        A backward takes dy where and in the type in which its forward was computed.
         """
-        xp = array_module(device)
+        xp, dtype = _target_of(device, dtype)
+        new: dict[int, tuple[Array, Array]] = {}  # by the old one's id, so that what is shared stays so
+
+        def converted(array: Array | None) -> Any:
+            if array is not None and id(array) not in new:
+                new[id(array)] = array, _converted(array, xp, dtype)
+            return None if array is None else new[id(array)][1]
+
+        writes: list[Callable[[], object]] = []
         for parameter in self.parameters():
-            parameter.data = move(parameter.data, xp)
-            if parameter.grad is not None:
-                parameter.grad = move(parameter.grad, xp)
-        for _, module in self.named_modules():
+            for name in "data", "grad":
+                writes.append(partial(setattr, parameter, name, converted(getattr(parameter, name))))
+        for module in self.modules():
             for name in module._buffer_names:
-                buffer = getattr(module, name)
-                setattr(module, name, None if buffer is None else move(buffer, xp))
+                buffer = converted(getattr(module, name))
+                writes.append(partial(object.__setattr__, module, name, buffer))
+        for write in writes:
+            write()
+        if dtype is not None:
+            for module in self.modules():
+                module._take_type(dtype)
         return self
+
+    def _take_type(self, dtype: np.dtype[Any]) -> None:
+        """Take note of the new type of parameters and buffers."""
+
+    def float(self) -> Self:
+        """Change parameters, gradients and buffers to float32, by `to`; return this module."""
+        return self.to(dtype="float32")
+
+    def double(self) -> Self:
+        """Change parameters, gradients and buffers to float64, by `to`; return this module."""
+        return self.to(dtype="float64")
+
+    def half(self) -> Self:
+        """Change parameters, gradients and buffers to float16, by `to`; return this module."""
+        return self.to(dtype="float16")
+
+    def bfloat16(self) -> Self:
+        """Change parameters, gradients and buffers to bfloat16, by `to`; return this module."""
+        return self.to(dtype="bfloat16")
+
+    def extra_repr(self) -> str:
+        """Return what `repr` says of this module beside the modules within; subclasses write it."""
+        return ""
+
+    @reprlib.recursive_repr()
+    def __repr__(self) -> str:
+        extra = self.extra_repr()
+        children = [f"({name}): {module!r}" for name, module in tree_of(self).root_nodes]
+        if not children and "\n" not in extra:
+            return f"{type(self).__name__}({extra})"
+        lines = "\n".join([*filter(None, [extra]), *children]).replace("\n", "\n  ")
+        return f"{type(self).__name__}(\n  {lines}\n)"
 
 
 _ABSENT = object()
@@ -439,6 +651,42 @@ def tree_of(module: Module) -> Tree:
     return tree
 
 
+def _inside_out(module: Module, met: set[int]) -> Iterator[Module]:
+    """Yield all modules within one, and it behind them, each once."""
+    met.add(id(module))
+    for child in module.children():
+        if id(child) not in met:
+            yield from _inside_out(child, met)
+    yield module
+
+
+def _target_of(device: Any, dtype: Any) -> tuple[ModuleType | None, np.dtype[Any] | None]:
+    """Return the library and the type that the arguments of `Module.to` mean; None stands for no change."""
+    if device is None and dtype is None:
+        raise TypeError("expected a device, a type or both (got neither)")
+    if device is None or dtype is not None or (isinstance(device, str) and device in ("cpu", "cuda")):
+        xp = None if device is None else array_module(device)
+        return xp, None if dtype is None else data_type(dtype)
+    try:
+        return None, data_type(device)
+    except TypeError:
+        if not isinstance(device, str):
+            raise
+    raise ValueError(
+        "expected device 'cpu' or 'cuda', or a type: 'float16', 'bfloat16', 'float32', 'float64' "
+        f"(got {device!r})"
+    )
+
+
+@np.errstate(all="ignore")  # values that exceed a type become infinite, as in a forward
+def _converted(array: Array, xp: ModuleType | None, dtype: np.dtype[Any] | None) -> Array:
+    """Return an array of a library, and of a type if it has floating-point numbers."""
+    xp = xp or module_of(array)
+    if dtype is None or array.dtype == dtype or not (is_data_type(array.dtype) or array.dtype.kind == "f"):
+        return move(array, xp)
+    return move(move(array, np).astype(dtype), xp)  # on the host: CuPy does not convert to all types
+
+
 def _state(prefix: str, holder: Any, within: tuple[int, ...]) -> Iterator[tuple[str, Array]]:
     """Yield (name, array) of a module, list, tuple or dict, which is within others of these ids.
 
@@ -456,14 +704,36 @@ def _state(prefix: str, holder: Any, within: tuple[int, ...]) -> Iterator[tuple[
             yield from _state(name, value, within)
 
 
-def _can_cast(values: Array, target: np.dtype[Any]) -> bool:
-    """Tell whether values may be converted to a type."""
-    if np.can_cast(values.dtype, target, "same_kind"):
-        return True
-    # NumPy counts bfloat16 to float16 as no cast of one kind, nor counters in floating-point numbers.
-    return is_data_type(values.dtype) and (
-        is_data_type(target) or (target.kind == "i" and bool((values.astype(target) == values).all()))
-    )
+def _buffer_after(name: str, buffer: Any, value: Any) -> Any:
+    """Return a buffer after an assignment to it: the same with other values, if there is one."""
+    if isinstance(value, Parameter | Module):
+        raise TypeError(
+            f"expected the buffer {name} to be an array or None (got a {type(value).__name__}): "
+            "use its .data, or another name"
+        )
+    array = as_buffer(name, value)
+    if buffer is None:
+        return array
+    assign(name, buffer, array)
+    return buffer
+
+
+def _parameter_after(name: str, parameter: Any, value: Any) -> Any:
+    """Return a parameter after an assignment to it: the same with other values, if given an array."""
+    if isinstance(value, Parameter | Module):
+        return value
+    array = as_array(value)
+    if not isinstance(parameter, Parameter):
+        raise TypeError(
+            f"expected {name} to be a Parameter or None (got {type_name(value)}): use Parameter(array)"
+        )
+    if not is_array(array) or not is_array(parameter.data):
+        raise TypeError(
+            f"expected {name} to be an array, a Parameter or None (got {type_name(value)}): "
+            f"change its values by .{name}.data[...] = value, or assign an array to .{name}.data"
+        )
+    assign(name, parameter.data, array)
+    return parameter
 
 
 class Sequential(Module):
@@ -474,15 +744,30 @@ class Sequential(Module):
     *layers : Module
         The modules, in the order of the forward.
 
+    Raises
+    ------
+    TypeError
+        If one is not a Module.
+
+    Notes
+    -----
+    Indices, slices, assignment, ``del``, ``len`` and loops do what they do with lists. A slice is a
+    Sequential.
+
     Examples
     --------
     >>> net = Sequential(BatchNorm1d(4), BatchNorm1d(4))
     >>> list(net.state_dict())[:3]
     ['0.weight', '0.bias', '0.running_mean']
+    >>> net
+    Sequential(
+      (0): BatchNorm1d(4, eps=1e-05, momentum=0.1, affine=True, track_running_stats=True)
+      (1): BatchNorm1d(4, eps=1e-05, momentum=0.1, affine=True, track_running_stats=True)
+    )
     """
 
     def __init__(self, *layers: Module) -> None:
-        self.layers = list(layers)
+        self.layers = _layers(layers)
 
     def _members(self) -> Iterator[tuple[str, Any]]:
         return ((str(index), layer) for index, layer in enumerate(self.layers))
@@ -499,13 +784,100 @@ class Sequential(Module):
             dy = layer.backward(dy)
         return dy
 
-    def __getitem__(self, index: int) -> Module:
-        """Return a layer."""
-        return self.layers[index]
+    def append(self, module: Module) -> Self:
+        """Add a layer behind the last; return this module.
+
+        Parameters
+        ----------
+        module : Module
+            The layer.
+
+        Raises
+        ------
+        TypeError
+            If it is not a Module.
+        """
+        return self.extend([module])
+
+    def extend(self, modules: Iterable[Module]) -> Self:
+        """Add layers behind the last; return this module.
+
+        Parameters
+        ----------
+        modules : iterable of Module
+            The layers, or a Sequential of them.
+
+        Raises
+        ------
+        TypeError
+            If one is not a Module; then none is added.
+        """
+        self.layers += _layers(modules)
+        return self
+
+    def insert(self, index: int, module: Module) -> Self:
+        """Add a layer before another; return this module.
+
+        Parameters
+        ----------
+        index : int
+            Of the other; as for lists.
+        module : Module
+            The layer.
+
+        Raises
+        ------
+        TypeError
+            If it is not a Module.
+        """
+        self.layers[index:index] = _layers([module])
+        return self
+
+    @overload
+    def __getitem__(self, index: int) -> Module: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequential: ...
+    def __getitem__(self, index: int | slice) -> Module:
+        """Return a layer, or a Sequential of some layers, which it shares."""
+        if not isinstance(index, slice):
+            return self.layers[index]
+        part = Sequential(*self.layers[index])
+        part.training = self.training
+        return part
+
+    def __setitem__(self, index: int | slice, value: Any) -> None:
+        """Replace a layer, or a slice of layers."""
+        if isinstance(index, slice):
+            self.layers[index] = _layers(value)
+        else:
+            self.layers[index] = _layers([value])[0]
+
+    def __delitem__(self, index: int | slice) -> None:
+        """Remove a layer, or a slice of layers."""
+        del self.layers[index]
+
+    def __iter__(self) -> Iterator[Module]:
+        """Return an iterator over the layers."""
+        return iter(self.layers)
 
     def __len__(self) -> int:
         """Return how many layers there are."""
         return len(self.layers)
+
+
+def _layers(values: Iterable[Any]) -> list[Module]:
+    """Return the layers of a Sequential; TypeError if one is none."""
+    layers = list(values)
+    for layer in layers:
+        if not isinstance(layer, Module):
+            is_collection = isinstance(layer, list | tuple)
+            remedy = (
+                "use Sequential(*layers)" if is_collection else "write a Module with forward and backward"
+            )
+            raise TypeError(
+                f"expected the layers of a Sequential to be Modules (got {type_name(layer)}): {remedy}"
+            )
+    return layers
 
 
 def check_gradient(name: str, parameter: Parameter) -> None:

@@ -25,6 +25,8 @@ class Tree:
         self.within: list[tuple[str, Any, list[Any]]] = []
         """Dotted name, node and its own leaves, of all nodes but the root, each once."""
         self.root_leaves: list[Any] = []
+        self.root_nodes: list[tuple[str, Any]] = []
+        """Dotted name and node, of those that are within no other node, by each of their names."""
         self.named_leaves: list[tuple[str, Any]] = []
         """Dotted name and leaf, each once."""
         self._root: _Seen | None = None
@@ -37,6 +39,7 @@ class Tree:
     def _walk(self, root: Any, kinds: Kinds) -> None:
         pending: list[tuple[str, Any]] = [("", root)]
         met: set[int] = set()
+        named: dict[str, Any] = {}
         while pending:
             prefix, node = pending.pop()
             if id(node) in met:
@@ -45,6 +48,8 @@ class Tree:
             own, nodes = [], []
             for name, value in self._members(node, kinds):
                 dotted = join(prefix, name)
+                if named.setdefault(dotted, value) is not value:
+                    raise two_of_one_name(dotted)
                 if isinstance(value, kinds.node):
                     nodes.append((dotted, value))
                     continue
@@ -56,6 +61,7 @@ class Tree:
             attributes = _Seen.of(vars(node), kinds)
             if node is root:
                 self.root_leaves, self._root = own, attributes._replace(values=None)
+                self.root_nodes = [each for each in nodes if each[1] is not root]
             else:
                 self.within.append((prefix, node, own))
                 self._seen.append(attributes)
@@ -151,3 +157,11 @@ def items_of(container: list[Any] | tuple[Any, ...] | dict[Any, Any]) -> Iterabl
 def join(prefix: str, name: str) -> str:
     """Return the dotted name of a member of something that has a dotted name."""
     return f"{prefix}.{name}" if prefix else name
+
+
+def two_of_one_name(name: str) -> ValueError:
+    """Return the error that tells of two members with one dotted name."""
+    return ValueError(
+        f"expected one member by each name (got two by {name!r}): use other keys, of which no two are the "
+        "same text, nor have dots"
+    )

@@ -1,9 +1,11 @@
 """state_dict and load_state_dict."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
-from cupy_syncbn import BatchNorm1d, Sequential, SingleProcessGroup, SyncBatchNorm
+from cupy_syncbn import BatchNorm1d, DistributedDataParallel, Sequential, SingleProcessGroup, SyncBatchNorm
 from support.arrays import DTYPES, random_array, random_batch
 from support.compare import assert_identical, assert_unchanged, snapshot
 
@@ -96,12 +98,12 @@ def test_values_are_converted(rng):
 
 @pytest.mark.parametrize("strict", [True, False])
 def test_without_num_batches_tracked(rng, strict):
-    """States from before the counter read as 0."""
+    """States from before there was a counter leave it."""
     layer = trained_layer(rng)
     model = Sequential(layer)
     state = {f"0.{name}": np.full(5, 2.0) for name in NAMES[:4]}
     assert model.load_state_dict(state, strict=strict) == ([], [])
-    assert_identical(layer.num_batches_tracked, np.array(0))
+    assert_identical(layer.num_batches_tracked, np.array(3))
     assert_identical(layer.running_var, np.full(5, 2, "f4"))
 
 
@@ -114,7 +116,7 @@ def test_without_num_batches_tracked(rng, strict):
         ({"running_var": np.ones((5, 1))}, ValueError, "running_var"),
         ({"running_var": 1.0}, ValueError, "running_var"),
         ({"num_batches_tracked": np.zeros(2, "i8")}, ValueError, "num_batches_tracked"),
-        ({"num_batches_tracked": 2.5}, TypeError, "num_batches_tracked to be int64"),
+        ({"num_batches_tracked": "2"}, TypeError, "num_batches_tracked to be int64"),
         ({"num_batches_tracked": np.nan}, TypeError, "num_batches_tracked to be int64"),
         ({"num_batches_tracked": 1e300}, TypeError, "num_batches_tracked to be int64"),
         ({"running_var": ["one"] * 5}, (TypeError, ValueError), "."),
@@ -123,7 +125,7 @@ def test_without_num_batches_tracked(rng, strict):
     ],
     ids=[
         *("missing", "unexpected", "length", "axes", "scalar"),
-        *("counters", "fraction", "nan", "huge", "strings", "objects", "complex"),
+        *("counters", "text", "nan", "huge", "strings", "objects", "complex"),
     ],
 )
 def test_nothing_changes_when_it_raises(rng, changes, error, message):
@@ -190,3 +192,46 @@ def test_to_cpu(rng):
         assert array is arrays[name]
     with pytest.raises(ValueError, match="tpu"):
         layer.to("tpu")
+
+
+@pytest.mark.parametrize("counter", [1.5, np.float32(1.999), np.array([1.25], "f2")])
+def test_averages_of_counters_are_cut_off(rng, counter):
+    """As torch does, with the states that weight averaging makes."""
+    layer = trained_layer(rng)
+    layer.load_state_dict({"num_batches_tracked": counter}, strict=False)
+    assert_identical(layer.num_batches_tracked, np.array(1))
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ("model.npz", r"builtins\.str.*numpy\.load\(path\)"),
+        (Path("model.npz"), r"Path.*numpy\.load\(path\)"),
+        (None, "NoneType.*state_dict"),
+        ([], "builtins.list.*dict"),
+        ([("weight", np.ones(5))], r"builtins\.list.*dict\(\.\.\.\)"),
+        (SyncBatchNorm(5), r"SyncBatchNorm.*state_dict\(\)"),
+    ],
+    ids=["text", "path", "nothing", "list", "pairs", "module"],
+)
+@pytest.mark.parametrize("strict", [True, False])
+def test_what_is_no_mapping(rng, state, message, strict):
+    layer = trained_layer(rng)
+    with pytest.raises(TypeError, match=f"expected a mapping.*{message}"):
+        layer.load_state_dict(state, strict=strict)
+
+
+def test_a_prefix_is_named_as_the_cause(rng):
+    net = Sequential(*[trained_layer(rng) for _ in range(3)])
+    wrapped = DistributedDataParallel(net, SingleProcessGroup())
+    state = {name: array.copy() for name, array in wrapped.state_dict().items()}
+    with pytest.raises(KeyError, match=r"and 7 more.*DistributedDataParallel.*'module\.'") as caught:
+        net.load_state_dict(state)
+    remedy = caught.value.args[0].rpartition("prefix 'module.': ")[2]
+    assert net.load_state_dict(eval(remedy, {"state": state})) == ([], [])
+    with pytest.raises(KeyError, match=r"\.module"):
+        wrapped.load_state_dict(net.state_dict())
+    assert wrapped.module.load_state_dict(net.state_dict()) == ([], [])
+    with pytest.raises(KeyError) as caught:
+        net.load_state_dict({"other": np.ones(5)})
+    assert "DistributedDataParallel" not in str(caught.value)
