@@ -25,7 +25,7 @@ Description: TypeAlias = tuple[Call, ProcessGroup, int, tuple[Any, ...]]
 """What `Collective` needs to know of a call: also the group, and the length and the arrays of its sum."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, repr=False)
 class Saved:
     """The record of a forward, for its backward. `x` is kept as it is, not copied."""
 

@@ -43,11 +43,6 @@ MOMENTUM = 0.9
 AGREEMENT = {"float64": (1e-9, 2000), "float32": (1e-3, 20)}
 
 
-def accumulate(parameter, grad):
-    """Add grad to what the parameter has collected since zero_grad."""
-    parameter.grad = grad if parameter.grad is None else parameter.grad + grad
-
-
 class Conv2d(syncbn.Module):
     """3 × 3 convolution, padding 1. No bias: the normalization that follows would take it out again."""
 
@@ -76,7 +71,7 @@ class Conv2d(syncbn.Module):
         N, C, H, W = dy.shape
         dy = dy.reshape(N, C, H * W)
         dweight = (dy @ self.columns.swapaxes(1, 2)).sum(axis=0)
-        accumulate(self.weight, dweight.reshape(self.weight.data.shape))
+        self.weight.accumulate(dweight.reshape(self.weight.data.shape))
         dcolumns = (self.weight.data.reshape(dweight.shape).T @ dy).reshape(self.gathered_shape)
         dpadded = self.xp.zeros(self.padded_shape, dy.dtype)
         for k, tap in enumerate(self.taps(dpadded)):
@@ -114,8 +109,8 @@ class Classifier(syncbn.Module):
 
     def backward(self, dy):
         """Return dx, the same for all the pixels of a channel."""
-        accumulate(self.weight, self.features.T @ dy)
-        accumulate(self.bias, dy.sum(axis=0))
+        self.weight.accumulate(self.features.T @ dy)
+        self.bias.accumulate(dy.sum(axis=0))
         dmean = dy @ self.weight.data.T
         return self.xp.broadcast_to(dmean[:, :, None, None] / (self.shape[2] * self.shape[3]), self.shape)
 

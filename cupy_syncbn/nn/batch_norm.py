@@ -433,7 +433,8 @@ class SyncBatchNorm(BatchNormBase):
     -----
     forward and backward are **collective** in training mode: every rank of the group must call them, one
     without samples too, with N = 0. Evaluation sends no messages, except that the backward reduces the
-    gradients of weight and bias if `grad_reduction` says so.
+    gradients of weight and bias if `grad_reduction` says so. Statistics are those of one forward: the parts
+    of a batch whose gradients are accumulated have their own. There is no second derivative.
 
     Layers can be copied and pickled, without a forward that waits for its backward. A group of None, or of
     all ranks, is then that of the program that loads the pickle. One of some ranks stays itself in the

@@ -40,6 +40,8 @@ def test_fault_of_a_rank(world, rng, cupy, nccl, direction, found_by):
     group.check_errors()
     before = state_of(layer)
     call, other = (layer, layer.backward) if direction == "forward" else (layer.backward, layer)
+    if direction == "forward":
+        layer.forget()
     faulty = world.size - 1
     if world.rank == faulty:
         world.comm.Barrier()
