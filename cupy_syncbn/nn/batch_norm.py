@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import operator
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, TypedDict, Unpack
@@ -12,7 +11,14 @@ import numpy as np
 
 from cupy_syncbn import functional
 from cupy_syncbn.arrays import Array, array_module, module_of
-from cupy_syncbn.checks import Activation, activation_slope, check_grad_reduction, check_settings, data_type
+from cupy_syncbn.checks import (
+    Activation,
+    activation_slope,
+    check_grad_reduction,
+    check_settings,
+    data_type,
+    number_of_channels,
+)
 from cupy_syncbn.comm import trailer
 from cupy_syncbn.comm.call import DO, Call, Collective, commit
 from cupy_syncbn.comm.groups import SINGLE, ProcessGroup, as_group
@@ -72,9 +78,7 @@ class BatchNormBase(Module):
         grad_reduction: str = "none",
         name: str | None = None,
     ) -> None:
-        self.num_features = operator.index(num_features)
-        if self.num_features < 1:
-            raise ValueError(f"expected num_features of at least 1 (got {num_features})")
+        self.num_features = number_of_channels(num_features)
         check_settings(eps, momentum)
         check_grad_reduction(grad_reduction)
         activation_slope(activation)
@@ -295,7 +299,7 @@ class SyncBatchNorm(BatchNormBase):
     num_features : int
         C, the number of channels.
     eps : float
-        Added to the variance.
+        Added to the variance; at least 0, which makes the result of a constant channel NaN.
     momentum : float or None
         Share of each batch in the running statistics; None averages over all batches.
     affine : bool
@@ -306,7 +310,8 @@ class SyncBatchNorm(BatchNormBase):
     process_group : ProcessGroup, mpi4py.MPI.Intracomm or None
         The ranks whose batches are one; None is all.
     dtype : {"float16", "bfloat16", "float32", "float64"}
-        Type of parameters and running statistics. float32 is for 16-bit data too.
+        Type of parameters and running statistics, by its name, or as NumPy's or torch's type. float32 is for
+        16-bit data too: in a float16 layer a running variance above 65504 is inf, as in torch's.
     device : {"cpu", "cuda", None}
         The place of parameters, running statistics and data. None is the value of CUPY_SYNCBN_DEVICE, or
         "cuda" where CuPy sees a GPU, else "cpu".
