@@ -21,6 +21,7 @@ from cupy_syncbn.comm.errors import RankMismatchError
 from cupy_syncbn.comm.groups import ProcessGroup, as_group
 from cupy_syncbn.functional import Description
 from cupy_syncbn.nn.batch_norm import BatchNormBase, SyncBatchNorm, restart_of
+from cupy_syncbn.nn.conversion import check_reach
 from cupy_syncbn.nn.module import Module, Parameter, check_gradient, tree_of
 
 if TYPE_CHECKING:
@@ -46,7 +47,8 @@ class DistributedDataParallel(Module):
     Raises
     ------
     TypeError
-        If `module` is not a Module, or a parameter not an array.
+        If `module` is not a Module, or a parameter not an array; or if a batch normalization lies where the
+        module does not see it, such as in an object that is no Module.
     ValueError
         If `bucket_cap_mb` is not positive, or an array is read-only.
     RemoteRankError
@@ -85,6 +87,7 @@ class DistributedDataParallel(Module):
             step.enter(*_describe_construction(process_group))
             if not isinstance(module, Module):
                 raise TypeError(f"expected a Module (got {type(module).__name__})")
+            check_reach(module, lambda each: isinstance(each, BatchNormBase))
             if not bucket_cap_mb > 0:
                 raise ValueError(f"expected bucket_cap_mb to be positive (got {bucket_cap_mb!r})")
             self.module = module
