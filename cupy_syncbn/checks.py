@@ -21,6 +21,7 @@ Activation = str | tuple[str, float] | None
 
 GRAD_REDUCTIONS = ("none", "sum", "mean")
 DATA_TYPES = ("float16", "bfloat16", "float32", "float64")
+_LONGEST_SHOWN = 100  # characters of a value in an error
 LEAKY_SLOPE = 0.01
 """Slope of "leaky_relu" below zero, as in torch.nn.LeakyReLU."""
 
@@ -292,8 +293,9 @@ def _cast(name: str, dtype: str) -> str:
 
 
 def _shown(value: object) -> str:
-    """Return a value as errors show it: an array, which may be large, by its type and shape."""
+    """Return a value as errors show it: an array by its type and shape, and what is long by its type."""
     if is_array(value) or is_torch(value):
         array: Any = value
         return f"{type_name(value)} of type {array.dtype} and shape {tuple(array.shape)}"
-    return repr(value)
+    text = repr(value)
+    return text if len(text) <= _LONGEST_SHOWN else type_name(value)

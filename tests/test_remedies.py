@@ -169,6 +169,23 @@ def test_lists_and_numbers_as_a_layers_array(world, rng, name, value):
 
 
 @pytest.mark.mpi_skip
+@pytest.mark.parametrize("value", [[1.0, 2.0, 3.0, 4.0], 1.5], ids=repr)
+def test_lists_and_numbers_as_arrays_of_a_layer_on_a_gpu(rng, cupy, value):
+    layer, x = BatchNorm1d(C, device="cuda"), cupy.asarray(random_batch(rng, SHAPE))
+    layer.weight.data = layer.running_mean = layer.running_var = value
+    for name in "weight.data", "running_mean", "running_var":
+        error = raised(TypeError, f"expected {name} to be a NumPy or CuPy array", layer, x)
+        expression = remedy_of(error, "use (.*)").replace(name, "value")
+        array = eval(expression, {"cupy": cupy, "value": value})
+        holder, attribute = (layer.weight, "data") if name == "weight.data" else (layer, name)
+        setattr(holder, attribute, array)
+    layer(x)
+    raised(TypeError, r"expected x to be .*use cupy\.asarray\(x, 'float32'\)", layer, x.get().tolist())
+    layer.weight.data = np.ones(C, "f4")
+    raised(TypeError, r"input on the layer's device", layer, x)
+
+
+@pytest.mark.mpi_skip
 @pytest.mark.parametrize(
     "value", [5, np.int64(5), [5], np.float32(5), np.array([5]), np.array(5.0)], ids=repr
 )
@@ -230,7 +247,9 @@ class Noise:
 
 
 @pytest.mark.mpi_skip
-@pytest.mark.parametrize("value", ["16", 16.0, "c", [3], np.ones((2, 3)), None, Noise()], ids=repr)
+@pytest.mark.parametrize(
+    "value", ["16", 16.0, "c", [3] * 999, np.ones((2, 3)), None, Noise()], ids=lambda value: repr(value)[:9]
+)
 @pytest.mark.parametrize("layer_class", [SyncBatchNorm, BatchNorm2d])
 def test_num_features(layer_class, value):
     error = raised(TypeError, r"expected num_features to be an integer \(got .*use int\(", layer_class, value)

@@ -1,4 +1,4 @@
-"""What is to be said of an object whose layers are converted: what it is, what they lose, who sees them."""
+"""Checks of objects that hold layers: what they are, what a conversion loses, which layers a Module sees."""
 
 from __future__ import annotations
 
@@ -14,6 +14,15 @@ from cupy_syncbn.nn.tree import Tree
 
 OPAQUE = (Parameter, ProcessGroup, Tree)
 """The types of objects that hold no layers."""
+
+
+def check_module(module: object) -> None:
+    """Raise TypeError for an object that is no Module of this package, such as one of torch's."""
+    if not isinstance(module, Module):
+        raise TypeError(
+            f"expected a Module of cupy_syncbn (got {type_name(module)}): derive its class from "
+            "cupy_syncbn.Module, or hold its parts in one, as Sequential does"
+        )
 
 
 def layers_within(root: Any, kind: type[Module]) -> list[Any]:

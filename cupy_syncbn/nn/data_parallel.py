@@ -21,7 +21,7 @@ from cupy_syncbn.comm.errors import RankMismatchError
 from cupy_syncbn.comm.groups import ProcessGroup, as_group
 from cupy_syncbn.functional import Description
 from cupy_syncbn.nn.batch_norm import BatchNormBase, SyncBatchNorm, restart_of
-from cupy_syncbn.nn.conversion import check_reach
+from cupy_syncbn.nn.conversion import check_module, check_reach
 from cupy_syncbn.nn.module import Module, Parameter, check_gradient, tree_of
 
 if TYPE_CHECKING:
@@ -85,8 +85,7 @@ class DistributedDataParallel(Module):
     ) -> None:
         with Collective(describe=partial(_describe_construction, process_group)) as step:
             step.enter(*_describe_construction(process_group))
-            if not isinstance(module, Module):
-                raise TypeError(f"expected a Module (got {type(module).__name__})")
+            check_module(module)
             check_reach(module, lambda each: isinstance(each, BatchNormBase))
             if not bucket_cap_mb > 0:
                 raise ValueError(f"expected bucket_cap_mb to be positive (got {bucket_cap_mb!r})")

@@ -21,6 +21,8 @@ from cupy_syncbn import (
     Sequential,
     SyncBatchNorm,
     convert_sync_batchnorm,
+    frozen_statistics,
+    recalibrate,
     split_group,
 )
 from support.arrays import random_array, random_batch
@@ -504,6 +506,24 @@ def test_wrapper_of_a_layer_that_the_module_does_not_see(world, name, kind):
     match = f"does not see its layer {name}" if world.rank == last else f"rank {last}"
     with pytest.raises(TypeError if world.rank == last else RemoteRankError, match=match):
         DistributedDataParallel(module)
+
+
+def test_recalibration_of_a_layer_that_the_module_does_not_see():
+    with pytest.raises(TypeError, match=r"does not see its layer block\.held"):
+        recalibrate(Holder(Plain(BatchNorm1d(3))), [np.ones((4, 3), "f4")])
+
+
+@pytest.mark.mpi_skip
+@pytest.mark.parametrize(
+    "use", [DistributedDataParallel, frozen_statistics, lambda held: recalibrate(held, [])]
+)
+def test_what_is_no_module(use):
+    torch = pytest.importorskip("torch", reason="builds modules of torch, which is not installed")
+    for held in torch.nn.Sequential(), [SyncBatchNorm(3)], Plain(SyncBatchNorm(3)), None:
+        kind = type(held)
+        match = rf"expected a Module of cupy_syncbn \(got {kind.__module__}\.{kind.__name__}\)"
+        with pytest.raises(TypeError, match=match):
+            use(held)
 
 
 def test_the_remedy_for_layers_that_are_not_seen(world):
