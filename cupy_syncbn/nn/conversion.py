@@ -48,7 +48,7 @@ def _check_torch(nn: Any, found: list[Held], has_layers: bool) -> None:
     if theirs is None and isinstance(found[0].value, nn.Module) and not has_layers:
         theirs = found[0]
     if theirs is not None:
-        where = f" at {theirs.name}" if theirs.holder else ""
+        where = f" at {theirs.name.replace('_modules.', '')}" if theirs.holder else ""
         raise TypeError(
             f"expected layers of cupy_syncbn (got {type_name(theirs.value)}{where}): torch's are converted "
             "by torch.nn.SyncBatchNorm.convert_sync_batchnorm; to use cupy_syncbn within torch, see "
