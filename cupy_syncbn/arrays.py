@@ -21,15 +21,17 @@ def is_cupy(array: object) -> bool:
     return isinstance(array, getattr(sys.modules.get("cupy"), "ndarray", ()))
 
 
-def _is_torch(array: object) -> bool:
+def is_torch(array: object) -> bool:
+    """Tell whether an object is a torch tensor, without importing torch."""
     return isinstance(array, getattr(sys.modules.get("torch"), "Tensor", ()))
 
 
-def as_array(array: Any, *, host: bool = True) -> Any:
+def as_array(array: Any, name: str = "", *, host: bool = True) -> Any:
     """Return another library's array as a CuPy or NumPy array, by DLPack without a copy if possible.
 
     Other objects come back unchanged. So do arrays in memory of the host unless `host`: a copy of one would
-    be of no use to write to.
+    be of no use to write to. An argument with a name must not belong to a graph of torch's, which would end
+    here without a word.
     """
     if type(array) is np.ndarray or array is None or isinstance(array, np.generic) or is_cupy(array):
         return array
@@ -37,7 +39,13 @@ def as_array(array: Any, *, host: bool = True) -> Any:
         raise TypeError(f"expected an array without a mask (got {type_name(array)}): use x.filled(value)")
     if isinstance(array, np.ndarray):  # a matrix has its own arithmetic, as others may
         return array.view(np.ndarray)
-    if _is_torch(array):
+    if is_torch(array):
+        if name and array.requires_grad and sys.modules["torch"].is_grad_enabled():
+            raise TypeError(
+                f"expected {name} without a graph (got a torch tensor that requires grad, and torch takes no "
+                f"gradient through this call): use {name}.detach(), or call it in a torch.autograd.Function, "
+                "as in scripts/examples/torch_autograd.py"
+            )
         array = array.detach()  # torch exports none that require gradients
     try:
         device = array.__dlpack_device__()[0]
@@ -57,7 +65,7 @@ def as_array(array: Any, *, host: bool = True) -> Any:
 
 def _on_host(array: Any, device: int | None) -> Any:
     """Return another library's array in memory of the host as a NumPy array."""
-    if _is_torch(array):
+    if is_torch(array):
         torch = sys.modules["torch"]
         array = array.resolve_neg()  # NumPy has no such lazy sign, of the imaginary part of a conjugate
         if array.dtype != torch.bfloat16:
@@ -115,14 +123,19 @@ def array_module(device: str | None) -> ModuleType:
 
     None means CUPY_SYNCBN_DEVICE, or by default "cuda" where CuPy sees a GPU, else "cpu".
     """
+    asked = os.environ.get("CUPY_SYNCBN_DEVICE") if device is None else None
     if device is None:
-        device = os.environ.get("CUPY_SYNCBN_DEVICE") or _best_device()
+        device = asked or _best_device()
     if device == "cpu":
         return np
     if device != "cuda":
-        raise ValueError(f"expected device 'cpu', 'cuda' or None (got {device!r})")
+        wanted = "CUPY_SYNCBN_DEVICE to be 'cpu' or 'cuda'" if asked else "device 'cpu', 'cuda' or None"
+        raise ValueError(
+            f"expected {wanted} (got {device!r}): 'cuda' is CuPy's current GPU, which bind_device() chooses"
+        )
     if why_no_gpu():
-        raise RuntimeError(f"device 'cuda': {why_no_gpu()}")
+        by = "CUPY_SYNCBN_DEVICE=cuda" if asked else "device 'cuda'"
+        raise RuntimeError(f"{by}: {why_no_gpu()}")
     return import_cupy()
 
 

@@ -92,8 +92,8 @@ def sync_batch_norm(
     x : array of shape (N, C, *spatial), or (N, *spatial, C) if `channels_last`
         This rank's part of the batch, of type float16, bfloat16, float32 or float64; N may differ between
         ranks and be 0. A transposed view is computed in its memory order, without a copy. An array of NumPy
-        or CuPy, or one that shares its memory with them: a torch tensor (without its graph), a JAX array,
-        any object with DLPack or ``__array__``.
+        or CuPy, or one that shares its memory with them: a torch tensor, a JAX array, any object with
+        DLPack or ``__array__``. A torch tensor that requires grad is an error where torch keeps a graph.
     weight, bias : array of shape (C,), optional
         Scale and offset, of the type of `x`, or float32 for 16-bit `x`; so are the running statistics.
     running_mean, running_var : array of shape (C,), optional
@@ -105,9 +105,10 @@ def sync_batch_norm(
         this rank's own batch statistics are used.
     momentum : float or None
         Share of the batch in the new running statistics; None is ``1 / num_batches_tracked``, so that
-        they are the average over all batches. The running variance takes the unbiased variance.
+        they are the average over all batches. With 1 they are the mean and the unbiased variance of this
+        batch, over all ranks. The running variance takes the unbiased variance.
     eps : float
-        Added to the variance.
+        Added to the variance; at least 0, which makes y of a constant channel NaN.
     process_group : ProcessGroup, mpi4py.MPI.Intracomm or None
         The ranks whose batches are one; None is all.
     channels_last : bool

@@ -18,6 +18,7 @@ from cupy_syncbn.backends.interface import Backend, Running
 from cupy_syncbn.backends.layout import Layout
 from cupy_syncbn.checks import (
     Activation,
+    Model,
     activation_slope,
     check_grad_reduction,
     check_input,
@@ -45,6 +46,10 @@ class Arguments(NamedTuple):
     num_batches_tracked: Array | None = None
     residual: Array | None = None
     out: Array | None = None
+
+
+_LAYER_ARRAYS = ("weight.data", "bias.data", "running_mean", "running_var")
+"""The names that a layer's arrays have in it."""
 
 
 class Settings(NamedTuple):
@@ -95,6 +100,10 @@ class Plan:
         """The kinds of dy, with reductions, that have been found right."""
         self.as_tensor: Callable[[Array], Array] = layout.as_3d if self.on_host else self._as_kernel_input
         """Returns a batch as (outer, C, inner), as the backend takes it."""
+
+    def model_of(self, name: str, shape: tuple[int, ...]) -> Model:
+        """Return what an array is to be like that goes with the input or the output."""
+        return Model(name, self.backend, "numpy" if self.on_host else "cupy", shape, self.dtype)
 
     def _as_kernel_input(self, array: Array) -> Array:
         return self.backend.as_kernel_input(self.layout.as_3d(array))
@@ -165,10 +174,10 @@ def _converted(x: Any, arguments: Arguments, frozen: bool) -> tuple[Array, Argum
         in_place, out = out is x, as_array(out, host=False)
         if in_place and isinstance(out, np.ndarray):  # of a subclass, it would become two views
             x = out
-        arguments = arguments._replace(residual=as_array(residual), out=out)
+        arguments = arguments._replace(residual=as_array(residual, "residual"), out=out)
     if frozen:
         arguments = arguments._replace(running_mean=None, running_var=None, num_batches_tracked=None)
-    return x if type(x) is np.ndarray else as_array(x), arguments
+    return x if type(x) is np.ndarray else as_array(x, "x"), arguments
 
 
 def _look_up(
@@ -209,15 +218,16 @@ def _checked(x: Any, arguments: Arguments, settings: Settings, channels: int, al
     """Check the kinds of all arguments, and return the plan."""
     weight, bias, mean, var, tracked, residual, out = arguments
     check_settings(settings.eps, settings.momentum)
-    backend, layout = check_input(x, settings.channels_last, channels)
-    check_running(backend, mean, var, tracked, settings.momentum)
-    for name, values in zip(Arguments._fields, (weight, bias, mean, var), strict=False):
+    backend, layout = check_input(x, settings.channels_last, channels, (weight, bias, mean, var))
+    names = Arguments._fields if settings.layer_type is None else _LAYER_ARRAYS
+    for name, values in zip(names, (weight, bias, mean, var), strict=False):
         if values is not None:
-            check_parameter(backend, name, values, x.dtype, channels)
+            check_parameter(backend, name, values, x, channels, settings.layer_type)
+    check_running(backend, mean, var, tracked, settings.momentum)
     plan = Plan(x, arguments, settings, backend, layout)
     for name, array in (("residual", residual), ("out", out)):
         if array is not None:
-            check_like(backend, name, array, "input", x.shape, x.dtype)
+            check_like(name, array, plan.model_of("input", x.shape))
     if plan.uses_batch and alone and layout.shape_3d[0] * layout.shape_3d[2] == 1:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
     return plan
@@ -226,7 +236,7 @@ def _checked(x: Any, arguments: Arguments, settings: Settings, channels: int, al
 def prepare_gradient(dy: Any, plan: Plan, grad_reduction: str) -> Array:
     """Check the arguments of a backward; return dy as a tensor."""
     if type(dy) is not np.ndarray:
-        dy = as_array(dy)
+        dy = as_array(dy, "dy")
     try:
         kind: Any = _BATCH_ON_HOST(dy) if plan.on_host else (_BATCH_ON_GPU(dy), current_device())
         is_known = (kind, grad_reduction) in plan.gradients
@@ -234,7 +244,7 @@ def prepare_gradient(dy: Any, plan: Plan, grad_reduction: str) -> Array:
         is_known = False
     if not is_known:
         check_grad_reduction(grad_reduction)
-        check_like(plan.backend, "dy", dy, "output", plan.layout.shape, plan.dtype)
+        check_like("dy", dy, plan.model_of("output", plan.layout.shape))
         if len(plan.gradients) >= MOST_GRADIENTS:
             plan.gradients.clear()
         plan.gradients.add((kind, grad_reduction))

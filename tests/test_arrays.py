@@ -1,5 +1,6 @@
 """Arrays of other libraries as input: torch tensors, JAX arrays, whatever has DLPack or `__array__`."""
 
+import contextlib
 import sys
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 
 from cupy_syncbn import (
     BatchNorm2d,
+    RemoteRankError,
     SyncBatchNorm,
     arrays,
     no_backward,
@@ -79,6 +81,12 @@ MAKE = {
     "dlpack": by_dlpack,
     "array": by_array,
 }
+WITH_GRAPH = ("torch_requires_grad", "torch_parameter")
+
+
+def without_graph(make):
+    """Return a context in which torch keeps no graph, if that is torch's tensor with one."""
+    return sys.modules["torch"].no_grad() if make in WITH_GRAPH else contextlib.nullcontext()
 
 
 def pointer(array):
@@ -105,13 +113,16 @@ def test_no_copy_and_the_same_numbers(rng, make, dtype):
         np.testing.assert_array_equal(found, expected)
 
     layer, other = (BatchNorm2d(4, activation="relu", dtype="f8" if dtype == "f8" else "f4") for _ in "12")
-    y = layer(given[0], residual=given[1])
+    with without_graph(make):
+        y = layer(given[0], residual=given[1])
     # In the memory order of x, which sums are made in.
     alike = [np.copy(arrays.as_array(array), order="K") for array in given]
     assert_identical(y, other(alike[0], residual=alike[1]))
     with no_backward(other):
         assert y.strides == other(alike[0]).strides
-    for actual, expected in zip(layer.backward(given[2]), other.backward(alike[2]), strict=True):
+    with without_graph(make):
+        gradients = layer.backward(given[2])
+    for actual, expected in zip(gradients, other.backward(alike[2]), strict=True):
         assert type(actual) is np.ndarray
         assert_identical(actual, expected)
     assert_identical(layer.weight.grad, other.weight.grad)
@@ -128,11 +139,12 @@ def test_training_on_all_ranks(world, rng, make):
     for _ in range(2):
         x, dy = (random_batch(rng, SHAPE, "float64") for _ in "12")
         own = [MAKE[make](array[part].copy()) for array in (x, dy)]
-        assert_close(layer(own[0]), reference(x), part)
-        expected = reference.backward(dy)
-        assert_close(layer.backward(own[1]), expected, part)
-        _, saved = sync_batch_norm(own[0], layer.weight.data, layer.bias.data)
-        assert_close(sync_batch_norm_backward(own[1], saved).x, expected, part)
+        with without_graph(make):
+            assert_close(layer(own[0]), reference(x), part)
+            expected = reference.backward(dy)
+            assert_close(layer.backward(own[1]), expected, part)
+            _, saved = sync_batch_norm(own[0], layer.weight.data, layer.bias.data)
+            assert_close(sync_batch_norm_backward(own[1], saved).x, expected, part)
     assert_close(layer.running_var, reference.running_var)
 
 
@@ -159,6 +171,27 @@ def test_torch_gradients_go_both_ways(rng):
         x.grad = None
     assert_close(*results, tolerance=1e-11)
     assert_close(layer.weight.grad, theirs.weight.grad.numpy(), tolerance=1e-11)
+
+
+@pytest.mark.parametrize("make", WITH_GRAPH)
+@pytest.mark.parametrize("argument", ["x", "residual", "dy"])
+def test_graph_of_torch_that_would_end(world, rng, make, argument):
+    """Nothing tells torch that the result depends on it: torch's own .numpy() refuses as well."""
+    layer = SyncBatchNorm(4)
+    usual = {name: random_batch(rng, SHAPE) for name in ("x", "residual", "dy")}
+    given = usual | ({argument: MAKE[make](usual[argument].copy())} if world.rank == 0 else {})
+    match = rf"{argument} without a graph .*use {argument}\.detach\(\)"
+    if argument == "dy":
+        layer(usual["x"], residual=usual["residual"])
+    before = snapshot(layer)
+    with pytest.raises(TypeError, match=match) if world.rank == 0 else pytest.raises(RemoteRankError):
+        layer.backward(given["dy"]) if argument == "dy" else layer(given["x"], residual=given["residual"])
+    assert_unchanged(layer, before)
+    if world.rank == 0:
+        given[argument] = given[argument].detach()
+    layer.forget()
+    layer(given["x"], residual=given["residual"])
+    layer.backward(given["dy"])
 
 
 class Unit(np.ndarray):
@@ -227,7 +260,7 @@ def wrong(layer, error, match, *arguments, **keywords):
     "x", [[[1.0]], (1.0,), 1.0, np.float32(1), "x", None, b"x", memoryview(b"x")], ids=repr
 )
 def test_what_is_no_array(x):
-    wrong(BatchNorm2d(4), TypeError, r"expected a NumPy or CuPy array \(got \w+\.\w+\)", x)
+    wrong(BatchNorm2d(4), TypeError, r"expected x to be a NumPy or CuPy array \(got \w+\.\w+\): ", x)
 
 
 @pytest.mark.mpi_skip
@@ -235,7 +268,13 @@ def test_output_is_numpys(rng):
     """What comes in might be a copy, and what is written to it lost."""
     x = random_batch(rng, SHAPE)
     for out in by_dlpack(x.copy()), by_array(x.copy()):
-        wrong(BatchNorm2d(4), TypeError, r"expected a NumPy or CuPy array \(got .*Exporter", x, out=out)
+        wrong(
+            BatchNorm2d(4),
+            TypeError,
+            r"expected out to be a NumPy or CuPy array \(got .*Exporter",
+            x,
+            out=out,
+        )
 
 
 @pytest.mark.mpi_skip

@@ -87,6 +87,9 @@ class Collective(SimpleNamespace, contextlib.AbstractContextManager["Collective"
         self._ended_before = group.sums  # first: an error before the next line is one before a sum
         self._done, self.needed = 0, 1
         self._length = length
+        if group.problem is not None:
+            kind, message = group.problem
+            raise kind(message)
 
     def expect(self, length: int) -> None:
         """Say that the other ranks wait in another sum next."""
@@ -105,7 +108,8 @@ class Collective(SimpleNamespace, contextlib.AbstractContextManager["Collective"
             try:
                 self.enter(*self.describe())
             except Exception:  # such as no MPI: the first error may well be the same
-                return
+                if self._length < 0:
+                    return
         if isinstance(error, CollectiveTimeoutError):
             error.call = error.call or self.call
         elif isinstance(error, Exception) and self.group.size > 1:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cupy_syncbn.arrays import array_module
-from cupy_syncbn.comm.groups import MPIProcessGroup, default_group
+from cupy_syncbn.comm.groups import MPIProcessGroup, as_group
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -37,11 +37,8 @@ def local_rank(comm: MPI.Intracomm | None = None) -> int:
     **Collective** over `comm`: processes know their node by its kernel, not by MPI_COMM_TYPE_SHARED, where
     some builds and launchers of MPI put each process in a part of its own.
     """
-    if comm is None and default_group().size == 1:
-        return 0
-    from mpi4py import MPI
-
-    return local_rank_in(MPIProcessGroup(MPI.COMM_WORLD if comm is None else comm, transport="mpi"))
+    group = as_group(comm)  # with a problem too, of which the other ranks would not hear here
+    return local_rank_in(group) if isinstance(group, MPIProcessGroup) else 0
 
 
 def local_rank_in(group: MPIProcessGroup) -> int:

@@ -27,7 +27,7 @@ from cupy_syncbn.comm.launcher import (
 from cupy_syncbn.comm.private_comm import FREED, PrivateComm, free_comm, private_comm_of
 from cupy_syncbn.comm.small_objects import pack, unpack
 from cupy_syncbn.comm.trailer import FAULT
-from cupy_syncbn.comm.transports import TRANSPORTS, transport_for
+from cupy_syncbn.comm.transports import TRANSPORTS, check_here, transport_for
 from cupy_syncbn.comm.transports.base import Transport
 
 if TYPE_CHECKING:
@@ -55,6 +55,8 @@ class ProcessGroup(ABC):
     rank: int
     size: int
     timeout: float
+    problem: tuple[type[Exception], str] | None = None
+    """The error of each collective call, of which the other ranks hear, where a variable is wrong here."""
     asks: ClassVar[bool] = False
     """Whether ranks that have met in different calls can ask each other which."""
 
@@ -262,6 +264,8 @@ class MPIProcessGroup(ProcessGroup):
         If `comm` is not an intracommunicator.
     ValueError
         If `comm` is MPI.COMM_NULL, the transport is unknown, or the timeout is not positive.
+    RuntimeError
+        If CuPy, a GPU or NCCL is missing here for the transport.
     """
 
     asks = True
@@ -280,6 +284,7 @@ class MPIProcessGroup(ProcessGroup):
         self.host: str = MPI.Get_processor_name()
         self.timeout = timeout_of(timeout)
         self.transport = transport_name(transport)
+        check_here(self.transport)
         self._comm = comm
         self._private_comm: PrivateComm | None = None
         self.owns_comm = False
@@ -440,7 +445,7 @@ class MPIProcessGroup(ProcessGroup):
     @classmethod
     def _unpickled_world(cls) -> ProcessGroup | None:
         """Return the group of all ranks, or None, which means it, where that is one rank by now."""
-        group = default_group() if "mpi4py.MPI" in sys.modules else SINGLE
+        group = _world_group() if "mpi4py.MPI" in sys.modules else SINGLE
         return None if group.size == 1 else group
 
     @functools.cached_property
@@ -471,7 +476,9 @@ class NCCLProcessGroup(MPIProcessGroup):
     """
 
     def __init__(self, comm: MPI.Intracomm | None = None, *, timeout: float | None = None) -> None:
-        super().__init__(world_comm() if comm is None else comm, transport="nccl", timeout=timeout)
+        # By "mpi" until here, as a rank without NCCL would fail alone: the next line tells all ranks of it.
+        super().__init__(world_comm() if comm is None else comm, transport="mpi", timeout=timeout)
+        self.transport = "nccl"
         self._transport  # noqa: B018, raises the error of a missing transport now, not at the first sum
 
 
@@ -512,9 +519,11 @@ def _is_numpy(buffer: object) -> bool:
 
 def transport_name(name: str | None) -> str:
     """Return the name of a transport, by default that in CUPY_SYNCBN_TRANSPORT."""
-    name = (os.environ.get("CUPY_SYNCBN_TRANSPORT") or "auto") if name is None else name
+    asked = os.environ.get("CUPY_SYNCBN_TRANSPORT") if name is None else None
+    name = (asked or "auto") if name is None else name
     if name not in TRANSPORTS:
-        raise ValueError(f"expected a transport of {', '.join(map(repr, TRANSPORTS))} (got {name!r})")
+        wanted = "CUPY_SYNCBN_TRANSPORT to be one" if asked else "a transport"
+        raise ValueError(f"expected {wanted} of {', '.join(map(repr, TRANSPORTS))} (got {name!r})")
     return name
 
 
@@ -547,7 +556,10 @@ def default_group() -> ProcessGroup:
     Raises
     ------
     RuntimeError
-        If MPI could not be started, was not initialized as mpi4py.rc.initialize says, or was finalized.
+        If MPI could not be started, was not initialized as mpi4py.rc.initialize says, or was finalized; or if
+        something is missing here for the transport of CUPY_SYNCBN_TRANSPORT.
+    ValueError
+        If CUPY_SYNCBN_TRANSPORT or CUPY_SYNCBN_TIMEOUT is wrong.
 
     Warns
     -----
@@ -560,6 +572,15 @@ def default_group() -> ProcessGroup:
     >>> 0 <= group.rank < group.size
     True
     """
+    group = _world_group()
+    if group.problem is not None:
+        kind, message = group.problem
+        raise kind(message)
+    return group
+
+
+def _world_group() -> ProcessGroup:
+    """Return the group of the whole world, with its problem if it has one."""
     if not _world:
         if "mpi4py.MPI" not in sys.modules and not is_launched():
             return SINGLE
@@ -589,7 +610,7 @@ def _seconds_to_start() -> float:
 def as_group(process_group: ProcessGroup | MPI.Intracomm | None) -> ProcessGroup:
     """Return the group that an argument `process_group` means; for a communicator always the same one."""
     if process_group is None:
-        return default_group()
+        return _world_group()
     if isinstance(process_group, ProcessGroup):
         return process_group
     if "mpi4py.MPI" in sys.modules:
@@ -604,14 +625,34 @@ def as_group(process_group: ProcessGroup | MPI.Intracomm | None) -> ProcessGroup
             if known is None:
                 if process_group == MPI.COMM_WORLD:
                     warn_if_alone()
-                group = MPIProcessGroup(process_group)
-                known = SINGLE if group.size == 1 else group
+                known = _group_by_variables(process_group)
                 process_group.Set_attr(_keyval(), known)
             return known
     raise TypeError(
         f"expected process_group to be None, a ProcessGroup or an mpi4py communicator "
         f"(got {type(process_group).__name__})"
     )
+
+
+def _group_by_variables(comm: MPI.Intracomm) -> ProcessGroup:
+    """Return the group of a communicator, as the environment variables want it.
+
+    Where they are wrong on some ranks, the others wait in the first call: so it is there that they fail.
+    """
+    group = MPIProcessGroup(comm, transport="mpi", timeout=DEFAULT_TIMEOUT)
+    try:
+        transport, group.timeout = transport_name(None), timeout_of(None)
+        if group.size == 1:
+            return SINGLE
+        check_here(transport)
+        group.transport = transport
+    except (RuntimeError, ValueError) as error:
+        if group.size == 1:
+            raise
+        by = "CUPY_SYNCBN_TRANSPORT: " if isinstance(error, RuntimeError) else ""
+        group.problem = type(error), f"{by}{error}"
+        group.transport = "auto"  # as of the others, who hear of it by that
+    return group
 
 
 @functools.cache

@@ -24,6 +24,7 @@ from cupy_syncbn.comm.groups import (
 )
 from cupy_syncbn.comm.private_comm import no_communicator
 from cupy_syncbn.comm.split import Split
+from cupy_syncbn.comm.transports import why_not
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -57,7 +58,7 @@ def new_group(
     TypeError, ValueError
         If the ranks are not distinct ranks of `comm`, or the transport or the timeout is wrong.
     RuntimeError
-        If MPI is not running, or has no communicator left.
+        If MPI is not running, or has no communicator left, or the transport cannot serve the group.
     RemoteRankError, RankMismatchError, CollectiveTimeoutError
         If another process has such an error, has other arguments, or does not come within the timeout.
 
@@ -124,8 +125,12 @@ def split_group(
 
 def _group_of(part: MPI.Comm, transport: str, timeout: float) -> MPIProcessGroup:
     """Return the group of a communicator that nobody else has."""
-    group = MPIProcessGroup(part, transport=transport, timeout=timeout)
-    group.owns_comm = True
+    group = MPIProcessGroup(part, transport="mpi", timeout=timeout)
+    group.owns_comm, group.transport = True, transport
+    problem = why_not(group, transport)
+    if problem:  # on all ranks alike
+        group.free()
+        raise RuntimeError(problem)
     return group
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import operator
+import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, TypedDict, Unpack
@@ -12,15 +12,22 @@ import numpy as np
 
 from cupy_syncbn import functional
 from cupy_syncbn.arrays import Array, array_module, is_cupy, module_of
-from cupy_syncbn.checks import Activation, activation_slope, check_grad_reduction, check_settings, data_type
+from cupy_syncbn.checks import (
+    Activation,
+    activation_slope,
+    check_grad_reduction,
+    check_settings,
+    data_type,
+    number_of_channels,
+)
 from cupy_syncbn.comm import trailer
 from cupy_syncbn.comm.call import DO, Call, Collective, commit
 from cupy_syncbn.comm.groups import SINGLE, ProcessGroup, as_group
 from cupy_syncbn.functional import Description, Saved
+from cupy_syncbn.nn.conversion import OPAQUE, check_reach, layers_within, losses, nothing_found
 from cupy_syncbn.nn.module import Module, Parameter, accumulation, check_gradient
 from cupy_syncbn.nn.records import NO_FORWARD, NOTHING, Waiting
 from cupy_syncbn.nn.replace import replace_within
-from cupy_syncbn.nn.tree import Tree
 from cupy_syncbn.plan import Arguments, Settings
 
 if TYPE_CHECKING:
@@ -91,9 +98,7 @@ class BatchNormBase(Module):
         name: str | None = None,
         bias: bool = True,
     ) -> None:
-        self.num_features = operator.index(num_features)
-        if self.num_features < 1:
-            raise ValueError(f"expected num_features of at least 1 (got {num_features})")
+        self.num_features = number_of_channels(num_features)
         check_settings(eps, momentum)
         check_grad_reduction(grad_reduction)
         activation_slope(activation)
@@ -380,7 +385,7 @@ class SyncBatchNorm(BatchNormBase):
     num_features : int
         C, the number of channels.
     eps : float
-        Added to the variance.
+        Added to the variance; at least 0, which makes the result of a constant channel NaN.
     momentum : float or None
         Share of each batch in the running statistics; None averages over all batches.
     affine : bool
@@ -391,7 +396,8 @@ class SyncBatchNorm(BatchNormBase):
     process_group : ProcessGroup, mpi4py.MPI.Intracomm or None
         The ranks whose batches are one; None is all.
     dtype : {"float16", "bfloat16", "float32", "float64"}
-        Type of parameters and running statistics. float32 is for 16-bit data too.
+        Type of parameters and running statistics, by its name, or as NumPy's or torch's type. float32 is for
+        16-bit data too: in a float16 layer a running variance above 65504 is inf, as in torch's.
     device : {"cpu", "cuda", None}
         The place of parameters, running statistics and data. None is the value of CUPY_SYNCBN_DEVICE, or
         "cuda" where CuPy sees a GPU, else "cpu".
@@ -484,9 +490,9 @@ class SyncBatchNorm(BatchNormBase):
         Raises
         ------
         TypeError
-            If `process_group` is not a group.
+            See `convert_sync_batchnorm`.
         """
-        return convert_sync_batchnorm(module, process_group)
+        return _converted(module, process_group)
 
 
 class LayerSettings(TypedDict, total=False):
@@ -544,7 +550,7 @@ def convert_sync_batchnorm(module: Any, process_group: ProcessGroup | MPI.Intrac
     module : object
         A layer, a Module, or any object that holds layers, directly or within further objects: as items of
         lists, tuples and dicts, or as attributes, but not in other collections, closures, classes or Python
-        modules.
+        modules. Within a Module, layers must lie where that sees them: not in objects that are no Modules.
     process_group : ProcessGroup, mpi4py.MPI.Intracomm or None
         The ranks whose batches are one; None is all. SyncBatchNorm layers keep their group if it is None.
 
@@ -558,7 +564,14 @@ def convert_sync_batchnorm(module: Any, process_group: ProcessGroup | MPI.Intrac
     Raises
     ------
     TypeError
-        If `process_group` is not a group.
+        If `process_group` is not a group; if `module` can hold no layers; if a BatchNorm layer lies where a
+        Module does not see it, or is torch's. Nothing has been changed then.
+
+    Warns
+    -----
+    UserWarning
+        If there is no layer to be found, or a class that is derived from a BatchNorm has methods of its own,
+        which SyncBatchNorm lacks. Classes derived from SyncBatchNorm stay what they are.
 
     Examples
     --------
@@ -569,15 +582,32 @@ def convert_sync_batchnorm(module: Any, process_group: ProcessGroup | MPI.Intrac
     >>> type(net["stem"]).__name__, net["stem"].weight is weight
     ('SyncBatchNorm', True)
     """
+    return _converted(module, process_group)
+
+
+def _converted(module: Any, process_group: ProcessGroup | MPI.Intracomm | None) -> Any:
+    """Convert the layers within an object; warn the caller's caller of what is lost."""
     group = None if process_group is None else as_group(process_group)
 
+    def is_old(value: Any) -> bool:
+        return isinstance(value, BatchNormBase) and not (isinstance(value, SyncBatchNorm) and group is None)
+
     def synchronized(old: Any) -> Any:
-        if not isinstance(old, BatchNormBase) or (isinstance(old, SyncBatchNorm) and group is None):
+        if not is_old(old):
             return old
-        new = SyncBatchNorm.__new__(SyncBatchNorm)
-        state = BatchNormBase.__getstate__(old)  # `(dict, slots)` if a subclass has slots
-        vars(new).update(state[0] if isinstance(state, tuple) else state)
+        new: SyncBatchNorm = object.__new__(type(old) if isinstance(old, SyncBatchNorm) else SyncBatchNorm)
+        state = BatchNormBase.__getstate__(old)
+        attributes, slots = state if isinstance(state, tuple) else (state, {})
+        vars(new).update(attributes)
+        if type(new) is type(old):
+            for name, value in slots.items():
+                object.__setattr__(new, name, value)
         new.process_group = group
         return new
 
-    return replace_within(module, synchronized, opaque=(Parameter, ProcessGroup, Tree))
+    layers = layers_within(module, BatchNormBase)
+    check_reach(module, is_old)
+    ours = SyncBatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
+    for message in losses(filter(is_old, layers), *ours) if layers else [nothing_found(module)]:
+        warnings.warn(message, UserWarning, stacklevel=3)
+    return replace_within(module, synchronized, OPAQUE)

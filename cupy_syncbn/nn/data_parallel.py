@@ -22,6 +22,7 @@ from cupy_syncbn.comm.errors import RankMismatchError
 from cupy_syncbn.comm.groups import ProcessGroup, as_group
 from cupy_syncbn.functional import Description
 from cupy_syncbn.nn.batch_norm import BatchNormBase, SyncBatchNorm, restart_of
+from cupy_syncbn.nn.conversion import check_module, check_reach
 from cupy_syncbn.nn.module import Module, Parameter, check_gradient, own_buffers, tree_of
 from cupy_syncbn.nn.tree import join
 
@@ -52,7 +53,8 @@ class DistributedDataParallel(Module):
     Raises
     ------
     TypeError
-        If `module` is not a Module, or a parameter not an array.
+        If `module` is not a Module, or a parameter not an array; or if a batch normalization lies where the
+        module does not see it, such as in an object that is no Module.
     ValueError
         If `module` has no parameters, `bucket_cap_mb` is not positive, or an array is read-only.
     RemoteRankError
@@ -109,8 +111,8 @@ class DistributedDataParallel(Module):
     ) -> None:
         with Collective(describe=partial(_describe_construction, process_group)) as step:
             step.enter(*_describe_construction(process_group))
-            if not isinstance(module, Module):
-                raise TypeError(f"expected a Module (got {type(module).__name__})")
+            check_module(module)
+            check_reach(module, lambda each: isinstance(each, BatchNormBase))
             if not any(True for _ in module.parameters()):
                 raise ValueError(
                     f"expected a module with parameters to train (got {type(module).__name__}, in which none "

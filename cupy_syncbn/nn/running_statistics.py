@@ -17,6 +17,7 @@ from cupy_syncbn.comm.call import DO, Call, Collective, commit, was_heard_by
 from cupy_syncbn.comm.groups import ProcessGroup, SingleProcessGroup, as_group
 from cupy_syncbn.functional import Description, Saved
 from cupy_syncbn.nn.batch_norm import BatchNormBase, FrozenStatistics, observing
+from cupy_syncbn.nn.conversion import check_module, check_reach
 from cupy_syncbn.nn.module import Module, no_backward
 
 
@@ -78,7 +79,7 @@ def recalibrate(module: Module, batches: Iterable[Any]) -> None:
     Raises
     ------
     TypeError
-        If `module` is not a Module.
+        If `module` is not a Module, or does not see a batch normalization that it holds.
     ValueError
         If there is no batch on this rank, or running statistics are read-only. It, and what `batches` raises,
         is RemoteRankError on the others.
@@ -101,6 +102,7 @@ def recalibrate(module: Module, batches: Iterable[Any]) -> None:
     ([3.799999952316284], [9.699999809265137])
     """
     layers = _layers(module)
+    check_reach(module, lambda each: isinstance(each, BatchNormBase))
     groups = [as_group(layer.process_group) for layer in layers]
     group = max(groups, key=lambda each: each.size, default=SingleProcessGroup())
     totals = [_Total() for _ in layers]
@@ -128,8 +130,7 @@ def recalibrate(module: Module, batches: Iterable[Any]) -> None:
 
 
 def _layers(module: Module) -> list[BatchNormBase]:
-    if not isinstance(module, Module):
-        raise TypeError(f"expected a Module (got {type(module).__name__})")
+    check_module(module)
     return [layer for _, layer in module.named_modules() if isinstance(layer, BatchNormBase)]
 
 

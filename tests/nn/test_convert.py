@@ -1,6 +1,9 @@
 """convert_sync_batchnorm."""
 
+import copy
 import dataclasses
+import warnings
+from collections import deque
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -11,11 +14,15 @@ from cupy_syncbn import (
     BatchNorm1d,
     BatchNorm2d,
     BatchNorm3d,
+    DistributedDataParallel,
     Module,
     Parameter,
+    RemoteRankError,
     Sequential,
     SyncBatchNorm,
     convert_sync_batchnorm,
+    frozen_statistics,
+    recalibrate,
     split_group,
 )
 from support.arrays import random_array, random_batch
@@ -128,8 +135,6 @@ class Pair(NamedTuple):
 
 def test_other_objects():
     """Layers are found wherever a program keeps them."""
-    linear = Linear()
-    assert convert_sync_batchnorm(linear) is linear
     layers = [BatchNorm1d(3)]
     assert convert_sync_batchnorm(layers) is layers
     assert type(layers[0]) is SyncBatchNorm
@@ -240,3 +245,319 @@ def test_wrong_process_group_changes_nothing():
     with pytest.raises(TypeError, match="process_group"):
         convert_sync_batchnorm(model, process_group="world")
     assert type(model[0]) is BatchNorm1d
+
+
+# What a conversion would lose
+
+
+class Rectified(BatchNorm2d):
+    """A normalization with what follows it, as other libraries have."""
+
+    def forward(self, x, *arguments, **keywords):
+        return np.maximum(super().forward(x, *arguments, **keywords), 0)
+
+    def backward(self, dy):
+        return super().backward(dy * 2)
+
+
+class WithSettings(BatchNorm1d):
+    def __init__(self, channels):
+        super().__init__(channels, eps=1e-3, activation="relu")
+
+    def __repr__(self):
+        return "WithSettings"
+
+
+class Mixin:
+    def extra_repr(self):
+        return "mixed"
+
+
+class Mixed(Mixin, BatchNorm3d):
+    __slots__ = ("scale",)
+    training = False
+
+
+class Called(BatchNorm1d):
+    def __call__(self, x):
+        return -self.forward(x)
+
+
+CONVERT = [convert_sync_batchnorm, SyncBatchNorm.convert_sync_batchnorm]
+
+
+@pytest.mark.parametrize("convert", CONVERT)
+@pytest.mark.parametrize(
+    ("kind", "lost"),
+    [(Rectified, "backward, forward"), (Mixed, "extra_repr, scale, training"), (Called, "__call__")],
+)
+def test_class_that_loses_what_it_has_of_its_own(kind, lost, convert):
+    layers = [kind(2), kind(2)]
+    with pytest.warns(UserWarning, match="becomes SyncBatchNorm") as caught:
+        convert(layers)
+    (warning,) = caught  # one for the class
+    assert f"{kind.__name__} becomes SyncBatchNorm, and loses what it has of its own: {lost}. Derive" in str(
+        warning.message
+    )
+    assert warning.filename == __file__
+    assert [type(layer) for layer in layers] == [SyncBatchNorm] * 2
+
+
+def test_the_remedy_for_what_is_lost(world, rng):
+    class SyncRectified(SyncBatchNorm):
+        def forward(self, x):
+            return np.maximum(super().forward(x), 0)
+
+    net = convert_sync_batchnorm(Sequential(SyncRectified(2)))
+    x = random_batch(rng, (12, 2, 3, 3))
+    assert type(net[0]) is SyncRectified
+    assert_close(net(x[world.part(12)]), np.maximum(BatchNorm(2)(x), 0), world.part(12))
+
+
+def test_class_that_loses_nothing():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        layer = convert_sync_batchnorm(WithSettings(3))
+    assert (type(layer), layer.eps, layer.activation) == (SyncBatchNorm, 1e-3, "relu")
+
+
+@pytest.mark.parametrize("name", ["forward", "backward"])
+def test_methods_that_are_set_on_a_layer(name):
+    """They may call the layer that was."""
+    layer, usual = BatchNorm1d(3), getattr(BatchNorm1d(3), name)
+    setattr(layer, name, lambda x: usual(x) * 2)
+    with pytest.warns(UserWarning, match=f"BatchNorm1d has its own {name} as an attribute"):
+        convert_sync_batchnorm([layer])
+
+
+class Scaled(SyncBatchNorm):
+    """Has an attribute, a slot, and an __init__ and a __new__ of its own."""
+
+    __slots__ = ("scale",)
+
+    def __new__(cls, channels, factor):
+        return super().__new__(cls)
+
+    def __init__(self, channels, factor):
+        super().__init__(channels)
+        self.factor, self.scale = factor, 3
+
+    def forward(self, x):
+        return super().forward(x) * self.factor
+
+
+@pytest.mark.parametrize("group", [None, "halves"])
+def test_subclasses_of_synchronized_layers_keep_their_type(world, rng, group):
+    layer = Scaled(3, factor=5)
+    x = random_batch(rng, (12, 3))[world.part(12)]
+    layer(x)
+    group = group and split_group(1)
+    net = convert_sync_batchnorm({"norm": layer, "same": layer}, group)
+    new = net["norm"]
+    assert type(new) is Scaled
+    assert new is net["same"]
+    assert (new.factor, new.scale) == (5, 3)
+    assert new.weight is layer.weight
+    assert new.running_var is layer.running_var
+    assert (new is layer) == (group is None)
+    if group is not None:
+        assert new.process_group is group
+        assert layer.process_group is None
+        assert_identical(new(x), BatchNorm1d(3)(x) * 5)
+
+
+# What holds no layers
+
+
+@pytest.mark.parametrize("convert", CONVERT)
+@pytest.mark.parametrize(
+    "held",
+    [[], {}, (), Linear(), [Linear(), "relu", 3], SimpleNamespace(a=1)],
+    ids=["list", "dict", "tuple", "module", "modules", "namespace"],
+)
+def test_object_without_layers(held, convert):
+    match = r"found no BatchNorm layer of cupy_syncbn in \w+\.\w+, .*keep layers there"
+    with pytest.warns(UserWarning, match=match) as caught:
+        assert convert(held) is held
+    assert caught[0].filename == __file__
+
+
+@pytest.mark.parametrize(
+    "thing",
+    ["model", b"model", 3, 2.5, None, np.ones(3), {BatchNorm1d(3)}, deque([BatchNorm1d(3)]), object()],
+    ids=lambda thing: type(thing).__name__,
+)
+def test_things_that_can_hold_no_layers(thing):
+    kind = type(thing).__name__
+    with pytest.raises(TypeError, match=rf"expected a layer, a Module, or an object .*\(got \w+\.{kind}\)"):
+        convert_sync_batchnorm(thing)
+
+
+@pytest.mark.parametrize(
+    "thing", [BatchNorm2d, Linear, convert_sync_batchnorm, np, len, Parameter(np.ones(3))]
+)
+def test_classes_functions_and_modules_of_python(thing):
+    with pytest.raises(TypeError, match=r"expected a layer, a Module, or an object"):
+        convert_sync_batchnorm(thing)
+    with pytest.raises(TypeError, match="the class BatchNorm2d"):
+        convert_sync_batchnorm(BatchNorm2d)
+
+
+def test_object_that_is_converted_already():
+    for held in SyncBatchNorm(3), Sequential(SyncBatchNorm(3)), {"a": [SyncBatchNorm(3)]}:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert convert_sync_batchnorm(held) is held
+            assert convert_sync_batchnorm(convert_sync_batchnorm(held)) is held
+
+
+@pytest.mark.mpi_skip
+def test_modules_of_torch():
+    torch = pytest.importorskip("torch", reason="builds modules of torch, which is not installed")
+    nn = torch.nn
+
+    class Theirs(nn.BatchNorm2d):
+        pass
+
+    remedy = r"torch\.nn\.SyncBatchNorm\.convert_sync_batchnorm.*torch_autograd"
+    for model in nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2)), nn.Identity():
+        with pytest.raises(TypeError, match=r"got torch\.nn\.modules\..*" + remedy):
+            convert_sync_batchnorm(model)
+    ours = BatchNorm2d(3)
+    for held, path in (
+        (nn.BatchNorm1d(3), r"\)"),
+        (nn.Sequential(nn.Linear(2, 2), Theirs(3)), r" at 1\)"),
+        ({"encoder": nn.Sequential(nn.BatchNorm3d(3)), "head": ours}, r" at encoder\.0\)"),
+        (SimpleNamespace(head=ours, norm=Theirs(3)), r" at norm\)"),
+    ):
+        with pytest.raises(TypeError, match=path + ".*" + remedy):
+            convert_sync_batchnorm(held)
+    hybrid = nn.Sequential(nn.Linear(2, 2), nn.SyncBatchNorm(3))
+    hybrid.norm = ours
+    assert convert_sync_batchnorm(hybrid) is hybrid
+    assert type(hybrid.norm) is SyncBatchNorm
+
+
+# Conversion and Module reach the same layers
+
+
+class Plain:
+    """Is no Module."""
+
+    def __init__(self, held):
+        self.held = held
+
+
+@dataclasses.dataclass
+class Record:
+    held: object
+
+
+class Holder(Module):
+    def __init__(self, held):
+        self.block = held
+
+
+class Slots(Module):
+    __slots__ = ("held",)
+
+    def __init__(self, held):
+        self.held = held
+
+
+def unseen(layer):
+    """Return modules that do not see a layer, by its name in them, with the type that keeps it from them."""
+    items = Stack([])
+    items.norm = layer
+    return {
+        "block.held": (Holder(Plain(layer)), "Plain"),
+        "block.0.held": (Holder([Record(layer)]), "Record"),
+        "block.a.held.1": (Holder({"a": SimpleNamespace(held=(1, layer))}), "SimpleNamespace"),
+        "block.held.block": (Holder(Plain(Holder(layer))), "Plain"),
+        "block.held.0.layers.0": (Holder(Record([Sequential(layer)])), "Record"),
+        "layers.1.block.held": (Sequential(Linear(), Holder(Plain(layer))), "Plain"),
+        "block.norm": (Holder(items), "Stack"),
+        "held": (Slots(layer), "Slots"),
+    }
+
+
+@pytest.mark.parametrize("within", ["", "dict", "plain"])
+@pytest.mark.parametrize("name", unseen(BatchNorm1d(1)))
+def test_layer_that_a_module_does_not_see(name, within):
+    layer = BatchNorm1d(3)
+    module, wall = unseen(layer)[name]
+    root = {"": module, "dict": {"net": module}, "plain": Plain([BatchNorm1d(3), module])}[within]
+    match = rf"{type(module).__name__} does not see its layer {name} \(BatchNorm1d\) .*{wall} (is no|shows)"
+    with pytest.raises(TypeError, match=match):
+        convert_sync_batchnorm(root)
+    assert type(layer) is BatchNorm1d
+    if within == "plain":
+        assert type(root.held[0]) is BatchNorm1d  # nothing has been changed
+    # One that is converted by itself, before it comes there, is left alone.
+    convert_sync_batchnorm(unseen(SyncBatchNorm(3))[name][0])
+
+
+@pytest.mark.parametrize("kind", [BatchNorm1d, SyncBatchNorm])
+@pytest.mark.parametrize("name", unseen(BatchNorm1d(1)))
+def test_wrapper_of_a_layer_that_the_module_does_not_see(world, name, kind):
+    """On one rank: the others hear of it."""
+    last = world.size - 1
+    module = unseen(kind(3))[name][0] if world.rank == last else Sequential(SyncBatchNorm(3))
+    match = f"does not see its layer {name}" if world.rank == last else f"rank {last}"
+    with pytest.raises(TypeError if world.rank == last else RemoteRankError, match=match):
+        DistributedDataParallel(module)
+
+
+def test_recalibration_of_a_layer_that_the_module_does_not_see():
+    with pytest.raises(TypeError, match=r"does not see its layer block\.held"):
+        recalibrate(Holder(Plain(BatchNorm1d(3))), [np.ones((4, 3), "f4")])
+
+
+@pytest.mark.mpi_skip
+@pytest.mark.parametrize(
+    "use", [DistributedDataParallel, frozen_statistics, lambda held: recalibrate(held, [])]
+)
+def test_what_is_no_module(use):
+    torch = pytest.importorskip("torch", reason="builds modules of torch, which is not installed")
+    for held in torch.nn.Sequential(), [SyncBatchNorm(3)], Plain(SyncBatchNorm(3)), None:
+        kind = type(held)
+        match = rf"expected a Module of cupy_syncbn \(got {kind.__module__}\.{kind.__name__}\)"
+        with pytest.raises(TypeError, match=match):
+            use(held)
+
+
+def test_the_remedy_for_layers_that_are_not_seen(world):
+    class Block(Module):
+        __init__ = Plain.__init__
+
+    class Net(Module):
+        def __init__(self):
+            self.block = Block([BatchNorm1d(3), {"a": BatchNorm2d(3)}])
+
+    net = DistributedDataParallel(convert_sync_batchnorm(Net()))
+    assert len(net.state_dict()) == 10
+    assert not net.eval().module.block.held[1]["a"].training
+    assert type(net.module.block.held[0]) is SyncBatchNorm
+
+
+def test_layer_that_a_module_sees_elsewhere():
+    """A plain object may refer to layers, or to the module itself."""
+    net = Holder([BatchNorm1d(3)])
+    net.helper = Plain([net.block[0], net])
+    net.copy = None
+    assert convert_sync_batchnorm(net) is net
+    assert net.helper.held[0] is net.block[0]
+    DistributedDataParallel(net)
+    DistributedDataParallel(copy.deepcopy(net))
+
+
+def test_long_chains_of_objects():
+    chain = None
+    for _ in range(20000):
+        chain = Plain(chain)
+    net = Holder([BatchNorm1d(3)])
+    net.tape = chain
+    convert_sync_batchnorm(net)
+    DistributedDataParallel(net)
+    while chain is not None:  # as Python would end them in a recursion
+        chain.held, chain = None, chain.held

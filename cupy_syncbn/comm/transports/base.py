@@ -69,3 +69,15 @@ class Transport(ABC):
 
     def check_errors(self) -> None:  # noqa: B027, most have raised them
         pass
+
+
+def missing_for_cupy() -> tuple[str, str]:
+    """Tell why this process cannot use CuPy, or nothing, and which GPU it has."""
+    try:
+        runtime = import_cupy().cuda.runtime
+    except ImportError as error:
+        return str(error), ""
+    try:
+        return "", runtime.deviceGetPCIBusId(runtime.getDevice())
+    except RuntimeError as error:
+        return f"CuPy finds no GPU: {error}", ""

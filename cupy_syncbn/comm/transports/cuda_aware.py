@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, cast
 from cupy_syncbn.arrays import import_cupy
 from cupy_syncbn.comm.errors import RankMismatchError
 from cupy_syncbn.comm.schedules import steps
+from cupy_syncbn.comm.small_objects import SIZE
 from cupy_syncbn.comm.trailer import FAULT
-from cupy_syncbn.comm.transports.base import Array, HostGroup, Transport
+from cupy_syncbn.comm.transports.base import Array, HostGroup, Transport, missing_for_cupy
 from cupy_syncbn.comm.transports.host_staged import HostStaged
 
 if TYPE_CHECKING:
@@ -91,3 +92,11 @@ class _Arrival:
 
     def Test(self, status: MPI.Status) -> bool:  # noqa: N802, mpi4py's name
         return self._comm.Iprobe(self._partner, _TAG, status)
+
+
+def why_no_cupy(group: HostGroup) -> str:
+    """Tell why a rank of a group cannot use CuPy, or nothing if all can (**collective**)."""
+    missing, _ = missing_for_cupy()
+    everyones: list[str] = group.gather_objects(missing[: SIZE // 4])
+    rank = next((rank for rank, reason in enumerate(everyones) if reason), None)
+    return "" if rank is None else f"rank {rank} cannot take part, as {everyones[rank]}"

@@ -19,7 +19,7 @@ from cupy_syncbn.arrays import import_cupy
 from cupy_syncbn.comm.clock import RunningClock
 from cupy_syncbn.comm.errors import CollectiveTimeoutError
 from cupy_syncbn.comm.small_objects import SIZE
-from cupy_syncbn.comm.transports.base import Array, HostGroup, Transport
+from cupy_syncbn.comm.transports.base import Array, HostGroup, Transport, missing_for_cupy
 
 _PERIOD = 0.1  # seconds between two looks at the operations
 _LEAVING = 10.0  # seconds that the host has to leave a call of NCCL before an abort
@@ -316,14 +316,9 @@ def import_nccl() -> Any:
 
 def missing_for_nccl() -> tuple[str, str]:
     """Tell why this process cannot use NCCL, or nothing, and which GPU it has."""
-    try:
-        runtime = import_cupy().cuda.runtime
-    except ImportError as error:
-        return str(error), ""
-    try:
-        gpu = runtime.deviceGetPCIBusId(runtime.getDevice())
-    except RuntimeError as error:
-        return f"CuPy finds no GPU: {error}", ""
+    missing, gpu = missing_for_cupy()
+    if missing:
+        return missing, ""
     with contextlib.suppress(ImportError):
         if getattr(import_nccl(), "available", False):
             return "", gpu

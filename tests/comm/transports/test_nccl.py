@@ -175,7 +175,7 @@ def test_ranks_that_share_a_gpu(world, cupy, nccl, monkeypatch):
 def test_same_gpu_number_on_two_hosts(world, cupy, nccl, monkeypatch):
     """That is two GPUs, which the stand-in cannot connect."""
     monkeypatch.setattr(cupy.cuda.runtime, "deviceGetPCIBusId", lambda device: "0000:00:00.0")
-    group = new_group(transport="nccl")
+    group = new_group()
     group.host = f"node{world.rank}"
     assert transports.why_no_nccl(group) == ""
 
