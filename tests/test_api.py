@@ -63,7 +63,7 @@ NO_ERRORS = {
 
 _INTERNAL_TO_GROUPS = (
     "abandon", "allreduce_checked", "allreduce_owned", "broadcast_owned", "defer", "is_given_up",
-    "next_model", "sums", "tell_fault",
+    "next_model", "tell_fault",
 )  # fmt: skip
 # Methods of public classes that only the package itself calls: a sentence is enough.
 INTERNAL = {

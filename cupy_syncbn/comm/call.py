@@ -84,7 +84,7 @@ class Collective(SimpleNamespace, contextlib.AbstractContextManager["Collective"
     def enter(self, call: Call, group: ProcessGroup, length: int, arrays: tuple[Any, ...] = ()) -> None:
         """Say what call this is, and in which sum the other ranks wait."""
         self.call, self.group, self._arrays = call, group, arrays
-        self._ended_before = group.sums  # first: an error before the next line is one before a sum
+        self._ended_before = group.counter.sums  # first: an error before the next line is one before a sum
         self._done, self.needed = 0, 1
         self._length = length
         if group.problem is not None:
@@ -113,7 +113,7 @@ class Collective(SimpleNamespace, contextlib.AbstractContextManager["Collective"
         if isinstance(error, CollectiveTimeoutError):
             error.call = error.call or self.call
         elif isinstance(error, Exception) and self.group.size > 1:
-            done = max(self._done, self.group.sums - self._ended_before)
+            done = max(self._done, self.group.counter.sums - self._ended_before)
             if was_heard_by(self.group, error) or self.group.is_given_up:
                 return
             if done and self.owes_messages:

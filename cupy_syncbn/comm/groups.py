@@ -11,7 +11,7 @@ import uuid
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 
 import numpy as np
@@ -57,6 +57,8 @@ class ProcessGroup(ABC):
     timeout: float
     problem: tuple[type[Exception], str] | None = None
     """The error of each collective call, of which the other ranks hear, where a variable is wrong here."""
+    counter: Any = SimpleNamespace(sums=0)
+    """Has in `sums` how many checked sums have ended, where the group counts them."""
     asks: ClassVar[bool] = False
     """Whether ranks that have met in different calls can ask each other which."""
 
@@ -117,11 +119,6 @@ class ProcessGroup(ABC):
 
     def abandon(self, error: BaseException) -> None:  # noqa: B027, most have no messages to leave
         """Leave messages in which the other ranks wait, after an error here, and tell them."""
-
-    @property
-    def sums(self) -> int:
-        """How many checked sums have ended, where the group counts them."""
-        return 0
 
     def defer(self, trailer: Array, check: Callable[[list[float]], None], call: object) -> None:
         """Show the trailer of a sum on the GPU to `check`, which may raise: now, or by NCCL later."""
@@ -344,10 +341,6 @@ class MPIProcessGroup(ProcessGroup):
     def abandon(self, error: BaseException) -> None:
         self._opened().leave(error)
 
-    @property
-    def sums(self) -> int:
-        return 0 if self._private_comm is None else self._private_comm.sums
-
     def defer(self, trailer: Array, check: Callable[[list[float]], None], call: object) -> None:
         self._transport.defer(trailer, check, call)
 
@@ -456,7 +449,7 @@ class MPIProcessGroup(ProcessGroup):
     def _opened(self) -> PrivateComm:
         """Return the private communicator, made at its first use (**collective**)."""
         if self._private_comm is None:
-            self._private_comm = private_comm_of(self._comm, self.timeout)
+            self._private_comm = self.counter = private_comm_of(self._comm, self.timeout)
         return self._private_comm
 
     def _taken(self) -> PrivateComm:

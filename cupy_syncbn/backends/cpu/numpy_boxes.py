@@ -95,12 +95,12 @@ def _blocks(shape: tuple[int, int, int], itemsize: int, box_bytes: int) -> tuple
     size = box_bytes // itemsize
     everything = slice(0, C), slice(0, S)
     if N * C * S <= FEW and N <= COLUMNS:
-        few = next((k for k in range(_ceil(N, CHAIN), N // 4 + 1) if N % k == 0), 1)
+        few = next((k for k in range(-(-N // CHAIN), N // 4 + 1) if N % k == 0), 1)
         box = Box((slice(0, N), *everything), shape, shape, (N // few, few * C * S))
         return (Block(everything[0], None, (box,)),)
     if C * S < ROW:
-        few = _ceil(COLUMNS, C * S)  # samples in a row of a column sum
-        fold = few * _ceil(ROW, few * C * S)  # samples in a row of an elementwise operation
+        few = -(-COLUMNS // (C * S))  # samples in a row of a column sum
+        fold = few * -(-ROW // (few * C * S))  # samples in a row of an elementwise operation
         boxes = []
         start = 0
         # As many samples as fill rows, then as many as fill columns, then the rest.
@@ -115,7 +115,7 @@ def _blocks(shape: tuple[int, int, int], itemsize: int, box_bytes: int) -> tuple
         return (Block(everything[0], (min(fold, N), C, S), tuple(boxes)),)
     blocks = []
     if S < ROW:
-        narrow = _ceil(ROW, S)
+        narrow = -(-ROW // S)
         # Blocks begin on cache lines where the tensor does.
         for channels in _split(C, C // max(narrow, min(4 * narrow, size // (N * S))), CACHE_LINE // itemsize):
             c = channels.stop - channels.start
@@ -125,8 +125,8 @@ def _blocks(shape: tuple[int, int, int], itemsize: int, box_bytes: int) -> tuple
                 boxes.append(Box((samples, channels, everything[1]), (n, c, S), (n, c * S), (n, c * S)))
             blocks.append(Block(channels, (1, c, S), tuple(boxes)))
         return tuple(blocks)
-    pieces = _split(S, _ceil(S, size), _stretch(S))
-    for channels in _split(C, _ceil(C * S, max(size, S))):
+    pieces = _split(S, -(-S // size), _stretch(S))
+    for channels in _split(C, -(-C * S // max(size, S))):
         c = channels.stop - channels.start
         boxes = []
         for n in range(N):
@@ -135,10 +135,6 @@ def _blocks(shape: tuple[int, int, int], itemsize: int, box_bytes: int) -> tuple
                 boxes.append(Box((slice(n, n + 1), channels, positions), (1, c, s), (c, s), (1, c * s)))
         blocks.append(Block(channels, None, tuple(boxes)))
     return tuple(blocks)
-
-
-def _ceil(a: int, b: int) -> int:
-    return -(-a // b)
 
 
 def _split(length: int, parts: int, multiple: int = 1) -> list[slice]:
@@ -216,7 +212,7 @@ class Sums:
         self._total: tuple[Array, Array] | None = None
         self._stretch = _stretch(S)
         # Σa and Σab over each stretch
-        self._partial = None if S < SHORT else scratch("partial", (2, N, c, _ceil(S, self._stretch)), dtype)
+        self._partial = None if S < SHORT else scratch("partial", (2, N, c, -(-S // self._stretch)), dtype)
 
     def add(self, box: Box, a: Array, b: Array) -> None:
         """Add a box; every box of the block must be added once. The scratch "difference" is overwritten."""
@@ -267,7 +263,7 @@ def _sum_rows(a: Array, b: Array, sums: Array) -> None:
 @functools.cache
 def _stretch(S: int) -> int:
     """Return the length that rows of `S` are cut to for sums: if possible, a divisor near PARTIAL."""
-    few = _ceil(S, PARTIAL)
+    few = -(-S // PARTIAL)
     return next((S // k for k in range(few, 4 * few) if S % k == 0), PARTIAL)
 
 
