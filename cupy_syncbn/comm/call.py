@@ -17,6 +17,7 @@ from cupy_syncbn.arrays import Array, module_of
 from cupy_syncbn.comm import trailer
 from cupy_syncbn.comm.errors import CollectiveTimeoutError, RankMismatchError, RemoteRankError
 from cupy_syncbn.comm.groups import ProcessGroup
+from cupy_syncbn.comm.trailer import FAULT
 
 _ODD = 0x9E3779  # calls that differ in their number alone have different tags
 
@@ -124,14 +125,18 @@ class Collective(SimpleNamespace, contextlib.AbstractContextManager["Collective"
     def sum(self, vector: Array) -> None:
         """Replace `vector` by its sum, and raise the error that its trailer tells of (**collective**)."""
         group = self.group
-        if group.size == 1:
+        size = group.size
+        if size == 1:
             return
-        ending = group.allreduce_checked(vector)[trailer.FAULT :]
+        ending = group.allreduce_checked(vector)[FAULT:]
         self._done += 1
-        if not isinstance(ending, np.ndarray):
+        if type(ending) is not np.ndarray:
             self._raise_fault_later(ending)
-        elif not trailer.is_sound(ending.tolist(), group.size):
-            error = self._fault(ending.tolist(), details=True)
+            return
+        fault, low, low_square, high, high_square = found = ending.tolist()
+        # As `trailer.is_sound`, without a call of it.
+        if fault or size * low_square != low * low or size * high_square != high * high:
+            error = self._fault(found, details=True)
             _note_hearers(error, group)
             raise error
 
@@ -141,7 +146,7 @@ class Collective(SimpleNamespace, contextlib.AbstractContextManager["Collective"
         library = next((module for module in map(module_of, self._arrays) if module is not np), np)
         try:
             own = trailer.fault_code(group.rank, group.size), *self.trailer()[1:]
-            ending = group.tell_fault(own, self._length, library)[trailer.FAULT :]
+            ending = group.tell_fault(own, self._length, library)[FAULT:]
             _note_hearers(error, group)
             if isinstance(ending, np.ndarray):
                 self._fault(ending.tolist(), details=True, own=_FAILED)  # which all ranks look into together
@@ -229,7 +234,7 @@ def _whereabouts(group: ProcessGroup, own: str) -> dict[str, list[int]]:
         text = _shown(own).encode().ljust(_NUMBERS * _BYTES, b"\0")
         numbers = [int.from_bytes(text[at : at + _BYTES], "big") for at in range(0, len(text), _BYTES)]
         rows[group.rank * _NUMBERS :][:_NUMBERS] = numbers
-        rows[trailer.FAULT :] = ending
+        rows[FAULT:] = ending
     except MemoryError:  # the others do not wait: this rank has no answer
         group.tell_fault((trailer.fault_code(group.rank, group.size), *ending[1:]), trailer.LENGTH, np)
         return {}
@@ -237,10 +242,10 @@ def _whereabouts(group: ProcessGroup, own: str) -> dict[str, list[int]]:
         total = group.allreduce_checked(rows)
     except CollectiveTimeoutError:
         return {}
-    if not trailer.is_sound(total[trailer.FAULT :].tolist(), group.size):
+    if not trailer.is_sound(total[FAULT:].tolist(), group.size):
         return {}
     ranks: dict[str, list[int]] = {}
-    for rank, row in enumerate(total[: trailer.FAULT].reshape(group.size, _NUMBERS)):
+    for rank, row in enumerate(total[:FAULT].reshape(group.size, _NUMBERS)):
         said = b"".join(int(number).to_bytes(_BYTES, "big") for number in row)
         ranks.setdefault(said.rstrip(b"\0").decode(errors="ignore"), []).append(rank)
     return ranks

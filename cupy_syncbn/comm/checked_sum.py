@@ -84,7 +84,6 @@ class CheckedSum:
         self._is_divided = False  # while the pieces of a long vector come
         self._messages: list[_Messages] = []
         self._outgoing: list[tuple[MPI.Prequest, int]] = []
-        self._at = 0  # the step of the sum that is under way
         self.begun = 0
         """How many steps of it were begun; the caller sets it to 0 when it has ended."""
         for partner, sends, receives, replaces in steps(rank, size):
@@ -103,7 +102,6 @@ class CheckedSum:
         """Replace `vector`, float64, by its sum, and return 1, the number of sums that have ended."""
         start = self._start
         for number, message in enumerate(self._messages):
-            self._at = number  # where `finish` goes on
             partner, requests, incoming, outgoing, sent, replaces = message
             if outgoing:
                 np.copyto(sent, vector)  # as the vector is written to before it has gone
@@ -129,7 +127,7 @@ class CheckedSum:
         """Take the rest of a sum after an error within it, with a trailer in place of the vector."""
         if self._is_divided:
             raise RuntimeError("some messages of a long vector have come, and some have not")
-        for number in range(self._at, len(self._messages)):
+        for number in range(max(self.begun - 1, 0), len(self._messages)):
             message = self._messages[number]
             if number >= self.begun:
                 message = self._notices._messages[number]

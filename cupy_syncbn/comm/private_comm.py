@@ -186,7 +186,7 @@ class PrivateComm:
             if test(status):
                 return status
         # As `RunningClock`, without its calls: time counts in which this process ran and looked.
-        last, next_probe = time.monotonic(), self._waited
+        last, next_probe = time.monotonic(), self._waited + _BETWEEN_PROBES
         while not test(status):
             os.sched_yield()
             now = time.monotonic()

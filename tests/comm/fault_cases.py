@@ -43,6 +43,7 @@ from cupy_syncbn import (
     Sequential,
     SyncBatchNorm,
     new_group,
+    no_backward,
     split_group,
     sync_batch_norm,
 )
@@ -913,8 +914,9 @@ def any_legal_training(t):
     def train():
         for _ in range(200):
             for layer in (layers[i] for i in common.integers(len(layers), size=common.integers(1, 4))):
-                for _ in range(common.integers(1, 4)):
-                    layer(batch(layer))
+                with no_backward(layer):
+                    for _ in range(common.integers(1, 4)):
+                        layer(batch(layer))
                 for _ in range(t.rng.integers(0, 3)):
                     layer.eval()(batch(layer))
                     layer.train()
