@@ -114,7 +114,7 @@ def _unseen(module: Module, found: Held) -> str:
     """Return which layer a module does not see, and what to do about it."""
     holders = [module, *(each.value for each in found.path[:-1])]
     wall = next((each for each in holders if not isinstance(each, Module | list | tuple | dict)), None)
-    if wall is None:  # a slot, or an attribute of a list, or of a Sequential beside its layers
+    if wall is None:  # a slot, or an attribute of a list
         reason = f"{type(holders[-1]).__name__} shows no layers there: keep it"
     else:
         name = type(wall).__name__

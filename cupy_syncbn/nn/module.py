@@ -770,7 +770,8 @@ class Sequential(Module):
         self.layers = _layers(layers)
 
     def _members(self) -> Iterator[tuple[str, Any]]:
-        return ((str(index), layer) for index, layer in enumerate(self.layers))
+        yield from ((str(index), layer) for index, layer in enumerate(self.layers))
+        yield from ((name, value) for name, value in vars(self).items() if name != "layers")  # of a subclass
 
     def forward(self, x: Any) -> Any:
         """Call each layer on the result of the one before; return the last result."""

@@ -589,3 +589,21 @@ def test_layers_with_slots(duplicate):
     layer.extra = 5
     assert duplicate(layer).extra == 5
     assert without(layer, "activation").extra == 5
+
+
+def test_attributes_beside_the_layers_of_a_sequential():
+    """A subclass has parameters, buffers and modules of its own, as in torch, behind the layers."""
+
+    class Headed(Sequential):
+        def __init__(self):
+            super().__init__(BatchNorm1d(3))
+            self.head, self.scale = BatchNorm1d(2, affine=False), Parameter(np.ones(1))
+            self.register_buffer("seen", np.zeros(()))
+
+    net = Headed()
+    assert [name for name, _ in net.named_modules()] == ["", "0", "head"]
+    assert [name for name, _ in net.named_parameters()] == ["scale", "0.weight", "0.bias"]
+    assert {"seen", "head.running_mean", "0.running_var"} <= net.state_dict().keys()
+    assert not net.eval().head.training
+    assert len(net) == 1
+    assert [type(each) for each in convert_sync_batchnorm(net).children()] == [SyncBatchNorm] * 2
