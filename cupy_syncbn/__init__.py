@@ -26,9 +26,11 @@ from cupy_syncbn.nn.batch_norm import (
     convert_sync_batchnorm,
 )
 from cupy_syncbn.nn.data_parallel import DistributedDataParallel
-from cupy_syncbn.nn.module import Module, Parameter, Sequential, no_backward
+from cupy_syncbn.nn.module import Module, no_backward
+from cupy_syncbn.nn.parameter import Parameter
 from cupy_syncbn.nn.records import Record
 from cupy_syncbn.nn.running_statistics import frozen_statistics, recalibrate
+from cupy_syncbn.nn.sequential import Sequential
 
 __all__ = [
     "BatchNorm1d",

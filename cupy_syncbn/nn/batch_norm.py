@@ -25,7 +25,8 @@ from cupy_syncbn.comm.call import DO, Call, Collective, commit
 from cupy_syncbn.comm.groups import SINGLE, ProcessGroup, as_group
 from cupy_syncbn.functional import Description, Saved
 from cupy_syncbn.nn.conversion import OPAQUE, check_reach, layers_within, losses, nothing_found
-from cupy_syncbn.nn.module import Module, Parameter, accumulation, check_gradient
+from cupy_syncbn.nn.module import Module
+from cupy_syncbn.nn.parameter import Parameter, accumulation, check_gradient
 from cupy_syncbn.nn.records import NO_FORWARD, NOTHING, Waiting
 from cupy_syncbn.nn.replace import replace_within
 from cupy_syncbn.plan import Arguments, Settings

@@ -8,7 +8,8 @@ from typing import Any
 
 from cupy_syncbn.arrays import type_name
 from cupy_syncbn.comm.groups import ProcessGroup
-from cupy_syncbn.nn.module import Module, Parameter
+from cupy_syncbn.nn.module import Module
+from cupy_syncbn.nn.parameter import Parameter
 from cupy_syncbn.nn.replace import Held, can_hold, held_within
 from cupy_syncbn.nn.tree import Tree
 
