@@ -27,6 +27,8 @@ os.environ["CUPY_SYNCBN_DEVICE"] = "cpu"
 # JAX would make its arrays on a GPU, most of whose memory it takes for itself.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+OF_LAYERS = {"nn", "test_plan.py"}
+
 REQUIRE_GPU = os.environ.get("CUPY_SYNCBN_REQUIRE_GPU") == "1"
 
 
@@ -46,6 +48,9 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "mpi" in item.keywords and not item.get_closest_marker("mpi"):
             raise pytest.UsageError(f"{item.nodeid}: pytest-mpi takes this id or name for its mark")
+        # Of layers and modules, what asks for no ranks computes on each rank as in one process.
+        if OF_LAYERS & {*item.path.parts, item.path.name} and "world" not in item.fixturenames:
+            item.add_marker("mpi_skip")
 
 
 def pytest_sessionstart(session):
