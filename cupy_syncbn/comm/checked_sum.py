@@ -80,7 +80,9 @@ class CheckedSum:
         self._receive_buffer, self._notices = receive_buffer, notices or self
         self._length = length
         self._expected = receive_buffer[:length]
-        self._is_long = length > LONGEST
+        is_long = length > LONGEST
+        self._whole = -1 if is_long else self._expected.nbytes
+        """Bytes of a message that has all of a vector of this length."""
         self._is_divided = False  # while the pieces of a long vector come
         self._messages: list[_Messages] = []
         self._outgoing: list[tuple[MPI.Prequest, int]] = []
@@ -90,7 +92,7 @@ class CheckedSum:
             incoming = comm.Recv_init(receive_buffer, partner, _TAG) if receives else None
             sent = np.empty(length)
             parts = [sent]
-            if self._is_long:
+            if is_long:
                 parts = [np.array([length], np.float64), *np.split(sent, np.cumsum(pieces(length))[:-1])]
             outgoing = [comm.Send_init(part, partner, _TAG) for part in parts if sends]
             requests = [*([] if incoming is None else [incoming]), *outgoing]
@@ -104,15 +106,15 @@ class CheckedSum:
         for number, message in enumerate(self._messages):
             partner, requests, incoming, outgoing, sent, replaces = message
             if outgoing:
-                np.copyto(sent, vector)  # as the vector is written to before it has gone
+                sent[...] = vector  # as the vector is written to before it has gone
             self.begun = start(requests) or number + 1
             if incoming is None:
                 continue
             nbytes = wait(incoming, partner).count
-            if nbytes != self._expected.nbytes or self._is_long:
+            if nbytes != self._whole:
                 self._take_other(vector, message, nbytes, wait)
             elif replaces:
-                vector[:] = self._expected
+                vector[...] = self._expected
             else:
                 vector += self._expected
         for request, partner in self._outgoing:

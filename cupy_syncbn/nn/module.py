@@ -96,7 +96,7 @@ class Module:
         return self.forward(*args, **kwargs)
 
     def __getstate__(self) -> Any:
-        """Return the state that copies and pickles have: without the `_tree`, which they make anew."""
+        """Return the state of copies and pickles: without forwards that wait, and what is made anew."""
         state: Any = super().__getstate__()  # `(dict, slots)` if a subclass has slots
         attributes = state[0] if isinstance(state, tuple) else state
         attributes = {

@@ -59,10 +59,26 @@ def run_cases(python, ranks, name=None, *, runner=False, options=(), **variables
     return Run(command, status, output, ended, [[json.loads(line) for line in own] for own in lines])
 
 
-@functools.cache
-def world_of(library, ranks):
-    """Return what came of all cases that are tried on some ranks."""
-    return run_cases(python_of(library), ranks, "pairs" if (library, ranks) == ("other", 2) else None)
+@pytest.fixture(scope="module")
+def world_of(request):
+    """Return a function of library and number of ranks that returns what came of all cases tried there.
+
+    The launches that the chosen tests need run two at a time, as they mostly wait.
+    """
+    needed = {}  # in their order
+    for item in request.session.items:
+        if "world_of" in getattr(item, "fixturenames", ()):
+            given = item.callspec.params
+            for key in given.get("columns") or [(given["library"], given.get("ranks", 4))]:
+                needed[key] = None
+    with ThreadPoolExecutor(2) as pool:
+        runs = {
+            (library, ranks): pool.submit(
+                run_cases, python_of(library), ranks, "pairs" if (library, ranks) == ("other", 2) else None
+            )
+            for library, ranks in needed
+        }
+        yield lambda library, ranks: runs[library, ranks].result()
 
 
 def python_of(library):
@@ -103,8 +119,11 @@ def is_tried(case, ranks, library):
         if is_tried(case, ranks, library)
     ],
 )
-def test_every_rank_hears_of_it(case, ranks, library):
-    run = world_of(library, ranks)
+def test_every_rank_hears_of_it(world_of, case, ranks, library):
+    check_case(world_of(library, ranks), case, ranks)
+
+
+def check_case(run, case, ranks):
     for rank, lines in enumerate(run.reports):
         reports = [line for line in lines if line["case"] == case]
         attempts = [report for report in reports if "error" in report]
@@ -120,7 +139,7 @@ def test_every_rank_hears_of_it(case, ranks, library):
 
 
 @pytest.mark.parametrize("library", ["this", "other"])
-def test_one_exchange_has_one_timeout(library):
+def test_one_exchange_has_one_timeout(world_of, library):
     """A rank that waits for one rank, which is late, and then for another waits no longer in all."""
     run = world_of(library, 4)
     waits = [
@@ -135,7 +154,7 @@ def test_one_exchange_has_one_timeout(library):
 
 @pytest.mark.parametrize("library", ["this", "other"])
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_world_ends_in_peace(ranks, library):
+def test_world_ends_in_peace(world_of, ranks, library):
     """What was given up does not keep MPI from ending, and every case was run."""
     run = world_of(library, ranks)
     assert run.status == 0, run.explain("")
@@ -218,9 +237,11 @@ def test_nothing_changes_for_long_after_a_timeout(library):
 
 
 @pytest.mark.long
-def test_table_of_what_came_of_each_case():
+@pytest.mark.parametrize(
+    "columns", [[(each, ranks) for each in ("this", "other") for ranks in (2, 4)]], ids=["all"]
+)
+def test_table_of_what_came_of_each_case(world_of, columns):
     """Print it, kind by kind: whether every rank raised what it should, by library and number of ranks."""
-    columns = [(library, ranks) for library in ("this", "other") for ranks in (2, 4)]
     print("", *(f"{vendor_of(python_of(library))} {ranks}" for library, ranks in columns), sep=" | ")
     wrong = []
     for name, case in CASES.items():
@@ -230,7 +251,7 @@ def test_table_of_what_came_of_each_case():
                 row.append("")
                 continue
             try:
-                test_every_rank_hears_of_it(name, ranks, library)
+                check_case(world_of(library, ranks), name, ranks)
                 row.append("as promised")
             except AssertionError:
                 row.append("not so")

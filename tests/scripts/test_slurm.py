@@ -8,6 +8,7 @@ what it would compute.
 
 import contextlib
 import dataclasses
+import importlib.util
 import json
 import os
 import pwd
@@ -364,12 +365,28 @@ def test_separate_worlds_are_an_error(cluster, program, words):
 def test_ranks_see_all_gpus_of_their_node(cluster, program, nodes):
     ranks = 2  # on two nodes one each
     options = (f"--nodes={nodes}", f"--ntasks-per-node={ranks // nodes}", "--gpus-per-node=2")
-    state, code, output = cluster.submit(*options, script("gpu.sh"), program(RANKS))
+    state, code, output = cluster.submit(
+        *options,
+        script("gpu.sh"),
+        program(RANKS),
+        CUPY_SYNCBN_TRANSPORT="mpi",  # NCCL takes more than device files
+    )
     assert (state, code) == ("COMPLETED", "0:0"), output
     everyones = seen(output)
     assert [one["CUDA_VISIBLE_DEVICES"] for one in everyones] == ["0,1"] * ranks
-    assert all(one["CUPY_SYNCBN_TRANSPORT"] == "nccl" for one in everyones)
     assert all(one["OMP_NUM_THREADS"] == "8" for one in everyones)
+
+
+@slurm
+@pytest.mark.skipif(importlib.util.find_spec("cupy") is not None, reason="CuPy is installed here")
+def test_gpu_job_without_cupy(cluster, program):
+    """It ends at once, and says what is missing: it would train on the CPU."""
+    options = ("--ntasks-per-node=2", "--gpus-per-node=2")
+    state, code, output = cluster.submit(*options, script("gpu.sh"), program(RANKS))
+    assert state == "FAILED", output
+    assert code != "0:0"
+    assert "transport 'nccl': CuPy is not installed" in output
+    assert "SEEN" not in output
 
 
 def run_pbs(tmp_path, python, words, ranks=2, **variables):
