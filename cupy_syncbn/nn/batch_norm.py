@@ -165,17 +165,20 @@ class BatchNormBase(Module):
 
     def _introduce(self, step: Collective) -> None:
         """Compare name, channels, type and settings between the ranks, before vectors of them meet."""
-        direction = (
-            f"introduction with {self.dtype} parameters, eps={self.eps}, momentum={self.momentum}, "
+        own, model = self.name or type(self).__name__, f" of model {self._model}" if self._model else ""
+        name = (
+            f"the first call of {own} ({self.num_features} channels){model}, "
+            f"with {self.dtype} parameters, eps={self.eps}, momentum={self.momentum}, "
             f"affine={self.affine}, tracking={self.track_running_stats}, activation={self.activation}, "
             f"grad_reduction={self.grad_reduction}, channels_last={self.channels_last}"
         )
-        for name, parameter in ("weight", self.weight), ("bias", self.bias):
+        for attribute, parameter in ("weight", self.weight), ("bias", self.bias):
             if self.affine and parameter is None:
-                direction += f", {name}=None"
+                name += f", {attribute}=None"
             elif parameter is not None and not parameter.requires_grad:
-                direction += f", {name}.requires_grad=False"
-        step.enter(self._call(direction), as_group(self._group), trailer.LENGTH)
+                name += f", {attribute}.requires_grad=False"
+        call = Call(name, self.num_features, "", self._calls_made, self._model)
+        step.enter(call, as_group(self._group), trailer.LENGTH)
         step.needed = 2  # of which the forward is the second
         step.sum(np.array(step.trailer()))
         self._introduced = True

@@ -402,20 +402,20 @@ class _Pack:
 
     def __init__(self, arrays: list[Array]) -> None:
         self._arrays = arrays
-        self.data: Array = module_of(arrays[0]).concatenate(
-            [array.reshape(-1).view("u1") for array in arrays]
-        )
+        ends = list(itertools.accumulate(array.nbytes for array in arrays))
+        self.data: Array = module_of(arrays[0]).empty(ends[-1], "u1")
+        self._parts = [
+            self.data[end - array.nbytes : end].view(array.dtype).reshape(array.shape)
+            for array, end in zip(arrays, ends, strict=True)
+        ]
+        for array, part in zip(arrays, self._parts, strict=True):
+            part[...] = array
 
     def writes(self) -> list[Callable[[], object]]:
         """Return what assigns the bytes to the arrays."""
-        ends = itertools.accumulate(array.nbytes for array in self._arrays)
         return [
-            partial(
-                array.__setitem__,
-                ...,
-                self.data[end - array.nbytes : end].view(array.dtype).reshape(array.shape),
-            )
-            for array, end in zip(self._arrays, ends, strict=True)
+            partial(array.__setitem__, ..., part)
+            for array, part in zip(self._arrays, self._parts, strict=True)
         ]
 
 

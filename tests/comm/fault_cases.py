@@ -411,7 +411,7 @@ def interrupted_in_an_exchange(t):
 # Ranks in different calls
 
 
-@case(Attempt(mismatch(r"introduction .* stem \(5.*"), mismatch(r"introduction .* stem \(4.*")))
+@case(Attempt(mismatch(r"the first call of stem \(5.*"), mismatch(r"the first call of stem \(4.*")))
 def num_features(t):
     layer = SyncBatchNorm(C + t.faulty, process_group=t.group, name="stem")
     x = t.watch(layer)
@@ -419,7 +419,11 @@ def num_features(t):
     t.subjects.clear()  # they can never meet
 
 
-@case(Attempt(mismatch("introduction with float64 .*"), mismatch("introduction with float32 .*")))
+@case(
+    Attempt(
+        mismatch("the first call of .* with float64 .*"), mismatch("the first call of .* with float32 .*")
+    )
+)
 def layer_dtype(t):
     layer = SyncBatchNorm(C, process_group=t.group, name="stem", dtype="float64" if t.faulty else "float32")
     x = t.watch(layer)
@@ -471,7 +475,7 @@ def skipped_forward_in_eval(t):
 def different_settings(name, **settings):
     """Register a case in which the faulty rank's layer has other settings."""
 
-    @case(Attempt(*2 * [mismatch("introduction with float32 parameters, .* 0 of stem .*")]), name=name)
+    @case(Attempt(*2 * [mismatch("the first call of stem .* with float32 parameters, .*")]), name=name)
     def run(t):
         layer = SyncBatchNorm(C, process_group=t.group, name="stem", **(settings if t.faulty else {}))
         x = t.watch(layer)
@@ -682,7 +686,7 @@ def absent_in_backward(t):
     t.attempt(lambda: None if t.faulty else layer.backward(x))
 
 
-@case(Attempt(None, timeout("introduction .* of stem")), goes_on=False)
+@case(Attempt(None, timeout("the first call of stem")), goes_on=False)
 def absent_in_first_call(t):
     layer = SyncBatchNorm(C, process_group=t.group, name="stem")
     x = t.watch(layer)

@@ -321,3 +321,22 @@ def test_bind_device(cupy, world):
     number = cupy_syncbn.bind_device()
     assert number == cupy.cuda.runtime.getDevice()
     assert number == cupy_syncbn.local_rank() % cupy.cuda.runtime.getDeviceCount()
+
+
+def test_buffers_of_rank_0_on_the_gpu(world, rng, cupy):
+    """Those of a local layer; of items of 8, 4 and 2 bytes, each where its type wants it."""
+    local, half = BatchNorm2d(4, device="cuda"), BatchNorm2d(3, device="cuda", dtype="float16")
+    model = DistributedDataParallel(Sequential(SyncBatchNorm(4, device="cuda"), local))
+    model.module.layers.append(half)  # is not called
+    local.running_mean[...] = cupy.asarray(np.float32(world.rank + rng.normal(size=4)))
+    half.running_var[...] = cupy.asarray(np.float16(world.rank + rng.normal(size=3)))
+    expected = {name: buffer.get() for name, buffer in model.named_buffers()}
+    expected = world.comm.bcast(expected)
+
+    def forward(x):
+        for name, buffer in model.named_buffers():
+            np.testing.assert_array_equal(buffer.get(), expected[name])
+        return x
+
+    model.module.forward = forward
+    model(cupy.asarray(random_batch(rng, SHAPE)))

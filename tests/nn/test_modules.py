@@ -265,7 +265,7 @@ def test_ranks_compare_types_again(world, rng):
     if world.rank == 0:
         layer.float()
     x = random_batch(rng, SHAPE, "f4" if world.rank == 0 else "f8")
-    with pytest.raises(RankMismatchError, match=r"introduction .* float32"):
+    with pytest.raises(RankMismatchError, match=r"first call of .* with float32"):
         layer(x)
 
 
