@@ -144,6 +144,20 @@ def cupy(monkeypatch):
     _forget()
 
 
+@pytest.fixture(params=["cpu", "cuda"])
+def device(request):
+    """Return the device of each engine in turn."""
+    if request.param == "cuda":
+        request.getfixturevalue("cupy")
+    return request.param
+
+
+@pytest.fixture
+def xp(device, request):
+    """Return the array library of the device."""
+    return np if device == "cpu" else request.getfixturevalue("cupy")
+
+
 @pytest.fixture
 def fast_cupy(monkeypatch):
     """Return the same without the checks, for larger data."""

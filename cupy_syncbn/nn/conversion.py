@@ -17,15 +17,6 @@ OPAQUE = (Parameter, ProcessGroup, Tree)
 """The types of objects that hold no layers."""
 
 
-def check_module(module: object) -> None:
-    """Raise TypeError for an object that is no Module of this package, such as one of torch's."""
-    if not isinstance(module, Module):
-        raise TypeError(
-            f"expected a Module of cupy_syncbn (got {type_name(module)}): derive its class from "
-            "cupy_syncbn.Module, or hold its parts in one, as Sequential does"
-        )
-
-
 def layers_within(root: Any, kind: type[Module]) -> list[Any]:
     """Return the layers of a kind within an object; TypeError if it can hold none, or holds torch's."""
     if not can_hold(root, OPAQUE):

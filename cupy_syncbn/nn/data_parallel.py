@@ -22,8 +22,8 @@ from cupy_syncbn.comm.errors import RankMismatchError
 from cupy_syncbn.comm.groups import ProcessGroup, as_group
 from cupy_syncbn.functional import Description
 from cupy_syncbn.nn.batch_norm import BatchNormBase, SyncBatchNorm, restart_of
-from cupy_syncbn.nn.conversion import check_module, check_reach
-from cupy_syncbn.nn.module import Module, own_buffers, tree_of
+from cupy_syncbn.nn.conversion import check_reach
+from cupy_syncbn.nn.module import Module, check_module, own_buffers, tree_of
 from cupy_syncbn.nn.parameter import Parameter, check_gradient
 from cupy_syncbn.nn.tree import join
 

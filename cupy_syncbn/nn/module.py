@@ -475,6 +475,15 @@ def swap_attributes(module: Module, left: dict[str, Any]) -> dict[str, Any]:
     return there
 
 
+def check_module(module: object) -> None:
+    """Raise TypeError for an object that is no Module of this package, such as one of torch's."""
+    if not isinstance(module, Module):
+        raise TypeError(
+            f"expected a Module of cupy_syncbn (got {type_name(module)}): derive its class from "
+            "cupy_syncbn.Module, or hold its parts in one, as Sequential does"
+        )
+
+
 def no_backward(module: Module) -> contextlib.AbstractContextManager[None]:
     """Return a context for forwards that need no backward, and keep no batch alive.
 
@@ -508,8 +517,7 @@ def no_backward(module: Module) -> contextlib.AbstractContextManager[None]:
     >>> bn.backward(np.ones_like(y)).shape
     (4, 3)
     """
-    if not isinstance(module, Module):
-        raise TypeError(f"expected a Module (got {type(module).__name__})")
+    check_module(module)
     return NoBackward(each for _, each in module.named_modules())
 
 

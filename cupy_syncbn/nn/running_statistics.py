@@ -17,8 +17,8 @@ from cupy_syncbn.comm.call import DO, Call, Collective, commit, was_heard_by
 from cupy_syncbn.comm.groups import ProcessGroup, SingleProcessGroup, as_group
 from cupy_syncbn.functional import Description, Saved
 from cupy_syncbn.nn.batch_norm import BatchNormBase, FrozenStatistics, observing
-from cupy_syncbn.nn.conversion import check_module, check_reach
-from cupy_syncbn.nn.module import Module, no_backward
+from cupy_syncbn.nn.conversion import check_reach
+from cupy_syncbn.nn.module import Module, check_module, no_backward
 
 
 def frozen_statistics(module: Module) -> contextlib.AbstractContextManager[None]:

@@ -8,26 +8,10 @@ import numpy as np
 import pytest
 
 from cupy_syncbn import BatchNorm1d, BatchNorm2d, Module, Parameter, SyncBatchNorm, convert_sync_batchnorm
-from support.arrays import BFLOAT16, random_batch
+from support.arrays import BFLOAT16, on_host, random_batch
 from support.compare import assert_close, assert_identical, assert_unchanged, snapshot
 
 C = 3
-
-
-@pytest.fixture(params=["cpu", "cuda"])
-def device(request):
-    if request.param == "cuda":
-        request.getfixturevalue("cupy")
-    return request.param
-
-
-@pytest.fixture
-def xp(device, request):
-    return np if device == "cpu" else request.getfixturevalue("cupy")
-
-
-def on_host(array):
-    return array if isinstance(array, np.ndarray) else array.get()
 
 
 class Net(Module):

@@ -19,29 +19,13 @@ from cupy_syncbn import (
     SyncBatchNorm,
     convert_sync_batchnorm,
 )
-from support.arrays import BFLOAT16, random_array, random_batch, random_channels
+from support.arrays import BFLOAT16, on_host, random_array, random_batch, random_channels
 from support.compare import assert_close, assert_identical
 from support.reference import BatchNorm
 
 C, SHAPE = 4, (12, 4, 3, 2)
 TYPES = {"float16": "f2", "bfloat16": BFLOAT16, "float32": "f4", "float64": "f8"}
 SHORT = {"float16": "half", "bfloat16": "bfloat16", "float32": "float", "float64": "double"}
-
-
-@pytest.fixture(params=["cpu", "cuda"])
-def device(request):
-    if request.param == "cuda":
-        request.getfixturevalue("cupy")
-    return request.param
-
-
-@pytest.fixture
-def xp(device, request):
-    return np if device == "cpu" else request.getfixturevalue("cupy")
-
-
-def on_host(array):
-    return array if isinstance(array, np.ndarray) else array.get()
 
 
 class Block(Module):

@@ -8,26 +8,10 @@ import numpy as np
 import pytest
 
 from cupy_syncbn import DistributedDataParallel, RankMismatchError, Sequential, SyncBatchNorm
-from support.arrays import random_array, random_batch
+from support.arrays import on_host, random_array, random_batch
 from support.compare import assert_close
 
 C, SHAPE = 4, (12, 4, 3, 2)
-
-
-@pytest.fixture(params=["cpu", "cuda"])
-def device(request):
-    if request.param == "cuda":
-        request.getfixturevalue("cupy")
-    return request.param
-
-
-@pytest.fixture
-def xp(device, request):
-    return np if device == "cpu" else request.getfixturevalue("cupy")
-
-
-def on_host(array):
-    return array if isinstance(array, np.ndarray) else array.get()
 
 
 def test_parts_of_a_batch(world, rng, device, xp):

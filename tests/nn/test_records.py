@@ -20,20 +20,12 @@ from cupy_syncbn import (
     SyncBatchNorm,
     no_backward,
 )
-from support.arrays import random_array, random_batch
+from support.arrays import on_host, random_array, random_batch
 from support.compare import assert_close, assert_identical, assert_unchanged, snapshot
 from support.reference import BatchNorm
 
 C = 3
 SHAPE = (18, C)
-
-
-@pytest.fixture(params=["cpu", "cuda"])
-def device(request):
-    """Return the device of a layer; arrays go there and back by `there` and `here`."""
-    if request.param == "cuda":
-        request.getfixturevalue("cupy")
-    return request.param
 
 
 def there(layer, array):
@@ -43,10 +35,6 @@ def there(layer, array):
     import cupy
 
     return cupy.asarray(array)
-
-
-def here(array):
-    return array if isinstance(array, np.ndarray) else array.get()
 
 
 class Linear(Module):
@@ -106,9 +94,9 @@ def test_evaluation_in_between(world, rng, device):
     for _ in range(2):
         layer(there(layer, validation))
     layer.train()
-    dx = here(layer.backward(there(layer, dy)))
+    dx = on_host(layer.backward(there(layer, dy)))
     assert_close(dx, reference.backward(dy_all), slice(start, start + len(x)))
-    assert_close(world.sum(here(layer.weight.grad)), reference.weight_grad, tolerance=1e-6)
+    assert_close(world.sum(on_host(layer.weight.grad)), reference.weight_grad, tolerance=1e-6)
 
 
 def test_backward_in_evaluation_mode_while_both_wait(world, rng):
@@ -163,7 +151,7 @@ def test_replaced_forward(world, rng, device, between):
     layer = SyncBatchNorm(C, device=device, name="stem", grad_reduction="sum")
     batches = draw(rng, world, 2, dtype="float32")
     (x, dy), (other, dother) = [[there(layer, array) for array in pair] for pair in batches]
-    expected, last = (here(alone(layer, *each)[0]) for each in ((x, dy), (other, dother)))
+    expected, last = (on_host(alone(layer, *each)[0]) for each in ((x, dy), (other, dother)))
 
     def replace():
         layer.train()(x)
@@ -182,23 +170,23 @@ def test_replaced_forward(world, rng, device, between):
         layer.backward(dy)  # until something is done
     layer.forget()
     layer(other)
-    assert_identical(here(layer.backward(dother)), last)
+    assert_identical(on_host(layer.backward(dother)), last)
 
     replace()
     if "evaluation" in between:
         layer.take_record()
-    assert_identical(here(layer.take_record().backward(dother)), last)
+    assert_identical(on_host(layer.take_record().backward(dother)), last)
 
     layer(x)
     with no_backward(layer):
         layer(other)
-    assert_identical(here(layer.backward(dy)), expected)
+    assert_identical(on_host(layer.backward(dy)), expected)
 
     layer(x)
     record = layer.take_record()
     layer(other)
-    assert_identical(here(layer.backward(dother)), last)
-    assert_identical(here(record.backward(dy)), expected)
+    assert_identical(on_host(layer.backward(dother)), last)
+    assert_identical(on_host(record.backward(dy)), expected)
 
 
 def test_shared_layer_within_a_forward(world, rng):

@@ -17,22 +17,10 @@ from cupy_syncbn import (
     convert_sync_batchnorm,
     functional,
 )
-from support.arrays import random_array, random_batch
+from support.arrays import on_host, random_array, random_batch
 from support.compare import assert_close, assert_identical
 
 C, SHAPE = 4, (12, 4, 3, 2)
-
-
-@pytest.fixture(params=["cpu", "cuda"])
-def device(request):
-    if request.param == "cuda":
-        request.getfixturevalue("cupy")
-    return request.param
-
-
-@pytest.fixture
-def xp(device, request):
-    return np if device == "cpu" else request.getfixturevalue("cupy")
 
 
 @pytest.fixture
@@ -46,10 +34,6 @@ def asked(monkeypatch):
 
     monkeypatch.setattr(functional, "ParameterSums", sums)
     return found
-
-
-def on_host(array):
-    return array if isinstance(array, np.ndarray) else array.get()
 
 
 @pytest.mark.parametrize("grad_reduction", ["none", "sum", "mean"])

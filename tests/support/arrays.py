@@ -36,6 +36,10 @@ def random_batch(rng, shape, dtype="float32", channel_axis=1):
     return random_array(rng, shape, dtype, offset=offset, scale=scale)
 
 
+def on_host(array):
+    return array if isinstance(array, np.ndarray) else array.get()
+
+
 def randomize(layer, reference, rng):
     """Give a layer and its reference the same random weight and bias."""
     if layer.weight is None:
