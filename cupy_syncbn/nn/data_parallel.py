@@ -183,13 +183,11 @@ class DistributedDataParallel(Module):
 
     def _take_buffers(self) -> None:
         """Take the buffers of rank 0, all or none (**collective**)."""
-        group = self.process_group
-        if group.size == 1 or not self._own_buffers():
-            return
-        describe = self._describe_broadcast
-        with Collective(describe=describe) as step:
-            step.enter(*describe())
-            buffers = self._own_buffers()
+        with Collective(describe=self._describe_broadcast) as step:
+            group, buffers = self.process_group, self._own_buffers()
+            if group.size == 1 or not buffers:
+                return
+            step.enter(*self._describe_broadcast(buffers))
             for name, buffer in buffers.items():
                 _check_array(name, buffer)
             # Those of long items first, so that all lie where their type wants them.
@@ -213,9 +211,11 @@ class DistributedDataParallel(Module):
                 found |= {join(prefix, name): buffer for name, buffer in own_buffers(module)}
         return found
 
-    def _describe_broadcast(self) -> Description:
-        described = self._description(self._own_buffers())
-        name = f"DistributedDataParallel with buffers of code {zlib.crc32(repr(described).encode()):08x}"
+    def _describe_broadcast(self, buffers: dict[str, Array] | None = None) -> Description:
+        name = "DistributedDataParallel"
+        if buffers is not None:
+            code = zlib.crc32(repr(self._description(buffers)).encode())
+            name += f" with buffers of code {code:08x}"
         call = Call(name, 0, "broadcast", self._broadcasts, self._model)
         return call, self.process_group, trailer.LENGTH, ()
 
