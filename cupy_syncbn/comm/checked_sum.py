@@ -100,7 +100,7 @@ class CheckedSum:
             self._outgoing += [(request, partner) for request in outgoing]
         self._start = MPI.Prequest.Startall
 
-    def sum(self, vector: Array, wait: Callable[[MPI.Request, int], MPI.Status]) -> int:
+    def sum(self, vector: Array, wait: Callable[..., MPI.Status]) -> int:
         """Replace `vector`, float64, by its sum, and return 1, the number of sums that have ended."""
         start = self._start
         for number, message in enumerate(self._messages):
@@ -122,7 +122,7 @@ class CheckedSum:
                 if request.Test():
                     break
             else:
-                wait(request, partner)
+                wait(request, partner, True)
         return 1
 
     def finish(self, notice: Array, wait: Callable[[MPI.Request, int], MPI.Status]) -> None:
@@ -171,6 +171,10 @@ class CheckedSum:
         """Wait until all messages have gone."""
         for request, partner in self._outgoing:
             wait(request, partner)
+
+    def has_gone(self) -> bool:
+        """Tell whether all messages have gone."""
+        return all(request.Test() for request, _ in self._outgoing)
 
     def free(self) -> None:
         """Free the requests when no sum is under way."""

@@ -24,7 +24,7 @@ from cupy_syncbn.comm.launcher import (
     start_if_one_of_several,
     warn_if_alone,
 )
-from cupy_syncbn.comm.private_comm import FREED, PrivateComm, free_comm, private_comm_of
+from cupy_syncbn.comm.private_comm import FREED, PrivateComm, free_comm, known_private_comm, private_comm_of
 from cupy_syncbn.comm.small_objects import pack, unpack
 from cupy_syncbn.comm.trailer import FAULT
 from cupy_syncbn.comm.transports import TRANSPORTS, check_here, transport_for
@@ -336,7 +336,8 @@ class MPIProcessGroup(ProcessGroup):
 
     @property
     def is_given_up(self) -> bool:
-        return self._private_comm is not None and self._private_comm.is_given_up
+        private = self._private_comm or known_private_comm(self._comm)
+        return private is not None and private.is_given_up
 
     def abandon(self, error: BaseException) -> None:
         self._opened().leave(error)

@@ -44,6 +44,9 @@ _BETWEEN_PROBES = 0.02
 _LONGEST_ROLL_CALL = 1.0
 """Seconds that a rank waits for such messages when it has given up itself."""
 
+_LONGEST_FAREWELL = 0.5
+"""Seconds that a rank which has its sum waits for its partners, who are in it too, to take its messages."""
+
 _SPINS_BEFORE_YIELD = range(50)
 """Tests of a request before the core is offered to others, such as ranks that share it."""
 
@@ -56,6 +59,7 @@ class PrivateComm:
     """
 
     comm: MPI.Comm
+    _receive_buffer: Array
 
     def __init__(self, rank: int, size: int) -> None:
         from mpi4py import MPI
@@ -72,9 +76,9 @@ class PrivateComm:
         self._status = MPI.Status()
         self._opening: Any = None  # the request, once there is one
         self._is_open = False
-        self._receive_buffer = np.empty(LONGEST)
         self._notice = np.zeros(trailer.LENGTH)
         self._sums: dict[int, CheckedSum] = {}  # by the length of the vector
+        self._late: list[CheckedSum] = []  # whose messages a partner had not taken when they were used last
         self.users = 0
         """Groups that have opened it and are not freed: equally many on all ranks, as both are collective."""
         _private_comms.add(self)
@@ -95,6 +99,12 @@ class PrivateComm:
                 raise
             # Messages of other lengths are errors to catch, whatever the caller's communicator does.
             self.comm.Set_errhandler(MPI.ERRORS_RETURN)
+            try:
+                self._receive_buffer = np.empty(LONGEST)
+            except MemoryError as error:  # without it no sum can be taken part in: the other ranks are told
+                self._is_open = True
+                self.leave(error)
+                raise
             if trailer.LENGTH not in self._sums:
                 self._sum_of(trailer.LENGTH)
             self._is_open = True
@@ -147,7 +157,9 @@ class PrivateComm:
             self._lock.release()
 
     def _sum_of(self, length: int) -> CheckedSum:
-        notices = self._sums.get(trailer.LENGTH)
+        notices = None
+        if length != trailer.LENGTH:
+            notices = self._sums.get(trailer.LENGTH) or self._sum_of(trailer.LENGTH)
         made = CheckedSum(self.comm, self.rank, self.size, length, self._receive_buffer, notices)
         self._sums[length] = made
         return made
@@ -179,21 +191,29 @@ class PrivateComm:
             self.leave(error, *needed)
             raise
 
-    def wait(self, request: MPI.Request, partner: int | None = None) -> MPI.Status:
-        """Wait until the timeout for a request to or from a rank, or to all."""
+    def wait(self, request: MPI.Request, partner: int | None = None, is_last: bool = False) -> MPI.Status:
+        """Wait until the timeout for a request to or from a rank, or to all.
+
+        `is_last` is for the messages that a rank has sent, when it needs nothing more: a partner that was
+        stopped may take them later.
+        """
         status, test = self._status, request.Test
         for _ in _SPINS_BEFORE_YIELD:
             if test(status):
                 return status
         # As `RunningClock`, without its calls: time counts in which this process ran and looked.
         last, next_probe = time.monotonic(), self._waited + _BETWEEN_PROBES
+        limit = min(self._timeout, self._waited + _LONGEST_FAREWELL) if is_last else self._timeout
         while not test(status):
             os.sched_yield()
             now = time.monotonic()
             self._waited += min(now - last, LONGEST_LOOK)
             last = now
-            if self._waited > self._timeout:
+            if self._waited > limit:
                 if test(status):  # its message may have come while this process was stopped
+                    return status
+                if is_last:
+                    self._leave_messages()
                     return status
                 raise self._timed_out(partner)
             if self._waited > next_probe:
@@ -203,6 +223,16 @@ class PrivateComm:
                         return status
                     raise self._given_up_by_another(partner)
         return status
+
+    def _leave_messages(self) -> None:
+        """Leave to MPI what the sums so far have sent; later ones have requests and memory of their own."""
+        left, self._late = [*self._late, *self._sums.values()], []
+        self._sums.clear()
+        for checked_sum in left:
+            if checked_sum.has_gone():
+                checked_sum.free()
+            else:
+                self._late.append(checked_sum)
 
     def _given_up_by_another(self, partner: int | None) -> RuntimeError:
         """Return the error of a rank that waits, where another has left its messages."""
@@ -315,6 +345,8 @@ class PrivateComm:
             self._unusable = RuntimeError, FREED
             for checked_sum in self._sums.values():
                 checked_sum.free()
+            if self._late:
+                _left_to_mpi.append((self, tuple(self._late)))
             self.comm.Free()
 
 
@@ -340,6 +372,15 @@ def private_comm_of(comm: MPI.Comm, timeout: float) -> PrivateComm:
             raise no_communicator(error) from error
     private.users += 1
     return private
+
+
+def known_private_comm(comm: MPI.Comm) -> PrivateComm | None:
+    """Return the duplicate that a communicator keeps, open or not, if MPI can still be asked for it."""
+    from mpi4py import MPI
+
+    if MPI.Is_finalized() or _forked or comm == MPI.COMM_NULL:
+        return None
+    return cast("PrivateComm | None", comm.Get_attr(_keyval()))
 
 
 def _ends_all(error: BaseException) -> bool:

@@ -281,6 +281,34 @@ def memory_in_reduce_gradients(t):
         t.attempt(lambda: layer.backward(x))
 
 
+IN_THE_MIDDLE = Error("RemoteRankError", "^rank {last} failed in the middle: see the error there")
+
+
+def no_memory_for_messages(name, call):
+    """Register a case in which the faulty rank has no memory for the first messages of its communicator."""
+
+    @case(Attempt(NO_MEMORY, IN_THE_MIDDLE), goes_on=False, name=name)
+    def run(t):
+        layer = SyncBatchNorm(C, process_group=t.group, name="stem")
+        x = t.watch(layer)
+        empty = np.empty
+
+        def empty_unless_long(shape, *arguments, **keywords):
+            if shape == LONGEST:
+                raise MemoryError("none left")
+            return empty(shape, *arguments, **keywords)
+
+        with mock.patch.object(np, "empty", empty_unless_long if t.faulty else empty):
+            t.attempt(lambda: call(t, layer, x))
+
+
+no_memory_for_messages("first_forward_without_memory", lambda t, layer, x: layer(x))
+no_memory_for_messages(
+    "construction_without_memory", lambda t, layer, x: DistributedDataParallel(layer, t.group)
+)
+no_memory_for_messages("new_group_without_memory", lambda t, layer, x: new_group(comm=t.comm))
+
+
 @case(
     Attempt(NO_MEMORY, None),
     Attempt(mismatch(FORWARD), mismatch(f"forward 3 of {STEM}")),
@@ -317,9 +345,6 @@ def memory_for_the_means(t):
     layer, _ = t.trained()
     model = DistributedDataParallel(layer, t.group)
     t.attempt(lambda: fail_once(t, data_parallel._Means, "__init__", model.reduce_gradients))
-
-
-IN_THE_MIDDLE = Error("RemoteRankError", "^rank {last} failed in the middle: see the error there")
 
 
 @case(Attempt(NO_MEMORY, IN_THE_MIDDLE), Attempt(GIVEN_UP, GIVEN_UP), goes_on=False)
@@ -836,25 +861,35 @@ def stop(seconds):
     return subprocess.Popen(["sh", "-c", script])
 
 
-def stopped(name, who):
-    """Register a case in which ranks are stopped for longer than the timeout while one waits for another."""
+def stopped(name, who, direction="forward", num_features=C):
+    """Register a case in which ranks are stopped for longer than the timeout while one waits for another.
 
-    @case(Attempt(None, None), goes_on=False, most=2, prompt=False, name=name)
+    The other has what it waits for, and goes on, though its own message may not be taken within the timeout.
+    """
+
+    @case(Attempt(None, None), most=2, prompt=False, name=name)
     def run(t):
-        layer, x = t.trained()
-        t.group.timeout = PATIENCE if t.faulty else 1.6
+        layer, x = t.trained(num_features)
+        twin = t.subjects[0][1]
+        if direction == "backward":
+            t.forward()
+        t.group.timeout = 1.6
 
         def step():
             stopping = stop(2.0) if who(t) else None
             time.sleep(0.3 if t.faulty else 0)
-            layer(x)
+            getattr(layer, direction)(x)
             if stopping is not None:
                 stopping.wait()
 
         t.attempt(step)
+        t.group.timeout = PATIENCE
+        getattr(twin, direction)(x)
+        t.owes_backward = direction == "forward"
 
 
 stopped("waiting_rank_is_stopped", lambda t: not t.faulty)
+stopped("waiting_rank_is_stopped_in_a_backward", lambda t: not t.faulty, "backward", num_features=9)
 stopped("all_ranks_are_stopped", lambda t: True)
 
 
@@ -1020,11 +1055,11 @@ def killed_in_an_exchange(t):
     layer, x = t.trained()
     t.group.timeout = FATAL_TIMEOUT
     if t.faulty:
-        threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGKILL)).start()
+        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGKILL)).start()
 
     def train():
         if t.rank == 0:
-            time.sleep(0.6)
+            time.sleep(0.5)
         for _ in range(3):
             layer.backward(layer(x))
 
