@@ -4,6 +4,8 @@
 arrays: ``y = bn(x)``, ``dx = bn.backward(dy)``. Launched by mpirun, the batches of all ranks are one batch.
 """
 
+import logging
+
 from cupy_syncbn._version import __version__ as __version__
 from cupy_syncbn.comm.devices import bind_device, local_rank
 from cupy_syncbn.comm.errors import CollectiveTimeoutError, RankMismatchError, RemoteRankError
@@ -15,6 +17,7 @@ from cupy_syncbn.comm.groups import (
     default_group,
     start_mpi_of_ranks,
 )
+from cupy_syncbn.comm.launcher import is_first
 from cupy_syncbn.comm.new_group import new_group, split_group
 from cupy_syncbn.diagnosis.survey import show_config
 from cupy_syncbn.functional import Gradients, sync_batch_norm, sync_batch_norm_backward
@@ -70,5 +73,6 @@ for _name in __all__:
         vars()[_name].__module__ = __name__
 del _name
 
+logging.getLogger(__name__).addFilter(is_first)  # what it says holds for all ranks: one says it
 start_mpi_of_ranks()
-del start_mpi_of_ranks
+del is_first, logging, start_mpi_of_ranks

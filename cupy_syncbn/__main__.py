@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 
@@ -19,6 +20,7 @@ def main() -> int:
     )
     parser.add_argument("--json", action="store_true", help="write one JSON object: see show_config()")
     arguments = parser.parse_args()
+    logging.getLogger("cupy_syncbn").setLevel(logging.ERROR)  # the report says all
     facts = survey(_print, as_json=arguments.json, bind=True)
     return 0 if facts["ok"] else 1
 

@@ -186,7 +186,6 @@ def describe_forward(call: Call, peers: ProcessGroup, arrays: tuple[Any, ...]) -
     return call, peers, 4 * call.channels + 1 + trailer.LENGTH, arrays
 
 
-@np.errstate(all="ignore")  # infinities and NaN are the data's, and pass through
 def forward(
     x: Any,
     arguments: Arguments,
@@ -213,7 +212,8 @@ def forward(
 
     affine = Affine(arguments.weight, arguments.bias, settings.eps)
     length = 2 * call.channels + trailer.LENGTH
-    description = call._replace(direction="backward"), peers, length, (x,)
+    backward_call = Call(call.name, call.channels, "backward", call.number, call.model)
+    description = backward_call, peers, length, (x,)
     saved = Saved(plan, x, None, group, peers, call, input_kept, batch, description)
     saved.normalization, writes = backend.normalize(
         x, y, batch, running, affine, Epilogue(residual, plan.slope)
@@ -272,7 +272,6 @@ def describe_backward(saved: Saved, grad_reduction: str) -> Description:
     return call, peers, length, arrays
 
 
-@np.errstate(all="ignore")
 def backward(dy: Any, saved: Saved, grad_reduction: str, step: Collective) -> Gradients:
     """See `sync_batch_norm_backward`."""
     plan, x, normalization, peers = saved.plan, saved.x, saved.normalization, step.group

@@ -98,7 +98,7 @@ class Plan:
         self.bias_type = None if bias is None or not settings.bias_trains else bias.dtype
         self.gradients: set[Any] = set()
         """The kinds of dy, with reductions, that have been found right."""
-        self.as_tensor: Callable[[Array], Array] = layout.as_3d if self.on_host else self._as_kernel_input
+        self.as_tensor: Callable[[Array], Array] = self._as_kernel_input
         """Returns a batch as (outer, C, inner), as the backend takes it."""
 
     def model_of(self, name: str, shape: tuple[int, ...]) -> Model:

@@ -66,6 +66,17 @@ def pytest_sessionstart(session):
         root = Path(tempfile.gettempdir(), f"pytest-of-rank-{World().rank}-{os.getuid()}")
         root.mkdir(exist_ok=True, mode=0o700)
         os.environ["PYTEST_DEBUG_TEMPROOT"] = str(root)
+    from cupy_syncbn.backends.cpu import loading
+
+    if loading.choice().core is None:
+        # Programs that tests start take NumPy on purpose then: else each would log why, where a test reads.
+        os.environ.setdefault("CUPY_SYNCBN_ISA", "numpy")
+
+
+def pytest_report_header():
+    from cupy_syncbn.backends.cpu import loading
+
+    return f"NumPy arrays: {loading.status()}"
 
 
 @pytest.fixture(scope="session")

@@ -10,13 +10,16 @@ from pathlib import Path
 import pytest
 
 import cupy_syncbn
+from cupy_syncbn.backends.cpu import loading
 
 pytestmark = pytest.mark.mpi_skip
 
+# What runs, what needs CuPy, what is C++, and what needs that.
+LEFT_OUT = ("__main__", "cuda.operations", "cpu._core") + ("cpu.native",) * (loading.choice().core is None)
 MODULES = [cupy_syncbn] + [
     importlib.import_module(module.name)
     for module in pkgutil.walk_packages(cupy_syncbn.__path__, "cupy_syncbn.")
-    if not module.name.endswith(("__main__", "cuda.operations"))  # which runs, which needs CuPy
+    if not module.name.endswith(LEFT_OUT)
 ]
 
 # numpydoc's rules that are not the house's: a summary that starts on the second line and ends in a full stop,

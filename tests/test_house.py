@@ -19,13 +19,13 @@ PACKAGE = Path(cupy_syncbn.__file__).parent
 ALLOWED = {
     "_version": set(),
     "arrays": set(),
-    "backends": {"arrays"},
+    "backends": {"arrays", "_version"},
     "comm": {"arrays"},
     "checks": {"backends", "arrays"},
     "plan": {"checks", "backends", "arrays"},
     "functional": {"plan", "checks", "comm", "backends", "arrays"},
     "nn": {"functional", "plan", "checks", "comm", "backends", "arrays"},
-    "diagnosis": {"nn", "comm", "arrays", "_version"},
+    "diagnosis": {"nn", "comm", "backends", "arrays", "_version"},
     "__main__": {"diagnosis"},
 }
 

@@ -126,6 +126,6 @@ def test_environment_variables_are_listed_in_one_place():
 def test_links_name_files_that_exist():
     links = re.findall(r"\]\((?!https?:|#)([^)]+)\)", TEXT)
     assert links
-    headings = [re.sub(r"\W+", "-", line.lower()) for line in re.findall(r"(?m)^## (.*)$", TEXT)]
+    headings = [re.sub(r"\W+", "-", line.lower()) for line in re.findall(r"(?m)^###? (.*)$", TEXT)]
     assert set(re.findall(r"\]\(#([^)]+)\)", TEXT)) <= set(headings)
     assert [link for link in links if not (REPOSITORY / link).exists()] == []

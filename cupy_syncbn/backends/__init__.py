@@ -11,7 +11,7 @@ import functools
 import numpy as np
 
 from cupy_syncbn.arrays import is_cupy, type_name
-from cupy_syncbn.backends.cpu import operations as cpu_operations
+from cupy_syncbn.backends.cpu import loading
 from cupy_syncbn.backends.interface import Backend
 
 
@@ -22,15 +22,31 @@ def backend_of(array: object) -> Backend:
     ------
     TypeError
         If `array` is neither a NumPy nor a CuPy array.
+    ValueError
+        If CUPY_SYNCBN_ISA is wrong.
     """
     if isinstance(array, np.ndarray):
-        return cpu_operations
+        loading.check()
+        return _CPU
     if is_cupy(array):
         return _cuda()
     raise TypeError(
         f"expected a NumPy or CuPy array (got {type_name(array)}): "
         "convert it, for instance with numpy.asarray or cupy.asarray"
     )
+
+
+def _cpu() -> Backend:
+    if loading.choice().isa == "numpy":
+        from cupy_syncbn.backends.cpu import specification
+
+        return specification
+    from cupy_syncbn.backends.cpu import native
+
+    return native
+
+
+_CPU = _cpu()
 
 
 @functools.cache

@@ -11,7 +11,7 @@ exact: 24 bits of pivot² and a count below 2^29 fit into the 53 bits of a float
 pivot after the sum, they cancel exactly, and the variance keeps its accuracy at any offset. The shorter
 [count * mean | m2 + count * mean² | ...] loses 1e-16 mean²/var of it: 3e-6 at a mean of 1e5 standard
 deviations, which float32 data can show (`scripts/benchmarks/accuracy.py`). Where zero lies within the
-data the pivot is zero, and the vector is the plain [0 | 0 | Σx | Σx² | ...].
+data the pivot may be zero, and the vector is the plain [0 | 0 | Σx | Σx² | ...].
 
 In the backward the vector is ``[sum_dy (C) | sum_dy_xmu (C) | trailer (5)]``. The trailer is the caller's.
 """
@@ -33,14 +33,9 @@ def moments(global_sums: Array, channels: int) -> tuple[Array, Array, float]:
     pivot_sum, pivot_square, sum_, square = global_sums[: 4 * channels].reshape(4, channels)
     count = float(global_sums[4 * channels])
     n = max(count, 1.0)
-    # Pivots of several ranks may add up to zero. Their squares cannot, but those of the smallest underflow.
-    if not (pivot_square.any() or pivot_sum.any()):
-        mean = sum_ / n
-        m2 = square - sum_ * mean
-    else:
-        pivot = round_to_12_bits(pivot_sum / n)
-        rest = pivot_sum - n * pivot  # exact, as are the products in the line after the next
-        mean = pivot + (rest + sum_) / n
-        m2 = (pivot_square - pivot * pivot_sum) - pivot * rest
-        m2 += square - 2 * pivot * sum_ - (rest + sum_) ** 2 / n
+    pivot = round_to_12_bits(pivot_sum / n)
+    rest = pivot_sum - n * pivot  # exact, as are the products in the line after the next
+    mean = pivot + (rest + sum_) / n
+    m2 = (pivot_square - pivot * pivot_sum) - pivot * rest
+    m2 += square - 2 * pivot * sum_ - (rest + sum_) ** 2 / n
     return mean, m2, count

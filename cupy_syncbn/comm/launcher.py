@@ -132,6 +132,12 @@ def _socket() -> str:
     return ""
 
 
+def is_first(_: object = None) -> bool:
+    """Tell whether this is the first of the launcher's processes, or the only one: also a logger's filter."""
+    variables = (*LAUNCHER_VARIABLES, "SLURM_PROCID")
+    return next((os.environ[name] for name in variables if name in os.environ), "0") == "0"
+
+
 # ---- The start of MPI ----
 _failure: list[Exception] = []  # what the start of MPI raised: a second one could only fail worse
 

@@ -26,6 +26,7 @@ def report(facts: dict[str, Any]) -> str:
         f"cupy_syncbn {versions['cupy_syncbn']}, Python {versions['python']}, {', '.join(packages)}",
         f"MPI:   {library}",
         f"start: {_ranks(launch['size'])} ({started}{jobs})",
+        _wrapped("CPU:   ", _cpu(facts["cpu"])),
         f"CUDA:  {driver}, runtime {cuda['runtime'] or 'none'}, NCCL {cuda['nccl'] or 'none'}",
         "",
     ]
@@ -37,6 +38,13 @@ def report(facts: dict[str, Any]) -> str:
     for cells in table:
         lines.append("  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip())
     return "\n".join([*lines, "", *_transports(facts["transport"])])
+
+
+def _cpu(cpu: dict[str, Any]) -> str:
+    if not cpu["compiled"]:
+        return str(cpu["status"])
+    names = ", ".join(cpu["compiled"]), ", ".join(cpu["runnable"])
+    return f"{cpu['status']} (compiled: {names[0]}; this processor runs: {names[1]})"
 
 
 def _transports(transport: dict[str, Any]) -> list[str]:

@@ -18,11 +18,12 @@ import numpy as np
 
 from cupy_syncbn._version import __version__
 from cupy_syncbn.arrays import array_module, import_cupy
+from cupy_syncbn.backends.cpu import loading
 from cupy_syncbn.comm.devices import local_rank_in
 from cupy_syncbn.comm.groups import DEFAULT_TIMEOUT, SINGLE, MPIProcessGroup, ProcessGroup, timeout_of
 from cupy_syncbn.comm.launcher import (
-    LAUNCHER_VARIABLES,
     import_mpi,
+    is_first,
     is_launched,
     launcher_variable,
     mpi_remedy,
@@ -80,9 +81,12 @@ def show_config(mode: str = "stdout", *, file: TextIO | None = None) -> dict[str
         * ``mpi``: ``library`` and ``version``, or the ``error`` that the start of MPI raised.
         * ``launch``: ``size``, the ranks of the world; ``launcher``, the variable by which a launcher of
           ranks was recognised; ``jobs``, the variables of the batch system.
+        * ``cpu``: what computes on NumPy arrays: ``isa``, the instruction set of the compiled core that is in
+          use, or "numpy"; those that were ``compiled``, and that this processor can run (``runnable``);
+          ``status``, the same as a sentence, with the remedy if there is no core.
         * ``cuda``: versions of the ``driver`` (the CUDA version that it offers), ``runtime`` and ``nccl``.
         * ``ranks``: for each rank ``rank``, ``host``, ``local_rank``, ``device`` (that of a layer by default:
-          "cpu" or "cuda"), ``gpu``, ``pci``, ``why_no_gpu``, and ``transport``, that of CuPy arrays.
+          "cpu" or "cuda"), ``isa``, ``gpu``, ``pci``, ``why_no_gpu``, and ``transport``, that of CuPy arrays.
         * ``transport``: ``requested`` and ``by``, CUPY_SYNCBN_TRANSPORT or "default"; ``chosen``; for each
           transport what it ``lacks``, and ``notes`` on when to choose it.
         * ``self_test``: ``passed``, ``device``, ``deviation``, ``tolerance``, ``error``.
@@ -156,10 +160,7 @@ def _timeout() -> float | str:
 
 def _is_first(group: ProcessGroup) -> bool:
     """Tell whether this process writes: of several, each alone in its world, the launcher's first."""
-    if group.size > 1:
-        return group.rank == 0
-    variables = (*LAUNCHER_VARIABLES, "SLURM_PROCID")
-    return next((os.environ[name] for name in variables if name in os.environ), "0") == "0"
+    return group.rank == 0 if group.size > 1 else is_first()
 
 
 # ---- The facts of a rank ----
@@ -170,6 +171,7 @@ class _Row(NamedTuple):
     local_rank: int
     device: str | None
     device_error: str
+    isa: str
     gpu: str | None
     pci: str | None
     why_no_gpu: str
@@ -193,7 +195,10 @@ def _local_row(group: ProcessGroup, timeout: float | str, bind: bool) -> _Row:
         why_no_nccl = one_line(error)
     requested = one_line(os.environ.get("CUPY_SYNCBN_TRANSPORT", ""), _NAME)
     host = one_line(platform.node(), _NAME)
-    return _Row(host, number, device, device_error, gpu, pci, why_no_gpu, requested, timeout, why_no_nccl)
+    isa = loading.choice().isa
+    return _Row(
+        host, number, device, device_error, isa, gpu, pci, why_no_gpu, requested, timeout, why_no_nccl
+    )
 
 
 def _gpu(number: int, bind: bool) -> tuple[str | None, str | None, str]:
@@ -226,15 +231,17 @@ def _facts(group: ProcessGroup, rows: list[_Row], mpi_error: str) -> dict[str, A
     transport, transport_problems = _transport(group, rows, mpi["error"] or "")
     ranks = [
         {"rank": rank}
-        | {name: getattr(row, name) for name in ("host", "local_rank", "device", "gpu", "pci")}
+        | {name: getattr(row, name) for name in ("host", "local_rank", "device", "isa", "gpu", "pci")}
         | {"why_no_gpu": row.why_no_gpu or None, "transport": transport["chosen"] if row.gpu else None}
         for rank, row in enumerate(rows)
     ]
     problems = [*_timeout_problems(rows), *_launch_problems(launch, mpi), *_device_problems(rows)]
+    problems += _core_problems(rows)
     return {
         "versions": versions,
         "mpi": mpi,
         "launch": launch,
+        "cpu": loading.facts(),
         "cuda": cuda,
         "ranks": ranks,
         "transport": transport,
@@ -366,6 +373,16 @@ def _device_problems(rows: list[_Row]) -> list[str]:
             f"{devices.index('cuda')}: mend the GPU there, or set CUPY_SYNCBN_DEVICE=cpu on all ranks"
         )
     return problems
+
+
+def _core_problems(rows: list[_Row]) -> list[str]:
+    without = [row.isa == "numpy" for row in rows]
+    if all(without) or not any(without):
+        return []
+    return [
+        f"rank {without.index(True)} computes by NumPy, rank {without.index(False)} by the compiled core: is "
+        "the package there the same, and does the launcher pass CUPY_SYNCBN_ISA on?"
+    ]
 
 
 def _next_steps(versions: _Found, mpi: _Found, cuda: _Found, launch: dict[str, Any]) -> list[str]:

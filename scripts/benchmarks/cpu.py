@@ -1,7 +1,8 @@
 """Forward and backward of SyncBatchNorm on NumPy arrays, beside PyTorch's batch norm on the same CPU.
 
-The shapes are those of the 53 batch norms of ResNet-50 (v1.5) at batch 8, a map of segmentation size, and
-the output of a small dense layer. Each is taken in three variants:
+The maps are those of the 53 batch norms of ResNet-50 (v1.5) at batch 8, and one of segmentation size; 16-bit
+types, float64 and channels-last data (NHWC) take five of them. Dense layers are small and middle-sized.
+Variants:
 
     plain       y = norm(x)
     relu        y = max(norm(x), 0)
@@ -11,26 +12,30 @@ Ours computes the last two in the same passes. PyTorch has no such layer; its si
 the in-place add_ and relu_ that torchvision's ResNet uses: the fastest of its idioms, by 3 to 20 %.
 
 * Both sides have the same threads, read the same arrays, allocate their outputs afresh, and run in turn; a
-  ratio is the median of the ratios of neighbouring runs.
+  ratio is the median of the ratios of neighbouring runs. With one thread, times are process times.
 * `limit` is the time of copying, with numpy.copyto between two existing arrays of the tensor's size, as
   many bytes as the algorithm has to move: plain and relu 2 reads and 1 write forward, 4 reads and 1 write
   backward; add+relu reads one more forward, and writes one more backward. Small tensors stay in the cache,
   in the copy as in the layers.
 * `peak` is the most memory a first forward has allocated at any time, in units of the tensor: 1 is y.
+* zero_grad is that of as many layers as a ResNet-50 has.
 
-    python scripts/benchmarks/cpu.py                    # about two minutes
+    python scripts/benchmarks/cpu.py                    # about four minutes
+    python scripts/benchmarks/cpu.py --isa numpy        # without the compiled core
+    mpirun -n 2 python -m mpi4py scripts/benchmarks/cpu.py --kinds dense  # with sums over ranks
     python scripts/benchmarks/cpu.py --quick            # seconds; says that it works, not how fast it is
 """
 
 from __future__ import annotations
 
 import argparse
+import io
+import os
 import sys
 import time
 import tracemalloc
 from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +53,8 @@ from measure import (
     table,
 )
 
-from cupy_syncbn import SyncBatchNorm
-from cupy_syncbn.backends.cpu import memory
+from cupy_syncbn import Sequential, SyncBatchNorm, default_group
+from cupy_syncbn.backends.cpu import loading, memory
 
 Shape = tuple[int, ...]
 
@@ -59,7 +64,23 @@ VARIANTS = ("plain", "relu", "add+relu")
 # Reads and writes of the whole tensor, forward and backward together.
 TRAFFIC = {"plain": 3 + 5, "relu": 3 + 5, "add+relu": 4 + 6}
 SEGMENTATION: Shape = (2, 64, 256, 256)
-DENSE: Shape = (64, 128)
+DENSE: tuple[Shape, ...] = ((8, 64), (64, 128), (256, 1024))
+LARGE = 12e6
+"""Bytes of a map that no second cache holds any part of for the next pass."""
+KINDS = {
+    "float32": ("float32", False, VARIANTS),
+    "float32-nhwc": ("float32", True, VARIANTS),
+    "float16": ("float16", False, VARIANTS[:2]),
+    "bfloat16": ("bfloat16", False, VARIANTS[:2]),
+    "float64": ("float64", False, VARIANTS[:2]),
+    "dense": ("float32", False, VARIANTS[:1]),
+}
+"""Type, layout and variants of what is measured."""
+
+FIVE = {(256, 56, 56), (128, 28, 28), (1024, 14, 14), (2048, 7, 7)}
+"""With the first one, the maps of other types and layouts: the sizes from largest to smallest."""
+
+clock = time.perf_counter
 
 
 def resnet50(batch: int) -> Counter[tuple[Shape, str]]:
@@ -129,12 +150,12 @@ class Case:
         residual = self.residual if self.variant == "add+relu" else None
 
         def run() -> tuple[float, float]:
-            start = time.perf_counter()
+            start = clock()
             y = bn(x, residual=residual)
-            between = time.perf_counter()
+            between = clock()
             dx = bn.backward(dy)
             del y, dx  # giving memory back costs time, on both sides
-            end = time.perf_counter()
+            end = clock()
             bn.zero_grad()  # so that gradients are made afresh, not added up, as by torch.autograd.grad
             return between - start, end - between
 
@@ -144,26 +165,32 @@ class Case:
         """Return a function that does the same in PyTorch."""
         batch_norm, grad = torch.nn.functional.batch_norm, torch.autograd.grad
         channels = self.shape[1]
-        x = torch.from_numpy(self.x).requires_grad_()
-        dy = torch.from_numpy(self.dy)
-        residual = torch.from_numpy(self.residual).requires_grad_() if self.variant == "add+relu" else None
-        weight = torch.ones(channels, requires_grad=True)
-        bias = torch.zeros(channels, requires_grad=True)
-        running_mean, running_var = torch.zeros(channels), torch.ones(channels)
+
+        def tensor(array: np.ndarray) -> Any:
+            if self.dtype == "bfloat16":
+                return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
+            return torch.from_numpy(array)
+
+        x, dy = tensor(self.x).requires_grad_(), tensor(self.dy)
+        residual = tensor(self.residual).requires_grad_() if self.variant == "add+relu" else None
+        dtype = torch.float64 if self.dtype == "float64" else torch.float32  # of the parameters, as ours
+        weight = torch.ones(channels, dtype=dtype, requires_grad=True)
+        bias = torch.zeros(channels, dtype=dtype, requires_grad=True)
+        running_mean, running_var = torch.zeros(channels, dtype=dtype), torch.ones(channels, dtype=dtype)
         inputs = (x, weight, bias) if residual is None else (x, weight, bias, residual)
         relu = self.variant != "plain"
 
         def run() -> tuple[float, float]:
-            start = time.perf_counter()
+            start = clock()
             y = batch_norm(x, running_mean, running_var, weight, bias, True, MOMENTUM, EPS)
             if residual is not None:
                 y.add_(residual)
             if relu:
                 y.relu_()
-            between = time.perf_counter()
+            between = clock()
             gradients = grad(y, inputs, dy)
             del y, gradients
-            return between - start, time.perf_counter() - between
+            return between - start, clock() - between
 
         return run
 
@@ -173,16 +200,16 @@ class Case:
         target = np.zeros_like(source)
 
         def run() -> tuple[float]:
-            start = time.perf_counter()
+            start = clock()
             np.copyto(target, source)
-            return (time.perf_counter() - start,)
+            return (clock() - start,)
 
         return run
 
     def peak(self) -> float:
         """Return the most memory that a forward takes, in units of the tensor.
 
-        It finds nothing to use again: outputs are held, and workspace belongs to a thread.
+        It finds nothing to use again, since outputs are held.
         """
         bn = self.layer()
         residual = self.residual if self.variant == "add+relu" else None
@@ -190,12 +217,16 @@ class Case:
         tracemalloc.start()
         try:
             before, _ = tracemalloc.get_traced_memory()
-            with ThreadPoolExecutor(1) as new_thread:
-                held.append(new_thread.submit(bn, self.x, residual=residual).result())
+            held.append(bn(self.x, residual=residual))
             _, most = tracemalloc.get_traced_memory()
         finally:
             tracemalloc.stop()
         return (most - before) / self.x.nbytes
+
+
+def _agreed(count: int) -> int:
+    """Return the number of runs of rank 0: a layer's sums take all ranks."""
+    return count if default_group().size == 1 else int(default_group().comm.bcast(count))
 
 
 def measure(case: Case, torch: Any | None, repeats: int) -> dict[str, Any]:
@@ -206,13 +237,13 @@ def measure(case: Case, torch: Any | None, repeats: int) -> dict[str, Any]:
         "variant": case.variant,
         "dtype": case.dtype,
         "layout": "channels_last" if case.channels_last else "channels_first",
+        "nbytes": case.x.nbytes,
         "peak": case.peak(),
     }
     contenders = {"ours": case.ours(), "copy": case.copy()}
-    # In the other types PyTorch's conventions differ (float64 parameters; its own 16-bit types): ours alone.
-    if torch is not None and case.dtype == "float32":
+    if torch is not None:
         contenders["torch"] = case.torch(torch)
-    seconds = interleaved(contenders, repeats)
+    seconds = interleaved(contenders, repeats, agreed=_agreed)
     total = {name: rows.sum(axis=1) for name, rows in seconds.items()}
     limit = TRAFFIC[case.variant] * total["copy"] / 2  # a copy is one read and one write
     result["limit_ms"] = float(np.median(limit)) * 1e3
@@ -252,23 +283,33 @@ def print_rows(title: str, results: Sequence[dict[str, Any]]) -> None:
 
 
 def print_summary(results: Sequence[dict[str, Any]], network: Counter[tuple[Shape, str]]) -> dict[str, Any]:
-    """Print and return the geometric means, the sum over ResNet-50, and the dense layer's microseconds."""
+    """Print and return the geometric means, the sum over ResNet-50, and the dense layers' microseconds."""
     summary: dict[str, Any] = {}
-    maps = [r for r in results if len(r["shape"]) > 2 and r["dtype"] == "float32"]
-    for layout in ("channels_first", "channels_last"):
-        for variant in VARIANTS:
-            chosen = [r for r in maps if r["variant"] == variant and r["layout"] == layout]
-            if not chosen:
+    for kind, (dtype, channels_last, variants) in KINDS.items():
+        layout = "channels_last" if channels_last else "channels_first"
+        for variant in variants:
+            maps = [
+                r
+                for r in results
+                if len(r["shape"]) > 2 and (r["dtype"], r["layout"], r["variant"]) == (dtype, layout, variant)
+            ]
+            if not maps or kind == "dense":
                 continue
-            key = variant if layout == "channels_first" else f"{variant}, NHWC"
-            means = {"ours/limit": geometric_mean([r["ours_per_limit"] for r in chosen])}
-            if "ratio" in chosen[0]:
-                means["ours/torch"] = geometric_mean([r["ratio"] for r in chosen])
-            summary[key] = means
+            means = {"ours/limit": geometric_mean([r["ours_per_limit"] for r in maps])}
+            large = [r["ours_per_limit"] for r in maps if r["nbytes"] > LARGE]
+            if large:
+                means["ours/limit of large maps"] = geometric_mean(large)
+            if "ratio" in maps[0]:
+                means["ours/torch"] = geometric_mean([r["ratio"] for r in maps])
+            summary[f"{kind}, {variant}"] = means
             text = ", ".join(f"{name} {mean:.2f}" for name, mean in means.items())
-            print(f"geometric mean over {len(chosen)} maps, {key}: {text}")
+            print(f"geometric mean over {len(maps)} maps, {kind}, {variant}: {text}")
 
-    by_layer = {(tuple(r["shape"]), r["variant"]): r for r in maps if r["layout"] == "channels_first"}
+    by_layer = {
+        (tuple(r["shape"]), r["variant"]): r
+        for r in results
+        if (r["dtype"], r["layout"]) == ("float32", "channels_first")
+    }
     if all(layer in by_layer for layer in network):
         sums = {}
         for name in ("ours_ms", "torch_ms", "limit_ms"):
@@ -278,19 +319,40 @@ def print_summary(results: Sequence[dict[str, Any]], network: Counter[tuple[Shap
         text = ", ".join(f"{name.removesuffix('_ms')} {ms:.0f} ms" for name, ms in sums.items())
         print(f"the {network.total()} batch norms of ResNet-50, each in its variant: {text}")
 
-    for dense in (r for r in results if len(r["shape"]) == 2 and r["dtype"] == "float32"):
+    for dense in (r for r in results if len(r["shape"]) == 2):
         texts = []
         for name in ("ours", "torch"):
             if f"{name}_ms" in dense:
                 parts = [dense[f"{name}{part}_ms"] * 1e3 for part in ("_forward", "_backward", "")]
                 texts.append("{} {:.1f} + {:.1f} = {:.1f} us".format(name, *parts))
-        print(f"dense layer, {dense['variant']}, forward + backward: {', '.join(texts)}")
+        print(f"dense layer {dense['name']}, forward + backward: {', '.join(texts)}")
     return summary
+
+
+def zero_grad(torch: Any | None, layers: int, repeats: int) -> dict[str, float]:
+    """Return the microseconds of zero_grad of that many layers of 64 channels."""
+    ours = Sequential(*(SyncBatchNorm(64, device="cpu") for _ in range(layers)))
+    trees = {"ours": ours}
+    if torch is not None:
+        trees["torch"] = torch.nn.Sequential(*(torch.nn.BatchNorm2d(64) for _ in range(layers)))
+
+    def timed(tree: Any) -> Callable[[], tuple[float]]:
+        def run() -> tuple[float]:
+            start = clock()
+            tree.zero_grad()
+            return (clock() - start,)
+
+        return run
+
+    seconds = interleaved({name: timed(tree) for name, tree in trees.items()}, repeats, agreed=_agreed)
+    return {name: 1e6 * float(np.median(rows)) for name, rows in seconds.items()}
 
 
 def plot(results: Sequence[dict[str, Any]], facts: dict[str, Any]) -> Any | None:
     """Draw the ratios to PyTorch and to the copy limit, one group of bars a shape."""
-    drawn = [r for r in results if r["dtype"] == "float32" and r["layout"] == "channels_first"]
+    drawn = [r for r in results if (r["dtype"], r["layout"]) == ("float32", "channels_first")]
+    if not drawn:
+        return None
     shapes = list(dict.fromkeys(tuple(r["shape"]) for r in drawn))
     made = new_figure(ncols=2, sharey=True, figsize=(11, 1.8 + 0.45 * len(shapes)))
     if made is None:
@@ -324,42 +386,56 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--threads", type=int, default=1, metavar="N", help="threads of each side (default 1)"
     )
     parser.add_argument("--repeats", type=int, metavar="N", help="samples of each (default 31; --quick 3)")
-    parser.add_argument("--channels-last", action="store_true", help="also channels-last inputs")
+    parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS, help="what to measure")
     parser.add_argument(
-        "--dtypes",
-        nargs="+",
-        default=[],
-        choices=["float16", "bfloat16", "float64"],
-        help="also these types, ours alone",
+        "--isa",
+        metavar="LEVEL",
+        help="instruction set of the core, or numpy: see CUPY_SYNCBN_ISA in the README",
     )
     parser.add_argument("--output", type=Path, default=RESULTS, metavar="DIR", help="where the results go")
     options = parser.parse_args(arguments)
+    if options.isa and os.environ.get("CUPY_SYNCBN_ISA") != options.isa:
+        os.execve(
+            sys.executable,
+            [sys.executable, *sys.orig_argv[1:]],
+            {**os.environ, "CUPY_SYNCBN_ISA": options.isa},
+        )
     pin_threads(options.threads)
     torch = import_torch(options.threads)
     repeats = options.repeats or (3 if options.quick else 31)
+    if options.threads == 1:
+        global clock
+        clock = time.process_time
+    if default_group().rank > 0:  # which takes part, and says nothing
+        sys.stdout = io.StringIO()
 
     network = resnet50(1 if options.quick else 8)
-    maps = list(dict.fromkeys(shape for shape, _ in network))
-    shapes = [*maps[-3:], DENSE] if options.quick else [*maps, SEGMENTATION, DENSE]
-    kinds = [("float32", False), *([("float32", True)] if options.channels_last else [])]
-    kinds += [(dtype, False) for dtype in options.dtypes]
+    maps = [*dict.fromkeys(shape for shape, _ in network), SEGMENTATION]
+    five = [maps[0], *(shape for shape in maps if shape[1:] in FIVE)]
+    if options.quick:
+        maps = five = maps[-4:-1]
 
     results: list[dict[str, Any]] = []
-    for variant in VARIANTS:
-        rows = [
-            measure(Case(shape, variant, dtype, channels_last), torch, repeats)
-            for dtype, channels_last in kinds
-            for shape in shapes
-            if len(shape) > 2 or not channels_last  # a dense layer's output has no spatial axes to put last
-        ]
-        print_rows(f"{variant}: forward + backward", rows)
-        results += rows
+    for kind in options.kinds:
+        dtype, channels_last, variants = KINDS[kind]
+        shapes = DENSE if kind == "dense" else maps if kind == "float32" else five
+        for variant in variants:
+            rows = [measure(Case(shape, variant, dtype, channels_last), torch, repeats) for shape in shapes]
+            print_rows(f"{kind}, {variant}: forward + backward", rows)
+            results += rows
     print()
+    print(f"computed by: {loading.status()}; {default_group().size} rank(s)")
     summary = print_summary(results, network)
+    summary["zero_grad_us"] = zero_grad(torch, network.total(), repeats)
+    times = ", ".join(f"{name} {us:.1f} us" for name, us in summary["zero_grad_us"].items())
+    print(f"zero_grad of {network.total()} layers: {times}")
     facts = circumstances(arguments, options.threads, ["cupy_syncbn", "numpy", "torch"])
+    facts |= {"cpu": loading.facts()["isa"], "ranks": default_group().size}
     print(f"\n{caption(facts)}")
-    record = {**facts, "repeats": repeats, "summary": summary, "results": results}
-    save(options.output, "cpu" + "-quick" * options.quick, record, plot(results, facts))
+    if default_group().rank == 0:
+        record = {**facts, "repeats": repeats, "summary": summary, "results": results}
+        name = "cpu" + f"-{options.isa}" * bool(options.isa) + "-ranks" * (default_group().size > 1)
+        save(options.output, name + "-quick" * options.quick, record, plot(results, facts))
     return 0
 
 

@@ -46,7 +46,10 @@ def import_torch(threads: int) -> Any | None:
 
 
 def interleaved(
-    contenders: Mapping[str, Callable[[], Sequence[float]]], repeats: int, sample_s: float = 2e-3
+    contenders: Mapping[str, Callable[[], Sequence[float]]],
+    repeats: int,
+    sample_s: float = 2e-3,
+    agreed: Callable[[int], int] = int,
 ) -> dict[str, np.ndarray]:
     """Run the contenders in turn, so that what else the machine does meets all of them alike.
 
@@ -58,6 +61,8 @@ def interleaved(
         How many samples to take of each.
     sample_s
         Shorter runs are repeated within a sample until it lasts about that long.
+    agreed
+        Makes one number of runs of those of several ranks.
 
     Returns
     -------
@@ -68,7 +73,7 @@ def interleaved(
     runs = {}
     for name, run in contenders.items():
         run()  # the first run pays for imports, caches and lazily allocated workspaces
-        runs[name] = max(1, int(sample_s / max(sum(run()), 1e-9)))
+        runs[name] = agreed(max(1, int(sample_s / max(sum(run()), 1e-9))))
     samples: dict[str, list[np.ndarray]] = {name: [] for name in contenders}
     names = list(contenders)
     gc.collect()

@@ -47,7 +47,7 @@ from cupy_syncbn import (
     split_group,
     sync_batch_norm,
 )
-from cupy_syncbn.backends.cpu import operations as cpu_operations
+from cupy_syncbn.backends import backend_of
 from cupy_syncbn.comm.checked_sum import LONGEST
 from cupy_syncbn.nn import data_parallel
 
@@ -256,7 +256,7 @@ def broken(t, operation, error=MemoryError):
     """Let an operation of the backend fail on the faulty rank."""
     if not t.faulty:
         return contextlib.nullcontext()
-    return mock.patch.object(cpu_operations, operation, side_effect=error("none left"))
+    return mock.patch.object(backend_of(np.empty(0)), operation, side_effect=error("none left"))
 
 
 @case(Attempt(NO_MEMORY, remote(FORWARD)))

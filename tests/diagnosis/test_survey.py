@@ -15,6 +15,7 @@ from mpi4py import MPI
 
 import cupy_syncbn
 from cupy_syncbn import show_config
+from cupy_syncbn.backends.cpu import loading
 from cupy_syncbn.comm import small_objects
 from cupy_syncbn.diagnosis import report, self_test
 from cupy_syncbn.diagnosis import survey as config
@@ -25,6 +26,7 @@ KEYS = {
     "versions",
     "mpi",
     "launch",
+    "cpu",
     "cuda",
     "ranks",
     "transport",
@@ -66,6 +68,8 @@ def test_dict(world):
     assert facts["versions"]["cupy_syncbn"] == cupy_syncbn.__version__
     assert facts["mpi"]["library"] == MPI.get_vendor()[0]
     assert facts["launch"]["size"] == world.size
+    assert facts["cpu"] == loading.facts()
+    assert {row["isa"] for row in facts["ranks"]} == {loading.choice().isa}
     assert [row["rank"] for row in facts["ranks"]] == list(range(world.size))
     assert sorted(row["local_rank"] for row in facts["ranks"]) == list(range(world.size))
     assert 0 < facts["self_test"]["deviation"] < 1e-6
@@ -83,6 +87,7 @@ def test_report_is_printed_by_rank_0(world):
         rows = text.split("rank  host")[1].split("\n\n")[0].splitlines()[1:]
         assert [row.split()[0] for row in rows] == [str(rank) for rank in range(world.size)]
         assert "passed (worst deviation" in text
+        assert f"CPU:   {loading.status()}"[:60] in text
 
 
 def test_unknown_mode():
@@ -182,6 +187,19 @@ def test_timeout_that_means_nothing_on_one_rank(world, monkeypatch, which):
     ]
 
 
+@pytest.mark.parametrize("isa", ["numpy", "baseline"])
+def test_core_of_some_ranks_alone(world, monkeypatch, isa):
+    """Another level is another processor; NumPy is a mistake that all wait for."""
+    isa = isa if world.rank == world.size - 1 else "v3"
+    monkeypatch.setattr(loading, "_choice", loading.choice()._replace(isa=isa))
+    facts = show_config("dicts")
+    assert facts["self_test"]["passed"]
+    is_problem = world.size > 1 and facts["ranks"][-1]["isa"] == "numpy"
+    assert len(facts["problems"]) == is_problem
+    if is_problem:
+        assert f"rank {world.size - 1} computes by NumPy, rank 0 by the compiled core" in facts["problems"][0]
+
+
 def test_empty_transport_counts_as_unset(monkeypatch):
     monkeypatch.setenv("CUPY_SYNCBN_TRANSPORT", "")
     facts = show_config("dicts")
@@ -196,6 +214,7 @@ def test_longest_row_fits_into_a_message():
         10**6,
         "cuda",
         reason + "a",
+        "baseline",
         name + "a",
         name + "b",
         reason + "b",

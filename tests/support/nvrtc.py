@@ -36,7 +36,7 @@ OPTIONS = (*kernels.OPTIONS, "-ftz=true")
 """What CuPy gives NVRTC: it adds the second one."""
 
 SPLITTER = "0d4280000000000800"
-"""As PTX has it: the constant 2^41 + 1 of round_to_12_bits in moments.cuh."""
+"""As PTX has it: the constant 2^41 + 1 of round_to_12_bits in formulas.h."""
 
 
 @dataclasses.dataclass(frozen=True)

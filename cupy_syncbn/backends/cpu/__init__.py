@@ -1,1 +1,1 @@
-"""Batch normalization on CPUs, in NumPy."""
+"""Batch normalization on CPUs."""

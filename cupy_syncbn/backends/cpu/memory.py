@@ -1,4 +1,4 @@
-"""Memory of the NumPy backend: it begins on cache lines, and is used again instead of allocated again.
+"""Memory for results on a CPU: it begins on cache lines, and is used again instead of allocated again.
 
 A loop that writes across cache lines takes twice as long. Fresh memory from the operating system costs a page
 fault every 4 KiB, which can take as long as the computation of its contents.
@@ -7,7 +7,6 @@ fault every 4 KiB, which can take as long as the computation of its contents.
 from __future__ import annotations
 
 import math
-import threading
 from collections import deque
 from typing import Any
 
@@ -17,41 +16,19 @@ from cupy_syncbn.arrays import Array
 
 CACHE_LINE = 64
 """Bytes."""
-KEPT_OUTPUTS = 4
-"""Outputs without a reference that are kept: y, dx, dresidual, and one more."""
 SMALL = 1 << 17
 """Bytes below which none of this is worth the effort."""
-LARGEST_KEPT = 1 << 25
-"""Bytes of the largest output that is kept; all of them have at most 128 MiB."""
+KEPT_OUTPUTS = 4
+"""Outputs without a reference that are kept: y, dx, dresidual, and one more."""
+KEPT_BYTES = 320 << 20
+"""The most bytes that they have together: all that a process holds of memory that nobody refers to.
 
+The limit is on their sum since page faults cost large outputs as much per byte as small ones. It is no small
+multiple of a power of two, as the sizes of common outputs are: four of 64 MiB and their cache lines find
+room, three of 98 MiB (float32 of 32x64x112x112), two of 128 MiB, or one of 256 MiB.
+"""
 
-def _aligned(buffer: Array) -> Array:
-    """Return the bytes of a buffer from its first cache line on, one line less in all."""
-    start = -buffer.ctypes.data % CACHE_LINE
-    return buffer[start : start + buffer.size - CACHE_LINE]
-
-
-class _Scratch(threading.local):
-    """Named buffers that each thread allocates once."""
-
-    def __init__(self) -> None:
-        self._buffers: dict[str, Array] = {}
-        self._views: dict[str, Array] = {}
-
-    def __call__(self, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
-        view = self._views.get(name)
-        if view is None or view.shape != shape or view.dtype != dtype:
-            nbytes = math.prod(shape) * dtype.itemsize
-            buffer = self._buffers.get(name)
-            if buffer is None or buffer.nbytes < nbytes:
-                buffer = self._buffers[name] = _aligned(np.empty(nbytes + CACHE_LINE, np.uint8))
-            view = self._views[name] = buffer[:nbytes].view(dtype).reshape(shape)
-        return view
-
-
-scratch = _Scratch()
-
-_free: deque[Array] = deque(maxlen=KEPT_OUTPUTS)  # its operations are atomic
+_free: deque[Array] = deque()  # its operations are atomic
 
 
 class _Lease:
@@ -59,11 +36,18 @@ class _Lease:
 
     def __init__(self, buffer: Array) -> None:
         self._buffer = buffer
-        self.__array_interface__ = _aligned(buffer).__array_interface__
+        start = -buffer.ctypes.data % CACHE_LINE
+        self.__array_interface__ = buffer[start : start + buffer.size - CACHE_LINE].__array_interface__
 
-    def __del__(self, free: deque[Array] = _free) -> None:
-        if self._buffer.size <= LARGEST_KEPT:
-            free.append(self._buffer)
+    def __del__(self, free: deque[Array] = _free, most: int = KEPT_BYTES) -> None:
+        if self._buffer.size > most:
+            return
+        free.append(self._buffer)
+        try:
+            while len(free) > KEPT_OUTPUTS or sum(free[i].size for i in range(len(free))) > most:
+                free.popleft()
+        except IndexError:  # another thread took it
+            pass
 
 
 def output(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:

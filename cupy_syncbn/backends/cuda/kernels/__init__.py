@@ -32,7 +32,7 @@ def source(file: str) -> str:
     def expand(name: str) -> str:
         lines = [f'#line 1 "{name}"']
         for number, line in enumerate((_FOLDER / name).read_text(encoding="utf-8").splitlines(), 1):
-            include = re.fullmatch(r'#include "(\w+\.cuh)"', line)
+            include = re.fullmatch(r'#include "([\w./]+)"', line)
             if include and include[1] not in included:
                 included.add(include[1])
                 lines += [expand(include[1]), f'#line {number + 1} "{name}"']

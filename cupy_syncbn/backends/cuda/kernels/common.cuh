@@ -20,6 +20,9 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#define FORMULA __device__ __forceinline__
+#include "../../formulas.h"
+
 constexpr int THREADS = 256;
 constexpr int MAX_GROUP = 256;  // channels a group has at most
 static_assert(MAX_GROUP <= THREADS, "sum_by_channel finishes each channel by a thread");
@@ -46,20 +49,14 @@ template <typename T, int V> __device__ __forceinline__ void store(T* to, const 
     *reinterpret_cast<Vector<T, V>*>(to) = vector;
 }
 
-// (x - shift) * scale + offset: one function, so that the backward finds the same bits as the forward.
-__device__ __forceinline__ float affine(float x, float shift, float scale, float offset)
-{
-    return fmaf(x - shift, scale, offset);
-}
-__device__ __forceinline__ double affine(double x, double shift, double scale, double offset)
-{
-    return fma(x - shift, scale, offset);
-}
-
-// Whether the activation's slope below zero is that at `value`: as in torch, at NaN unless it is zero.
+// The activation of a value, or its derivative times a gradient; `slope` below zero.
 template <typename A> __device__ __forceinline__ bool is_blocked(A value, A slope)
 {
-    return slope == 0 ? value <= 0 : !(value > 0);
+    return slope == 0 ? is_blocked<RELU>(value) : is_blocked<LEAKY_RELU>(value);
+}
+template <typename A> __device__ __forceinline__ A let_through(A value, bool blocked, A slope)
+{
+    return slope == 0 ? let_through<RELU>(value, blocked, slope) : let_through<LEAKY_RELU>(value, blocked, slope);
 }
 
 // A parameter or running statistic: of the data's type, or float32 beside 16-bit data.
@@ -100,6 +97,14 @@ __device__ __forceinline__ void write_trailer(double* to, TRAILER)
     to[2] = low_square;
     to[3] = high;
     to[4] = high_square;
+}
+
+// Whether the sum is right: no rank had a fault, and all were in the same call. The host may learn it later.
+//
+// trailer   [5]: sums over the ranks of fault, low, low², high and high², see comm/trailer.py
+__device__ __forceinline__ bool is_sound(const double* trailer, long long ranks)
+{
+    return trailer[0] == 0 && ranks * trailer[2] == trailer[1] * trailer[1] && ranks * trailer[4] == trailer[3] * trailer[3];
 }
 
 // The part of the tensor that a block works on.

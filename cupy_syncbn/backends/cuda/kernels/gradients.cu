@@ -50,7 +50,7 @@ template <typename T, int V, bool COLUMNS, bool RESIDUAL, bool ACTIVATION> struc
             else
                 blocked = is_blocked(
                     affine(static_cast<A>(loaded.x.values[e]), shift[w], scale[w], offset[w]), slope);
-            if (blocked) return slope == 0 ? A(0) : slope * value;  // 0 * inf would be NaN
+            return let_through(value, blocked, slope);
         }
         return value;
     }
@@ -139,8 +139,8 @@ __global__ void __launch_bounds__(THREADS, MIN_BLOCKS<V>)
     const bool is_last = sum_by_channel<V, COLUMNS>(
         g, part, partials, counters, [&](double* to) { body.write(to); },
         [&](long long c, double sum, double product) {
-            const double mean = saved[c], shift = static_cast<double>(static_cast<A>(mean));
-            product -= sum * (mean - shift);
+            const double mean = saved[c];
+            product = about_mean(product, sum, mean, static_cast<A>(mean));
             global_sums[c] = local_sums[c] = sum;
             global_sums[g.C + c] = local_sums[g.C + c] = product;
         });
@@ -148,7 +148,7 @@ __global__ void __launch_bounds__(THREADS, MIN_BLOCKS<V>)
         write_trailer(global_sums + 2 * g.C, fault, low, low_square, high, high_square);
 }
 
-// dx = ((x - shift) * factor + g + constant) * scale, or g * scale
+// dx = (g + ((x - shift) * factor + constant)) * scale, or g * scale
 template <typename T, int V, bool COLUMNS, bool RESIDUAL, bool ACTIVATION>
 struct Apply : Gradient<T, V, COLUMNS, RESIDUAL, ACTIVATION> {
     using A = Accumulator<T>;
@@ -166,8 +166,12 @@ struct Apply : Gradient<T, V, COLUMNS, RESIDUAL, ACTIVATION> {
         for (int e = 0; e < WIDTH; ++e) {
             const int w = COLUMNS ? e : 0;
             A g = this->gradient(loaded, e);
-            if (has_sums) g += (static_cast<A>(loaded.x.values[e]) - this->shift[w]) * factor[w] + constant[w];
-            result.values[e] = static_cast<T>(g * this->scale[w]);
+            if (has_sums)
+                g = input_gradient_of(g, static_cast<A>(loaded.x.values[e]), this->shift[w], factor[w], constant[w],
+                                      this->scale[w]);
+            else
+                g *= this->scale[w];
+            result.values[e] = static_cast<T>(g);
         }
         store(dx + place.element, result);
     }
@@ -196,10 +200,9 @@ __global__ void __launch_bounds__(THREADS, MIN_BLOCKS<V>)
         const long long c = part.channel + k;
         const double mean = saved[c], invstd = saved[g.C + c], count = saved[4 * g.C];
         if (sums) {
-            const double distance = mean - static_cast<double>(static_cast<A>(mean));
-            const double factor = invstd * invstd * sums[g.C + c] / -count;
-            factors[k] = static_cast<A>(factor);
-            constants[k] = static_cast<A>(sums[c] / -count - distance * factor);
+            const GradientStep<A> step = gradient_step_of<A>(sums[c], sums[g.C + c], count, mean, invstd);
+            factors[k] = step.factor;
+            constants[k] = step.constant;
         }
         if (part.split > 0) continue;
         if (dweight)

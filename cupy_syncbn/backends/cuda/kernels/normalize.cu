@@ -10,7 +10,6 @@
 // blocks go through memory in the reverse order of `statistics`, whose last reads may still be in L2.
 // Launch: THREADS threads, groups * splits blocks, as for `statistics`.
 #include "common.cuh"
-#include "moments.cuh"
 
 // Writes y; RESIDUAL: adds a residual; ACTIVATION: (leaky) ReLU, with `slope` below zero.
 template <typename T, int V, bool COLUMNS, bool RESIDUAL, bool ACTIVATION> struct Normalize {
@@ -44,11 +43,11 @@ template <typename T, int V, bool COLUMNS, bool RESIDUAL, bool ACTIVATION> struc
             const int w = COLUMNS ? e : 0;
             A value = affine(static_cast<A>(loaded.x.values[e]), shift[w], scale[w], offset[w]);
             if constexpr (RESIDUAL) value += static_cast<A>(loaded.residual.values[e]);
-            if constexpr (ACTIVATION)
-                if (is_blocked(value, slope)) {
-                    blocked |= 1u << e;
-                    value = slope == 0 ? A(0) : slope * value;  // 0 * -inf would be NaN
-                }
+            if constexpr (ACTIVATION) {
+                const bool is = is_blocked(value, slope);
+                blocked |= static_cast<unsigned int>(is) << e;
+                value = let_through(value, is, slope);
+            }
             result.values[e] = static_cast<T>(value);
         }
         store(y + place.element, result);
@@ -91,33 +90,29 @@ __global__ void __launch_bounds__(THREADS, MIN_BLOCKS<V>)
             const ChannelMoments moments = moments_of(vector, c, g.C);
             mean = moments.mean;
             count = moments.count;
-            const double m2 = squares ? squares[c] : moments.m2;
-            var = (m2 < 0 ? 0 : m2) / fmax(count, 1.0);  // NaN stays NaN
+            var = variance_of(squares ? squares[c] : moments.m2, count);
         } else {
             mean = read_parameter<T>(running_mean, float_types & MEAN_IS_FLOAT, c);
             var = read_parameter<T>(running_var, float_types & VAR_IS_FLOAT, c);
         }
-        const double invstd = 1 / sqrt(var + eps);
-        const double factor = weight ? invstd * read_parameter<T>(weight, float_types & WEIGHT_IS_FLOAT, c) : invstd;
+        const double factor = weight ? read_parameter<T>(weight, float_types & WEIGHT_IS_FLOAT, c) : 1;
         const double constant = bias ? read_parameter<T>(bias, float_types & BIAS_IS_FLOAT, c) : 0;
-        shifts[k] = static_cast<A>(mean);
-        scales[k] = static_cast<A>(factor);
-        offsets[k] = static_cast<A>(constant - (mean - static_cast<double>(shifts[k])) * factor);
+        const Step<A> step = step_of<A>(mean, var, eps, factor, constant);
+        shifts[k] = step.shift;
+        scales[k] = step.scale;
+        offsets[k] = step.offset;
         if (part.split > 0) continue;
         saved[c] = mean;
-        saved[g.C + c] = invstd;
-        saved[2 * g.C + c] = scales[k];
-        saved[3 * g.C + c] = offsets[k];
+        saved[g.C + c] = step.invstd;
+        saved[2 * g.C + c] = step.scale;
+        saved[3 * g.C + c] = step.offset;
         if (c == 0) saved[4 * g.C] = count;
         if (update && count > 0) {
-            const double unbiased = var * (count / fmax(count - 1, 1.0));
             const double old_mean = read_parameter<T>(running_mean, float_types & MEAN_IS_FLOAT, c);
             const double old_var = read_parameter<T>(running_var, float_types & VAR_IS_FLOAT, c);
-            const double keep = 1 - momentum;  // 0 * inf would keep an infinity for ever
-            write_parameter<T>(running_mean, float_types & MEAN_IS_FLOAT, c,
-                               keep == 0 ? mean : keep * old_mean + momentum * mean);
+            write_parameter<T>(running_mean, float_types & MEAN_IS_FLOAT, c, updated(old_mean, mean, momentum));
             write_parameter<T>(running_var, float_types & VAR_IS_FLOAT, c,
-                               keep == 0 ? unbiased : keep * old_var + momentum * unbiased);
+                               updated(old_var, unbiased(var, count), momentum));
         }
     }
     __syncthreads();  // publishes the constants; all have read num_batches_tracked

@@ -12,7 +12,6 @@
 //
 // Traffic: the tensor once, and 32 bytes per channel and split. Launch: THREADS threads, groups * splits blocks.
 #include "common.cuh"
-#include "moments.cuh"
 
 template <typename A> __device__ __forceinline__ A median(A a, A b, A c)
 {
@@ -187,18 +186,13 @@ __global__ void __launch_bounds__(THREADS, MIN_BLOCKS<V>)
     const bool is_last = sum_by_channel<V, COLUMNS>(
         g, part, partials, counters, [&](double* to) { write_about_pivots(moments, g, part, to); },
         [&](long long c, double sum, double square) {
-            const double pivot = pivot_of(x, g, c), rounded = round_to_12_bits(pivot), rest = pivot - rounded;
+            const double pivot = pivot_of(x, g, c);
             if (local) {
                 local[c] = pivot;
                 local[g.C + c] = sum;
                 local[2 * g.C + c] = square;
             }
-            square += rest * (2 * sum + n * rest);
-            sum += n * rest;
-            vector[c] = n * rounded;
-            vector[g.C + c] = n * rounded * rounded;
-            vector[2 * g.C + c] = sum;
-            vector[3 * g.C + c] = square + 2 * rounded * sum;
+            write_sums(vector, c, g.C, n, pivot, sum, square);
         });
     if (is_last && part.index == 0 && threadIdx.x == 0) {
         vector[4 * g.C] = n;
@@ -217,10 +211,8 @@ __global__ void __launch_bounds__(THREADS)
                double* __restrict__ squares, TRAILER)
 {
     const long long c = static_cast<long long>(blockIdx.x) * THREADS + threadIdx.x;
-    if (c < C) {
-        const double distance = moments_of(vector, c, C).mean - local[c];
-        squares[c] = local[2 * C + c] - distance * (2 * local[C + c] - n * distance);
-    }
+    if (c < C)
+        squares[c] = centered_square(moments_of(vector, c, C).mean, n, local[c], local[C + c], local[2 * C + c]);
     if (c == 0)
         write_trailer(squares + C, fault, low, low_square, high, high_square);
 }
