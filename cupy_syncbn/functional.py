@@ -186,6 +186,7 @@ def describe_forward(call: Call, peers: ProcessGroup, arrays: tuple[Any, ...]) -
     return call, peers, 4 * call.channels + 1 + trailer.LENGTH, arrays
 
 
+@np.errstate(all="ignore")  # infinities and NaN are the data's, and pass through
 def forward(
     x: Any,
     arguments: Arguments,
@@ -272,6 +273,7 @@ def describe_backward(saved: Saved, grad_reduction: str) -> Description:
     return call, peers, length, arrays
 
 
+@np.errstate(all="ignore")
 def backward(dy: Any, saved: Saved, grad_reduction: str, step: Collective) -> Gradients:
     """See `sync_batch_norm_backward`."""
     plan, x, normalization, peers = saved.plan, saved.x, saved.normalization, step.group

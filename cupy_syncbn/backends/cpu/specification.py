@@ -38,9 +38,6 @@ def check_device(x: Array) -> None:
     """Check nothing: there is one device."""
 
 
-_quietly = np.errstate(all="ignore")  # infinities and NaN are the data's, and pass through
-
-
 def _accumulator(dtype: np.dtype[Any]) -> np.dtype[Any]:
     return np.dtype(np.float64 if dtype.itemsize == 8 else np.float32)
 
@@ -77,7 +74,6 @@ class _LocalSums(NamedTuple):
     """Σ(x - shift)²."""
 
 
-@_quietly
 def statistics(x: Array, trailer: tuple[float, ...]) -> tuple[Array, _LocalSums]:
     """Reduce `x` to the vector of the forward: sums about the mean, moved to a pivot; see `vector`."""
     n = x.shape[0] * x.shape[2]
@@ -94,7 +90,6 @@ def statistics(x: Array, trailer: tuple[float, ...]) -> tuple[Array, _LocalSums]
     return np.concatenate([*sums, [n, *trailer]]), local
 
 
-@_quietly
 def centered_squares(local_sums: _LocalSums, vector: Array, trailer: tuple[float, ...]) -> Array:
     """Return the vector [Σ(x - mean)² (C) | trailer] about the mean over all ranks, for float64 data."""
     n, shift, sum_, square = local_sums
@@ -124,7 +119,6 @@ class _Normalization:
     """A bit for each element: whether the activation multiplies it by the slope."""
 
 
-@_quietly
 def normalize(
     x: Array, y: Array, batch: BatchSums | None, running: Running | None, affine: Affine, epilogue: Epilogue
 ) -> tuple[_Normalization, list[Callable[[], object]]]:
@@ -210,7 +204,6 @@ def _multiply_by_slope(values: Array, blocked: Array, slope: Any) -> None:
         np.multiply(values, slope, out=values, where=blocked)
 
 
-@_quietly
 def reduce_gradients(
     dy: Array, x: Array, normalization: _Normalization, dresidual: Array | None, trailer: tuple[float, ...]
 ) -> Reduced:
@@ -231,7 +224,6 @@ def reduce_gradients(
     return Reduced(result, result.copy(), g)
 
 
-@_quietly
 def input_gradient(
     gradient: Array,
     x: Array,

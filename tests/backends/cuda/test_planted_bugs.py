@@ -319,13 +319,16 @@ IN_KERNELS = {
         "gradients.cu", "loaded.blocked >> e & 1", "loaded.blocked >> (e ^ 1) & 1", "masked columns"
     ),
     "a gradient passes where the activation's input is zero": Bug(
-        "gradients.cu", "slope == 0 ? value <= 0", "slope == 0 ? value < 0", "zeros"
+        "gradients.cu", "return value <= 0;", "return value < 0;", "zeros"
     ),
     "float32 parameters are read as 16 bits": Bug(
         "normalize.cu", "if (is_float) return static_cast<const float*>(values)[i];", "", "wide parameters"
     ),
     "the mean's share of the gradient is dropped": Bug(
-        "gradients.cu", "* factor[w] + constant[w];", "* factor[w];", "step columns"
+        "gradients.cu",
+        "return (g + ((x - shift) * factor + constant))",
+        "return (g + ((x - shift) * factor))",
+        "step columns",
     ),
 }
 
