@@ -244,9 +244,13 @@ def _cache() -> Path:
         atexit.register(shutil.rmtree, folder, ignore_errors=True)  # the wheel is written before
         return Path(folder)
     oldest = time.time() - KEPT_DAYS * 86400
-    for path in CACHE.glob("*-*"):
+    for path in CACHE.iterdir():
         with contextlib.suppress(FileNotFoundError):  # another build deletes as well
-            if path.stat().st_mtime < oldest:
+            if path.stat().st_mtime >= oldest:
+                continue
+            if path.is_dir():  # of a build that was killed
+                shutil.rmtree(path, ignore_errors=True)
+            else:
                 path.unlink()
     return CACHE
 

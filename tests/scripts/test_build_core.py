@@ -253,14 +253,17 @@ def test_what_is_old_goes(project):
     path = project.script.build()
     old, used = project.script.CACHE / "0000-kernels-v3-float32.o", path
     old.write_text("")
-    for each in old, used:
+    killed = project.script.CACHE / "tmp_of_a_build_that_was_killed"
+    killed.mkdir()
+    for each in old, used, killed:
         os.utime(each, (time.time() - 30 * 86400,) * 2)
     for each in project.script.CACHE.iterdir():
-        if each not in (old, used):
+        if each not in (old, used, killed):
             os.utime(each, (time.time() - 10 * 86400,) * 2)
     project.calls()
     project.script.build()
     assert not old.exists()
+    assert not killed.exists()
     assert project.script.CACHE.joinpath(used.name).exists()
     assert compiled(project.calls()) == []
 
