@@ -7,7 +7,6 @@ and whether they overlap.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -74,7 +73,7 @@ class Plan:
     """All that follows from a kind of input."""
 
     __slots__ = (
-        "as_tensor", "backend", "bias_type", "dtype", "gradients", "has_residual", "has_squares", "layout",
+        "backend", "bias_type", "dtype", "gradients", "has_residual", "has_squares", "layout",
         "on_host", "slope", "training", "uses_batch", "weight_type",
     )  # fmt: skip
 
@@ -98,14 +97,13 @@ class Plan:
         self.bias_type = None if bias is None or not settings.bias_trains else bias.dtype
         self.gradients: set[Any] = set()
         """The kinds of dy, with reductions, that have been found right."""
-        self.as_tensor: Callable[[Array], Array] = self._as_kernel_input
-        """Returns a batch as (outer, C, inner), as the backend takes it."""
 
     def model_of(self, name: str, shape: tuple[int, ...]) -> Model:
         """Return what an array is to be like that goes with the input or the output."""
         return Model(name, self.backend, "numpy" if self.on_host else "cupy", shape, self.dtype)
 
-    def _as_kernel_input(self, array: Array) -> Array:
+    def as_tensor(self, array: Array) -> Array:
+        """Return a batch as (outer, C, inner), as the backend takes it."""
         return self.backend.as_kernel_input(self.layout.as_3d(array))
 
 

@@ -472,6 +472,24 @@ def test_squares_beyond_float32(rng, operations, scale):
         check_step(operations, x, random_array(rng, shape), eps=0.0 if scale > 1e-38 else 1e-5)
 
 
+@sweep(("slope", "has_residual", "shape"), SLOPES, [False, True], [(5, 3, 37), (40, 3, 1)])
+def test_products_beyond_float32(rng, operations, slope, has_residual, shape):
+    """Each gradient and each value is within the range, and the product of two is not."""
+    x, dy = random_array(rng, shape, "f4"), random_array(rng, shape, "f4")
+    x[1, 0], dy[1, 0] = 1e37, 3e3
+    residual = random_array(rng, shape, "f4") if has_residual else None
+    done = forward(operations, x, batch=local_batch(operations, x), residual=residual, slope=slope)
+    sums = backward(operations, done, dy).sums[:6].reshape(2, 3)
+    wide = x.astype("f8")
+    centered = wide - wide.mean(axis=(0, 2), keepdims=True)
+    g = dy.astype("f8")
+    if slope is not None:
+        g = np.where(done.y > 0, g, slope * g)
+    of_terms = np.abs(g * centered).sum(axis=(0, 2))
+    assert of_terms[0] > 1e40
+    assert np.all(np.abs(sums[1] - (g * centered).sum(axis=(0, 2))) <= 1e-6 * of_terms)
+
+
 @pytest.mark.parametrize("dtype", TYPES)
 def test_constant_channel(rng, operations, dtype):
     x = random_batch(rng, (18, 3, 7), TYPES[dtype])

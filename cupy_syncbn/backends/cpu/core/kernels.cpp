@@ -42,6 +42,31 @@ template <bool BY_COLUMNS> struct Job {
     INLINE void set(Constants& to, const double* from, i64 first, i64 n) const { to.set(from, task.shape, first, n); }
 };
 
+// Run a job by the walk that suits the shape.
+template <template <bool> class Of> void sweep(const Task& task)
+{
+    const Walk walk(task.shape);
+    if (walk.by_columns) {
+        Of<true> job(task, walk);
+        sweep_columns(job, walk, sizeof(T));
+    } else {
+        Of<false> job(task, walk);
+        sweep_rows(job, task.shape, walk, sizeof(T));
+    }
+}
+
+template <template <bool> class Of> void sum(const Task& task)
+{
+    const Walk walk(task.shape);
+    if (walk.by_columns) {
+        Of<true> job(task, walk);
+        sum_columns(job, task.shape, walk, task.sum, task.product);
+    } else {
+        Of<false> job(task, walk);
+        sum_rows(job, task.shape, walk, task.sum, task.product);
+    }
+}
+
 // --- Statistics -------------------------------------------------------------------------------------------------------------
 
 template <bool BY_COLUMNS> struct Statistics : Job<BY_COLUMNS> {
@@ -106,15 +131,8 @@ void sum_again(const Task& task, i64 c)
 
 void statistics(const Task& task)
 {
-    const Walk walk(task.shape);
     guess_shifts(task);
-    if (walk.by_columns) {
-        Statistics<true> job(task, walk);
-        sum_columns(job, task.shape, walk, task.sum, task.product);
-    } else {
-        Statistics<false> job(task, walk);
-        sum_rows(job, task.shape, walk, task.sum, task.product);
-    }
+    sum<Statistics>(task);
     const double n = static_cast<double>(task.shape.N * task.shape.S);
     for (i64 c = 0; c < task.shape.C; ++c) {
         const double sum = task.sum[c], square = task.product[c];
@@ -268,30 +286,6 @@ private:
 
 // --- Which instance -----------------------------------------------------------------------------------------------------------
 
-template <template <bool> class Of> void sweep(const Task& task)
-{
-    const Walk walk(task.shape);
-    if (walk.by_columns) {
-        Of<true> job(task, walk);
-        sweep_columns(job, walk, sizeof(T));
-    } else {
-        Of<false> job(task, walk);
-        sweep_rows(job, task.shape, walk, sizeof(T));
-    }
-}
-
-template <template <bool> class Of> void sum(const Task& task)
-{
-    const Walk walk(task.shape);
-    if (walk.by_columns) {
-        Of<true> job(task, walk);
-        sum_columns(job, task.shape, walk, task.sum, task.product);
-    } else {
-        Of<false> job(task, walk);
-        sum_rows(job, task.shape, walk, task.sum, task.product);
-    }
-}
-
 template <bool RESIDUAL, Activation ACTIVATION> struct Normalizes {
     template <bool BY_COLUMNS> using Of = Normalize<BY_COLUMNS, RESIDUAL, ACTIVATION>;
 };
@@ -310,12 +304,41 @@ template <Activation ACTIVATION> void normalize_by(const Task& task)
         sweep<Normalizes<false, ACTIVATION>::template Of>(task);
 }
 
+// Sum the gradients of a channel in float64: products may exceed the range of float32.
+template <Activation ACTIVATION> void sum_gradients_again(const Task& task, i64 c)
+{
+    const auto [N, C, S] = task.shape;
+    const Walk walk(task.shape);
+    const T *x = static_cast<const T*>(task.x), *dy = static_cast<const T*>(task.dy);
+    const A shift = static_cast<A>(task.mean[c]), scale = static_cast<A>(task.scale[c]);
+    const A offset = static_cast<A>(task.offset[c]), slope = static_cast<A>(task.slope);
+    double sum = 0, product = 0;
+    for (i64 n = 0; n < N; ++n)
+        for (i64 s = 0; s < S; ++s) {
+            const i64 i = (n * C + c) * S + s, column = i % walk.width;
+            const A value = value_of(x[i]);
+            A g = value_of(dy[i]);
+            if constexpr (ACTIVATION != IDENTITY) {
+                const bool blocked = task.mask ? task.mask[i / walk.width * walk.mask_width + column / 8] >> column % 8 & 1
+                                               : is_blocked<ACTIVATION>(affine(value, shift, scale, offset));
+                g = let_through<ACTIVATION>(g, blocked, slope);
+            }
+            sum += g;
+            product += static_cast<double>(g) * static_cast<double>(value - shift);
+        }
+    task.sum[c] = sum;
+    task.product[c] = product;
+}
+
 template <Activation ACTIVATION> void reduce_by(const Task& task)
 {
     if (task.out)
         sum<Reduces<ACTIVATION, true>::template Of>(task);
     else
         sum<Reduces<ACTIVATION, false>::template Of>(task);
+    if constexpr (sizeof(A) == 4)
+        for (i64 c = 0; c < task.shape.C; ++c)
+            if (!std::isfinite(task.sum[c]) || !std::isfinite(task.product[c])) sum_gradients_again<ACTIVATION>(task, c);
 }
 
 template <Activation ACTIVATION, Gate GATE> void input_gradient_by(const Task& task)

@@ -364,6 +364,8 @@ struct Backward {
         if (has_residual && task.activation != IDENTITY && !mask) mask.wrong(PyExc_ValueError, "expected one");
     }
     bool is_double() const { return x.type == FLOAT64; }
+    // Whether dresidual is the gradient behind the activation, exactly: of leaky ReLU, 16 bits round the product with the slope.
+    bool is_kept() const { return has_residual && (task.activation != LEAKY_RELU || PyArray_ITEMSIZE(x.array) > 2); }
     // The mean as the passes take it.
     double shift(i64 c) const { return is_double() ? task.mean[c] : static_cast<double>(static_cast<float>(task.mean[c])); }
 };
@@ -561,9 +563,7 @@ Reference reduce_gradients(Arguments arguments)
     if (task.shape.size())
         for (i64 c = 0; c < C; ++c) vector[C + c] = about_mean(vector[C + c], vector[c], task.mean[c], backward.shift(c));
     std::copy(vector, vector + 2 * C, copy);
-    // Of leaky ReLU, 16 bits would round the product with the slope.
-    const bool is_exact = dresidual && (task.activation != LEAKY_RELU || PyArray_ITEMSIZE(backward.x.array) > 2);
-    return Reference(PyTuple_Pack(3, result.get(), local.get(), is_exact ? arguments[3] : arguments[0]));
+    return Reference(PyTuple_Pack(3, result.get(), local.get(), arguments[backward.is_kept() ? 3 : 0]));
 }
 
 // Return the gradient of a parameter in its type, or None.
@@ -619,8 +619,7 @@ Reference input_gradient(Arguments arguments)
     Reference of_bias = parameter_gradient(item(parameters, 3, 4, "parameters"), C, dbias);
     task.out = dx.data();
     task.streams = dx.streams();
-    if (backward.has_residual && (task.activation != LEAKY_RELU || PyArray_ITEMSIZE(backward.x.array) > 2))
-        task.activation = IDENTITY;  // dresidual is behind it
+    if (backward.is_kept()) task.activation = IDENTITY;
     run(passes_of(backward.x.type).input_gradient, task);
     return Reference(PyTuple_Pack(2, of_weight.get(), of_bias.get()));
 }
