@@ -188,9 +188,8 @@ for _ in range(2):
 
 @pytest.mark.launch
 def test_one_rank_says_once_that_there_is_no_core():
-    _, status, output = launch(
-        sys.executable, 3, ["-m", "mpi4py", "-c", WITHOUT_CORE], 60, CUPY_SYNCBN_ISA=""
-    )
+    variables = {"CUPY_SYNCBN_ISA": "", "CUPY_SYNCBN_REQUIRE_CORE": ""}
+    _, status, output = launch(sys.executable, 3, ["-m", "mpi4py", "-c", WITHOUT_CORE], 60, **variables)
     assert status == 0, output
     assert output.count("NumPy computes on CPUs, which is slow") == 1
 
