@@ -84,22 +84,31 @@ void guess_shifts(const Task& task)
 {
     const auto [N, C, S] = task.shape;
     const T* x = static_cast<const T*>(task.x);
-    double *sum = task.shift, *square = task.product;
-    for (i64 c = 0; c < C; ++c) sum[c] = square[c] = 0;
-    i64 taken = 0;
-    const auto take = [&](i64 at) {  // of all channels
-        ++taken;
-        for (i64 c = 0; c < C; ++c) {
-            const double value = value_of(x[at + c * S]);
-            sum[c] += value;
-            square[c] += value * value;
-        }
+    const auto add = [](double& sum, double& square, T element) {
+        const double value = value_of(element);
+        sum += value;
+        square += value * value;
     };
-    if (S == 1)
-        for (i64 i = 0; i < std::min<i64>(N, 8); ++i) take(i * N / std::min<i64>(N, 8) * C);
-    else
-        for (const i64 from : {i64{0}, ((N - 1) * C) * S + S / 2})  // two cache lines of a channel
-            for (i64 s = 0; s < std::min<i64>(S / 2, 4); ++s) take(from + s);
+    double *sum = task.shift, *square = task.product;
+    i64 taken = 0;
+    if (S == 1) {  // row by row, as they lie
+        for (i64 c = 0; c < C; ++c) sum[c] = square[c] = 0;
+        for (; taken < std::min<i64>(N, 8); ++taken) {
+            const T* row = x + taken * N / std::min<i64>(N, 8) * C;
+            for (i64 c = 0; c < C; ++c) add(sum[c], square[c], row[c]);
+        }
+    } else {  // two cache lines of a channel
+        const i64 of_line = std::min<i64>(S / 2, 4);
+        taken = 2 * of_line;
+        for (i64 c = 0; c < C; ++c) {
+            const T *first = x + c * S, *last = x + ((N - 1) * C + c) * S + S / 2;
+            double of_channel = 0, squares = 0;
+            for (i64 s = 0; s < of_line; ++s) add(of_channel, squares, first[s]);
+            for (i64 s = 0; s < of_line; ++s) add(of_channel, squares, last[s]);
+            sum[c] = of_channel;
+            square[c] = squares;
+        }
+    }
     for (i64 c = 0; c < C; ++c) {
         const double mean = sum[c] / taken;
         const bool is_outside = mean * sum[c] > 0.5 * square[c] && std::isfinite(mean);  // mean² > var

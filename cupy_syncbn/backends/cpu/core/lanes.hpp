@@ -68,9 +68,9 @@ template <> struct Element<bfloat16> : Lanes<float> {
     }
     static INLINE void store(bfloat16* to, V v)
     {
-        const Words bits = (Words)v, high = bits >> 16, is_nan = (Words)(v != v);
-        const Words rounded = (bits + 0x7FFF + (high & 1)) >> 16;  // to nearest, ties to even
-        const Words result = ((high | 0x40) & is_nan) | (rounded & ~is_nan);
+        const Words bits = (Words)v, is_number = (Words)(v == v);
+        const Words half = 0x7FFF + ((bits >> 16) & 1);          // to nearest, ties to even
+        const Words result = (bits + (half & is_number)) >> 16;  // a NaN of arithmetic is quiet: its upper half is one too
 #ifdef __AVX2__
         const __m256i words = (__m256i)result;
         _mm_storeu_si128(reinterpret_cast<__m128i*>(to),
@@ -144,6 +144,16 @@ template <class T> INLINE void store(T* to, typename Element<T>::V v, First firs
 
 template <class T> INLINE typename Element<T>::A value_of(T element) { return load(&element, First{1})[0]; }
 template <> INLINE float value_of(float element) { return element; }
+template <> INLINE float value_of(bfloat16 element)
+{
+    const uint32_t bits = static_cast<uint32_t>(element.bits) << 16;
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+}
+#ifdef __F16C__
+template <> INLINE float value_of(float16 element) { return _cvtsh_ss(element.bits); }
+#endif
 template <> INLINE double value_of(double element) { return element; }
 
 template <class V, class A> INLINE V all_lanes(A value) { return value - V{}; }

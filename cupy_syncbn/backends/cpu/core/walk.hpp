@@ -14,6 +14,8 @@
 namespace core {
 
 constexpr i64 SMALL_MAP = 32;  // elements: shorter rows go by columns
+constexpr i64 MIDDLE_MAP = 64; // and these, such as 7 x 7,
+constexpr i64 MANY = 16;       // in so many samples: the constants that are written out serve them all
 constexpr i64 NARROW = 512;    // columns: fewer are joined with those of the next samples, to whole vectors
 constexpr i64 WIDE = 256;      // and narrow ones to that many
 constexpr i64 TILE_BYTES = 4096;  // of a row of constants: five of them and the data stay in a cache of 32 KiB
@@ -35,7 +37,7 @@ struct Walk {
 
     explicit Walk(Shape shape)
     {
-        by_columns = shape.S < SMALL_MAP;
+        by_columns = shape.S < (shape.N < MANY ? SMALL_MAP : MIDDLE_MAP);
         width = shape.S;
         if (by_columns) {
             width = shape.C * shape.S;
