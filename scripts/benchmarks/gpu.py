@@ -71,7 +71,7 @@ from measure import (
 from cupy_syncbn import SingleProcessGroup, SyncBatchNorm
 from cupy_syncbn.arrays import array_module
 from cupy_syncbn.backends.cuda import launch
-from cupy_syncbn.backends.interface import Affine, BatchSums, Epilogue, ParameterSums, Running
+from cupy_syncbn.backends.interface import Affine, BatchSums, Epilogue, ParameterSums, Reduced, Running
 from cupy_syncbn.backends.layout import Layout
 from cupy_syncbn.checks import data_type
 from cupy_syncbn.comm.trailer import trailer_of
@@ -196,7 +196,8 @@ def traffic(kernel: str, variant: str, nbytes: int) -> Traffic:
     """Return the traffic of a kernel on tensors of `nbytes`.
 
     A residual is one tensor more to read, and its gradient one to write; with an activation behind it there
-    is a mask, of a byte for every vector of 16 bytes.
+    is a mask, of a byte for every vector of 16 bytes. Of a ReLU, the last kernel
+    takes dresidual in its place.
     """
     residual = nbytes if variant == "add+relu" else 0
     mask = nbytes // VECTOR_BYTES if variant == "add+relu" else 0
@@ -206,7 +207,7 @@ def traffic(kernel: str, variant: str, nbytes: int) -> Traffic:
         "normalize": normalize,
         "evaluate": normalize,
         "reduce_gradients": Traffic(2 * nbytes + mask, residual),
-        "input_gradient": Traffic(2 * nbytes + mask, nbytes),
+        "input_gradient": Traffic(2 * nbytes, nbytes),
     }[kernel]
 
 
@@ -466,19 +467,18 @@ class Kernels:
             self.x[i], self.y[i], None, self.running, self.affine, self.epilogue[i]
         )[0]
 
-    def reduce_gradients(self, i: int) -> tuple[Any, Any]:
+    def reduce_gradients(self, i: int) -> Reduced:
         """Reduce dy and x."""
-        global_sums, local_sums, _ = self.backend.reduce_gradients(
+        return self.backend.reduce_gradients(
             self.dy[i], self.x[i], self.normalization[i], self.dresidual[i], TRAILER
         )
-        return global_sums, local_sums
 
     def input_gradient(self, i: int) -> Any:
         """Write dx."""
-        global_sums, local_sums = self.sums[i]
+        global_sums, local_sums, gradient = self.sums[i]
         parameters = ParameterSums(local_sums, 1.0, self.weight.dtype, self.bias.dtype)
         return self.backend.input_gradient(
-            self.dy[i], self.x[i], self.normalization[i], self.dx[i], global_sums, parameters
+            gradient, self.x[i], self.normalization[i], self.dx[i], global_sums, parameters
         )
 
     def copy(self, i: int) -> None:

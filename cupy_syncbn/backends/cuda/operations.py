@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
 import cupy
+import numpy as np
 
 from cupy_syncbn.backends.cuda import kernels
 from cupy_syncbn.backends.cuda.launch import THREADS, Launch, launch_for
@@ -134,12 +135,14 @@ _workspaces = _Workspaces()
 class _Passes:
     """The launches over a kind of tensor: all that stays the same from call to call."""
 
-    __slots__ = ("blocks", "geometry", "launch", "mask_size", "type_name")
+    __slots__ = ("as_slope", "blocks", "geometry", "launch", "mask_size", "type_name")
 
     def __init__(self, shape: tuple[int, int, int], dtype: Any, aligned: bool, device: int) -> None:
         N, C, S = shape if shape[2] else (0, shape[1], 1)  # of tensors without elements
         self.launch = launch_for((N, C, S), dtype.itemsize, aligned, _multiprocessors(device))
         self.type_name: str = dtype.name
+        self.as_slope: Callable[[float], Any] = float if dtype.itemsize == 8 else np.float32
+        """Makes an argument of the type Accumulator of common.cuh."""
         self.blocks = (self.launch.blocks,)
         self.geometry = (N, C, S, self.launch.lanes, self.launch.group, self.launch.per_split)
         """The arguments GEOMETRY of common.cuh."""
@@ -155,9 +158,9 @@ _passes = functools.lru_cache(maxsize=1024)(_Passes)
 
 
 @functools.lru_cache(maxsize=1024)
-def _kernel_of(kernel: Callable[..., tuple[str, str]], passes: _Passes, *flags: bool) -> Any:
+def _kernel_of(kernel: Callable[..., tuple[str, str]], passes: _Passes, *rest: bool | str) -> Any:
     """Return the instance of a kernel of `kernels` for the launches over a kind of tensor."""
-    return _kernel(*kernel(passes.type_name, passes.launch.width, passes.launch.columns, *flags))
+    return _kernel(*kernel(passes.type_name, passes.launch.width, passes.launch.columns, *rest))
 
 
 @functools.lru_cache(maxsize=256)
@@ -262,7 +265,7 @@ def normalize(
     saved = cupy.empty(4 * C + 1, "float64")
     _, counters = _workspaces.current().reserve(passes.launch, 0)
     means, variances = _contiguous(mean), _contiguous(var)
-    _kernel_of(kernels.normalize, passes, residual is not None, slope is not None)(
+    _kernel_of(kernels.normalize, passes, residual is not None, kernels.activation_of(slope))(
         passes.blocks,
         _BLOCK,
         (
@@ -282,7 +285,7 @@ def normalize(
             -1.0 if momentum is None else float(momentum),
             ranks if running else 0,
             float(eps),
-            slope or 0.0,
+            passes.as_slope(slope or 0.0),
             saved,
             counters,
         ),
@@ -306,7 +309,7 @@ def reduce_gradients(
     global_sums = cupy.empty(2 * C + len(trailer), "float64")
     local_sums = cupy.empty(2 * C, "float64")
     partials, counters = _workspaces.current().reserve(passes.launch, C)
-    _kernel_of(kernels.reduce_gradients, passes, dresidual is not None, slope is not None)(
+    _kernel_of(kernels.reduce_gradients, passes, dresidual is not None, kernels.activation_of(slope))(
         passes.blocks,
         _BLOCK,
         (
@@ -316,7 +319,7 @@ def reduce_gradients(
             NULL if mask is None else mask,
             *passes.geometry,
             normalization.saved,
-            slope or 0.0,
+            passes.as_slope(slope or 0.0),
             global_sums,
             local_sums,
             *map(float, trailer),
@@ -324,7 +327,8 @@ def reduce_gradients(
             counters,
         ),
     )
-    return Reduced(global_sums, local_sums, dy)
+    behind_relu = dresidual is not None and slope == 0
+    return Reduced(global_sums, local_sums, dresidual if behind_relu else dy)
 
 
 def input_gradient(
@@ -341,7 +345,7 @@ def input_gradient(
     vector, scale, weight_type, bias_type = parameters
     dweight = None if weight_type is None else cupy.empty(C, weight_type)
     dbias = None if bias_type is None else cupy.empty(C, bias_type)
-    _kernel_of(kernels.input_gradient, passes, normalization.residual, slope is not None)(
+    _kernel_of(kernels.input_gradient, passes, normalization.residual, kernels.activation_of(slope))(
         passes.blocks,
         _BLOCK,
         (
@@ -351,7 +355,7 @@ def input_gradient(
             NULL if mask is None else mask,
             *passes.geometry,
             normalization.saved,
-            slope or 0.0,
+            passes.as_slope(slope or 0.0),
             NULL if sums is None else sums,
             vector,
             float(scale),

@@ -31,7 +31,7 @@ class Instance(NamedTuple):
     width: int = 1
     columns: bool = False
     residual: bool = False
-    activation: bool = False
+    activation: str = kernels.ACTIVATIONS[0]
 
     @classmethod
     def parse(cls, name):
@@ -39,7 +39,8 @@ class Instance(NamedTuple):
         if not rest:
             return cls(kernel)
         data_type, width, *flags = rest.split(", ")
-        return cls(kernel, data_type, int(width), *(flag == "true" for flag in flags))
+        flags = [{"true": True, "false": False}.get(flag, flag) for flag in flags]
+        return cls(kernel, data_type, int(width), *flags)
 
     def vector_stores(self):
         """Return the stores of 16 bytes that the loop over the tensor has."""

@@ -16,6 +16,9 @@ REGISTERS = {2: 80, 4: 80, 8: 128, 1: 80}
 TYPES = {"float16": "__half", "bfloat16": "__nv_bfloat16", "float32": "float", "float64": "double"}
 """C++ names of the types of data."""
 
+ACTIVATIONS = ("IDENTITY", "RELU", "LEAKY_RELU")
+"""The enumeration Activation of formulas.h."""
+
 _FOLDER = Path(__file__).parent
 
 
@@ -60,23 +63,31 @@ def centered_squares() -> tuple[str, str]:
     return "statistics.cu", "centered_squares"
 
 
-def normalize(dtype: str, width: int, columns: bool, residual: bool, activation: bool) -> tuple[str, str]:
+def activation_of(slope: float | None) -> str:
+    """Return the activation that has a slope below zero; None is that of none."""
+    return "IDENTITY" if slope is None else "LEAKY_RELU" if slope else "RELU"
+
+
+def normalize(dtype: str, width: int, columns: bool, residual: bool, activation: str) -> tuple[str, str]:
     """Return the file and the name of an instance."""
     return "normalize.cu", _instance("normalize", TYPES[dtype], width, columns, residual, activation)
 
 
 def reduce_gradients(
-    dtype: str, width: int, columns: bool, residual: bool, activation: bool
+    dtype: str, width: int, columns: bool, residual: bool, activation: str
 ) -> tuple[str, str]:
     """Return the file and the name of an instance."""
     return "gradients.cu", _instance("reduce_gradients", TYPES[dtype], width, columns, residual, activation)
 
 
-def input_gradient(
-    dtype: str, width: int, columns: bool, residual: bool, activation: bool
-) -> tuple[str, str]:
-    """Return the file and the name of an instance; a residual matters to the mask of the activation only."""
-    residual = residual and activation
+def input_gradient(dtype: str, width: int, columns: bool, residual: bool, activation: str) -> tuple[str, str]:
+    """Return the file and the name of an instance.
+
+    A residual matters to the mask of the activation only; and of a ReLU, its gradient is the one behind it.
+    """
+    if residual and activation == "RELU":
+        activation = "IDENTITY"
+    residual = residual and activation != "IDENTITY"
     return "gradients.cu", _instance("input_gradient", TYPES[dtype], width, columns, residual, activation)
 
 
@@ -88,7 +99,7 @@ def instances(file: str, dtype: str) -> tuple[str, ...]:
     found = [centered_squares()] if dtype == "float64" else []
     for width, columns in itertools.product(widths, both):
         found.append(statistics(dtype, width, columns))
-        for residual, activation in itertools.product(both, both):
+        for residual, activation in itertools.product(both, ACTIVATIONS):
             for kernel in (normalize, reduce_gradients, input_gradient):
                 found.append(kernel(dtype, width, columns, residual, activation))
     return tuple(dict.fromkeys(name for where, name in found if where == file))

@@ -49,16 +49,6 @@ template <typename T, int V> __device__ __forceinline__ void store(T* to, const 
     *reinterpret_cast<Vector<T, V>*>(to) = vector;
 }
 
-// The activation of a value, or its derivative times a gradient; `slope` below zero.
-template <typename A> __device__ __forceinline__ bool is_blocked(A value, A slope)
-{
-    return slope == 0 ? is_blocked<RELU>(value) : is_blocked<LEAKY_RELU>(value);
-}
-template <typename A> __device__ __forceinline__ A let_through(A value, bool blocked, A slope)
-{
-    return slope == 0 ? let_through<RELU>(value, blocked, slope) : let_through<LEAKY_RELU>(value, blocked, slope);
-}
-
 // A parameter or running statistic: of the data's type, or float32 beside 16-bit data.
 template <typename T> __device__ __forceinline__ double read_parameter(const void* values, bool is_float, long long i)
 {

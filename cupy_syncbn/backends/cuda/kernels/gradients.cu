@@ -14,10 +14,10 @@
 #include "common.cuh"
 
 // The values that both kernels load, and the gradient behind the activation.
-template <typename T, int V, bool COLUMNS, bool RESIDUAL, bool ACTIVATION> struct Gradient {
+template <typename T, int V, bool COLUMNS, bool RESIDUAL, Activation ACTIVATION> struct Gradient {
     using A = Accumulator<T>;
     static constexpr int W = CHANNELS<V, COLUMNS>;
-    static constexpr bool COMPUTES_MASK = ACTIVATION && !RESIDUAL;
+    static constexpr bool COMPUTES_MASK = ACTIVATION != IDENTITY && !RESIDUAL;
     template <int WIDTH> struct Loaded {
         Vector<T, WIDTH> dy, x;
         unsigned int blocked;
@@ -33,7 +33,7 @@ template <typename T, int V, bool COLUMNS, bool RESIDUAL, bool ACTIVATION> struc
         Loaded<WIDTH> loaded;
         loaded.dy = ::load<T, WIDTH>(dy + place.element);
         if (reads_x) loaded.x = ::load<T, WIDTH>(x + place.element);
-        if constexpr (ACTIVATION && RESIDUAL) loaded.blocked = mask[place.mask];
+        if constexpr (ACTIVATION != IDENTITY && RESIDUAL) loaded.blocked = mask[place.mask];
         return loaded;
     }
 
@@ -42,15 +42,15 @@ template <typename T, int V, bool COLUMNS, bool RESIDUAL, bool ACTIVATION> struc
     template <int WIDTH> __device__ __forceinline__ A gradient(const Loaded<WIDTH>& loaded, int e) const
     {
         const A value = static_cast<A>(loaded.dy.values[e]);
-        if constexpr (ACTIVATION) {
+        if constexpr (ACTIVATION != IDENTITY) {
             const int w = COLUMNS ? e : 0;
             bool blocked;
             if constexpr (RESIDUAL)
                 blocked = loaded.blocked >> e & 1;
             else
-                blocked = is_blocked(
-                    affine(static_cast<A>(loaded.x.values[e]), shift[w], scale[w], offset[w]), slope);
-            return let_through(value, blocked, slope);
+                blocked = is_blocked<ACTIVATION>(
+                    affine(static_cast<A>(loaded.x.values[e]), shift[w], scale[w], offset[w]));
+            return let_through<ACTIVATION>(value, blocked, slope);
         }
         return value;
     }
@@ -67,7 +67,7 @@ template <typename T, int V, bool COLUMNS, bool RESIDUAL, bool ACTIVATION> struc
     }
 };
 
-template <typename T, int V, bool COLUMNS, bool RESIDUAL, bool ACTIVATION>
+template <typename T, int V, bool COLUMNS, bool RESIDUAL, Activation ACTIVATION>
 struct Reduce : Gradient<T, V, COLUMNS, RESIDUAL, ACTIVATION> {
     using A = Accumulator<T>;
     using Base = Gradient<T, V, COLUMNS, RESIDUAL, ACTIVATION>;
@@ -110,15 +110,15 @@ struct Reduce : Gradient<T, V, COLUMNS, RESIDUAL, ACTIVATION> {
 };
 
 // dy, x, dresidual   [N, C, S]; dresidual is null without RESIDUAL
-// mask               from `normalize`; null unless RESIDUAL and ACTIVATION
+// mask               from `normalize`; null unless RESIDUAL and an ACTIVATION
 // saved              [4 * C + 1] from `normalize`
 // global_sums        [2 * C + 5] for the ranks to add up: sum_dy, sum_dy_xmu, trailer
 // local_sums         [2 * C] the same, which stays this rank's
 // partials  [splits, C, 2], counters [groups]: see sum_by_channel
-template <typename T, int V, bool COLUMNS, bool RESIDUAL, bool ACTIVATION>
+template <typename T, int V, bool COLUMNS, bool RESIDUAL, Activation ACTIVATION>
 __global__ void __launch_bounds__(THREADS, MIN_BLOCKS<V>)
     reduce_gradients(const T* __restrict__ dy, const T* __restrict__ x, T* __restrict__ dresidual,
-                     const unsigned char* __restrict__ mask, GEOMETRY, const double* __restrict__ saved, double slope,
+                     const unsigned char* __restrict__ mask, GEOMETRY, const double* __restrict__ saved, Accumulator<T> slope,
                      double* __restrict__ global_sums, double* __restrict__ local_sums, TRAILER,
                      double* partials, unsigned int* counters)
 {
@@ -132,7 +132,7 @@ __global__ void __launch_bounds__(THREADS, MIN_BLOCKS<V>)
     body.reads_x = true;
     body.dresidual = dresidual;
     body.mask = mask;
-    body.slope = static_cast<A>(slope);
+    body.slope = slope;
     body.read_constants(g, part, saved);
     walk<V, COLUMNS, 2>(g, part, body);
 
@@ -149,14 +149,14 @@ __global__ void __launch_bounds__(THREADS, MIN_BLOCKS<V>)
 }
 
 // dx = (g + ((x - shift) * factor + constant)) * scale, or g * scale
-template <typename T, int V, bool COLUMNS, bool RESIDUAL, bool ACTIVATION>
+template <typename T, int V, bool COLUMNS, bool RESIDUAL, Activation ACTIVATION>
 struct Apply : Gradient<T, V, COLUMNS, RESIDUAL, ACTIVATION> {
     using A = Accumulator<T>;
     using Base = Gradient<T, V, COLUMNS, RESIDUAL, ACTIVATION>;
     template <int WIDTH> using Loaded = typename Base::template Loaded<WIDTH>;
 
     T* dx;
-    bool has_sums;
+    const double* sums;  // null if there are none: this takes fewer registers than a bool
     A factor[Base::W], constant[Base::W];
 
     template <int WIDTH> __device__ __forceinline__ void use(const Loaded<WIDTH>& loaded, const Place& place) const
@@ -166,7 +166,7 @@ struct Apply : Gradient<T, V, COLUMNS, RESIDUAL, ACTIVATION> {
         for (int e = 0; e < WIDTH; ++e) {
             const int w = COLUMNS ? e : 0;
             A g = this->gradient(loaded, e);
-            if (has_sums)
+            if (sums)
                 g = input_gradient_of(g, static_cast<A>(loaded.x.values[e]), this->shift[w], factor[w], constant[w],
                                       this->scale[w]);
             else
@@ -177,16 +177,16 @@ struct Apply : Gradient<T, V, COLUMNS, RESIDUAL, ACTIVATION> {
     }
 };
 
-// dy, x, dx        [N, C, S]
-// mask             from `normalize`; null unless RESIDUAL and ACTIVATION
+// dy, x, dx        [N, C, S]; behind a ReLU of a sum with a residual, dy is its dresidual
+// mask             from `normalize`; null unless RESIDUAL and an ACTIVATION
 // saved            [4 * C + 1] from `normalize`
 // sums             [2 * C] sum_dy and sum_dy_xmu over the batch of the statistics; null if they were constants
 // parameter_sums   [2 * C] those that the gradients of weight and bias are of; these are scaled by parameter_scale
 // dweight, dbias   [C] or null, of the types told by float_types
-template <typename T, int V, bool COLUMNS, bool RESIDUAL, bool ACTIVATION>
+template <typename T, int V, bool COLUMNS, bool RESIDUAL, Activation ACTIVATION>
 __global__ void __launch_bounds__(THREADS, MIN_BLOCKS<V>)
     input_gradient(const T* __restrict__ dy, const T* __restrict__ x, T* __restrict__ dx,
-                   const unsigned char* __restrict__ mask, GEOMETRY, const double* __restrict__ saved, double slope,
+                   const unsigned char* __restrict__ mask, GEOMETRY, const double* __restrict__ saved, Accumulator<T> slope,
                    const double* sums, const double* parameter_sums, double parameter_scale,
                    void* __restrict__ dweight, void* __restrict__ dbias, long long float_types)
 {
@@ -217,9 +217,9 @@ __global__ void __launch_bounds__(THREADS, MIN_BLOCKS<V>)
     body.x = x;
     body.dx = dx;
     body.mask = mask;
-    body.has_sums = sums;
+    body.sums = sums;
     body.reads_x = sums || body.COMPUTES_MASK;
-    body.slope = static_cast<A>(slope);
+    body.slope = slope;
     body.read_constants(g, part, saved);
     if (sums) {
 #pragma unroll

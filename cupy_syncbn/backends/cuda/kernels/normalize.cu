@@ -11,8 +11,8 @@
 // Launch: THREADS threads, groups * splits blocks, as for `statistics`.
 #include "common.cuh"
 
-// Writes y; RESIDUAL: adds a residual; ACTIVATION: (leaky) ReLU, with `slope` below zero.
-template <typename T, int V, bool COLUMNS, bool RESIDUAL, bool ACTIVATION> struct Normalize {
+// Writes y; RESIDUAL: adds a residual; ACTIVATION: with `slope` below zero.
+template <typename T, int V, bool COLUMNS, bool RESIDUAL, Activation ACTIVATION> struct Normalize {
     using A = Accumulator<T>;
     static constexpr int W = CHANNELS<V, COLUMNS>;
     template <int WIDTH> struct Loaded {
@@ -43,21 +43,21 @@ template <typename T, int V, bool COLUMNS, bool RESIDUAL, bool ACTIVATION> struc
             const int w = COLUMNS ? e : 0;
             A value = affine(static_cast<A>(loaded.x.values[e]), shift[w], scale[w], offset[w]);
             if constexpr (RESIDUAL) value += static_cast<A>(loaded.residual.values[e]);
-            if constexpr (ACTIVATION) {
-                const bool is = is_blocked(value, slope);
+            if constexpr (ACTIVATION != IDENTITY) {
+                const bool is = is_blocked<ACTIVATION>(value);
                 blocked |= static_cast<unsigned int>(is) << e;
-                value = let_through(value, is, slope);
+                value = let_through<ACTIVATION>(value, is, slope);
             }
             result.values[e] = static_cast<T>(value);
         }
         store(y + place.element, result);
-        if constexpr (RESIDUAL && ACTIVATION) mask[place.mask] = static_cast<unsigned char>(blocked);
+        if constexpr (RESIDUAL && ACTIVATION != IDENTITY) mask[place.mask] = static_cast<unsigned char>(blocked);
     }
 };
 
 // x, y, residual   [N, C, S]; y may be x; residual is null without RESIDUAL
 // mask             a byte per vector: bit e tells of element e whether the activation blocks it. Null unless RESIDUAL
-//                  and ACTIVATION, as without a residual the backward computes it again
+//                  and an ACTIVATION, as without a residual the backward computes it again
 // vector           [4 * C + 6] of all ranks; null to normalize by the running statistics
 // squares          [C + 5] of all ranks, for float64 data; null for others
 // weight, bias, running_mean, running_var   [C] or null, of the types told by float_types
@@ -66,12 +66,12 @@ template <typename T, int V, bool COLUMNS, bool RESIDUAL, bool ACTIVATION> struc
 // ranks            how many have been added up, if the running statistics are to be updated; else 0
 // saved            [4 * C + 1]: mean, invstd, scale, offset, and the count over all ranks
 // counter          [1]: zero before the launch and after it
-template <typename T, int V, bool COLUMNS, bool RESIDUAL, bool ACTIVATION>
+template <typename T, int V, bool COLUMNS, bool RESIDUAL, Activation ACTIVATION>
 __global__ void __launch_bounds__(THREADS, MIN_BLOCKS<V>)
     normalize(const T* x, T* y, const T* __restrict__ residual, unsigned char* __restrict__ mask, GEOMETRY,
               const double* __restrict__ vector, const double* __restrict__ squares, const void* __restrict__ weight,
               const void* __restrict__ bias, void* running_mean, void* running_var, long long* num_batches_tracked,
-              long long float_types, double momentum, long long ranks, double eps, double slope,
+              long long float_types, double momentum, long long ranks, double eps, Accumulator<T> slope,
               double* __restrict__ saved, unsigned int* counter)
 {
     using A = Accumulator<T>;
@@ -132,7 +132,7 @@ __global__ void __launch_bounds__(THREADS, MIN_BLOCKS<V>)
     body.y = y;
     body.residual = residual;
     body.mask = mask;
-    body.slope = static_cast<A>(slope);
+    body.slope = slope;
 #pragma unroll
     for (int w = 0; w < CHANNELS<V, COLUMNS>; ++w) {
         const int k = channel_of<V, COLUMNS>(g, part, w);
