@@ -73,7 +73,7 @@ class Plan:
     """All that follows from a kind of input."""
 
     __slots__ = (
-        "backend", "bias_type", "dtype", "gradients", "has_residual", "has_squares", "layout",
+        "backend", "bias_type", "device", "dtype", "gradients", "has_residual", "has_squares", "layout",
         "on_host", "slope", "training", "uses_batch", "weight_type",
     )  # fmt: skip
 
@@ -83,6 +83,8 @@ class Plan:
         weight, bias, running_mean, *_ = arguments
         self.backend, self.layout = backend, layout
         self.on_host = isinstance(x, np.ndarray)
+        self.device = None if self.on_host else current_device()
+        """Of the input, and of the record that the backward takes."""
         self.dtype: np.dtype[Any] = x.dtype.newbyteorder("=")
         """Of y, and of dx."""
         self.training = settings.training
@@ -242,6 +244,11 @@ def prepare_gradient(dy: Any, plan: Plan, grad_reduction: str) -> Array:
         is_known = False
     if not is_known:
         check_grad_reduction(grad_reduction)
+        if plan.device is not None and current_device() != plan.device:
+            raise ValueError(
+                f"expected a backward on the device of its forward, {plan.device} (got {current_device()} as "
+                f"the current device): work under `with cupy.cuda.Device({plan.device})`"
+            )
         check_like("dy", dy, plan.model_of("output", plan.layout.shape))
         if len(plan.gradients) >= MOST_GRADIENTS:
             plan.gradients.clear()

@@ -228,3 +228,18 @@ def test_another_device(world, rng, cupy, monkeypatch, checked):
     layer.backward(y)
     layer(x)
     assert checked == [SHAPE] * 2
+
+
+def test_gradient_on_another_device(rng, emulator, cupy):
+    """The record lies on the forward's: the kernels would read it from the other one."""
+    emulator.devices.count = 2
+    cupy.cuda.Device(0).use()
+    layer = alone(device="cuda")
+    x = cupy.asarray(random_batch(rng, SHAPE))
+    y = layer(x)
+    with cupy.cuda.Device(1):
+        dy = cupy.asarray(random_batch(rng, SHAPE))
+        with pytest.raises(ValueError, match="device of its forward, 0 "):
+            layer.backward(dy)
+    layer.backward(y)  # nothing was lost
+    layer.backward(layer(x))
