@@ -120,6 +120,7 @@ export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 # for Open MPI 
 export PYTEST_DISABLE_PLUGIN_AUTOLOAD=1                           # whatever else is installed there
 [ -n "$LOGS" ] || LOGS="$(mktemp -d "${TMPDIR:-/tmp}/gpu_check.XXXXXX")"
 mkdir -p "$OUTPUT" "$LOGS"
+LOGS="$(cd "$LOGS" && pwd)" # programs in other folders find the MPI in it
 if [ -n "$MPI" ]; then
     "$PYTHON" -m zipfile -e "$MPI" "$LOGS/mpi" || { echo "--mpi $MPI: cannot unpack it" >&2 && exit 2; }
     MPI="$(echo "$LOGS"/mpi/*.data/data)"
