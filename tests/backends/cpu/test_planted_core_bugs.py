@@ -21,7 +21,7 @@ from support.launcher import REPOSITORY, TESTS, clean_environment
 
 pytestmark = pytest.mark.mpi_skip
 
-DEADLINE = 120
+DEADLINE = 600
 BACKENDS = Path("cupy_syncbn", "backends")
 CORE = BACKENDS / "cpu" / "core"
 
