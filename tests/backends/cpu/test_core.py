@@ -1,7 +1,9 @@
 """The compiled core: against the specification, itself at other levels, the CUDA kernels, and wrong calls."""
 
 import contextlib
+import functools
 import gc
+import itertools
 import sys
 import threading
 import tracemalloc
@@ -90,6 +92,84 @@ def test_edges_of_memory(dtype, C, S, N, place):
     case = Case(dtype, (N, C, S), 0.0, True, parameters="wide", place=place)
     check_case(native, case)
     check_case(native, case._replace(slope=0.3, residual=False, training=False))
+
+
+@sweep(("dtype", "place"), TYPES, ["at the end", "at the beginning"])
+def test_tiny_tensors(dtype, place):
+    """Shorter than a vector or a little longer, whole or as the rest of narrow rows."""
+    shapes = [*itertools.product(range(1, 6), (1, 2, 3), (1, 2, 3))]
+    shapes += [(N, C, 1) for C in (3, 11) for N in range(88, 97)]
+    for shape in shapes:
+        case = Case(dtype, shape, 0.0, True, place=place)
+        check_case(native, case)
+        check_case(native, case._replace(slope=0.3, residual=False))
+
+
+@sweep(
+    ("dtype", "shape", "place"),
+    TYPES,
+    [(2, 3, S) for S in (511, 513, 516, 519, 520, 1023, 1025, 1031)]
+    + [(21, C, 1) for C in (64, 513, 517, 1029, 2050)],
+    ["anywhere", "at the end", "at the beginning"],
+)
+def test_edges_of_pieces(dtype, shape, place):
+    """Rows and columns a little longer than their pieces; 64 columns go by four rows in any type."""
+    for slope, residual in itertools.product((None, 0.0, 0.3), (False, True)):
+        check_case(native, Case(dtype, shape, slope, residual, place=place))
+
+
+# ---- Values that rounding, signs or overflow depend on ----
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 200_000), (200_000, 3, 1), (40_000, 5, 7), (3000, 601, 1)], ids=str)
+def test_sums_of_what_rounds_one_way(shape):
+    """A chain of hundreds in float32 would lose what each value has beyond 1, and what its square has."""
+    one = np.float32(1 + 2.0**-16 - 2.0**-23)
+    sign = np.where(np.arange(np.prod(shape)) % 2, np.float32(1), np.float32(-1)).reshape(shape)
+    check_case(native, Case("float32", shape), x=sign * one, dy=np.full(shape, one))
+
+
+ZERO_SHAPES = [(3, 5, 37), (9, 64, 1), (30, 3, 1), (5, 40, 3)]
+
+
+@sweep(("dtype", "slope", "residual", "shape"), TYPES, [None, 0.0, 0.3, -0.5], [False, True], ZERO_SHAPES)
+def test_zeros_before_the_activation(dtype, slope, residual, shape):
+    """Zeros of both signs, and NaN, with running statistics that leave them as they are."""
+    rng, C = np.random.default_rng(7), shape[1]
+    x, added = (rng.choice([-1, -0.0, 0, 0, 1, np.nan], shape).astype(TYPES[dtype]) for _ in "12")
+    changes = {"mean": np.zeros(C, "f4"), "var": np.ones(C, "f4")}
+    case = Case(dtype, shape, slope, residual, training=False, parameters=None)
+    check_case(native, case, x=x, **changes, **({"residual": added} if residual else {}))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
+@pytest.mark.parametrize("shape", ZERO_SHAPES, ids=str)
+def test_squares_beyond_float32(dtype, shape):
+    check_case(native, Case(dtype, shape, 0.3, scale=1e25))
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("shape", [(40, 3, 49), (40, 9, 1), (9, 64, 2)], ids=str)
+def test_a_guess_of_the_pivot_that_is_far_off(dtype, shape):
+    """The values that it is made of are zeros, as of padding, and all others are far from zero."""
+    N, _, S = shape
+    x = inputs_of(Case(dtype, shape, offset=100.0, scale=0.5)).x.copy()
+    if S == 1:
+        x[:: N // 8] = 0
+    else:
+        x[0, :, :4] = x[-1, :, S // 2 : S // 2 + 4] = 0
+    check_case(native, Case(dtype, shape), x=x)
+
+
+@pytest.mark.parametrize("momentum", [0.1, 1.0, 0.0])
+@pytest.mark.parametrize("dtype", TYPES)
+def test_running_statistics_that_are_not_finite(dtype, momentum):
+    """Of the batch, those before it, or both: a momentum of one forgets what was."""
+    case = Case(dtype, (6, 8, 5), momentum=momentum, parameters="wide")
+    inputs = inputs_of(case)
+    inputs.mean[:4], inputs.var[:4] = [np.nan, np.inf, -np.inf, 1], [1, np.inf, np.nan, np.inf]
+    inputs.x[2, 3:7, 1] = [np.nan, np.inf, -np.inf, np.nan]
+    check_case(native, case, x=inputs.x, mean=inputs.mean, var=inputs.var)
 
 
 # ---- Views of the arrays of channels ----
@@ -348,11 +428,15 @@ WRONG_TYPES = (
 
 @pytest.fixture(params=TYPES)
 def calls(request):
+    return calls_of(request.param)
+
+
+def calls_of(dtype):
     """Return right calls: the name of the function, its arguments, and what must not stand for each.
 
     A place is the path to an argument: its number, and that within tuples.
     """
-    case = Case(request.param, (3, 3, 5), 0.0, residual=True, seed=1)
+    case = Case(dtype, (3, 3, 5), 0.0, residual=True, seed=1)
     x, dy, residual, weight, bias, mean, var = inputs_of(case)
     vector, local = _core.statistics(x, TRAILER)
     squares = np.ones(3)
@@ -648,45 +732,65 @@ def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
-def test_calls_leave_nothing_behind(calls):
-    """Neither references nor arrays, and errors neither."""
-    refused = []
-    for name, (right, wrongs) in calls[0].items():
+def each_kind_of_call(dtype):
+    """Yield what calls the core, rightly or in each wrong way, with the error that it is to raise or None."""
+    right_and_wrong, overlaps = calls_of(dtype)
+    for name, (right, wrongs) in right_and_wrong.items():
+        function = getattr(_core, name)
+        yield name, functools.partial(function, *right), right, False
+        if name == "normalize":
+            yield "the updates", lambda f=function, a=right: [write() for write in f(*a)[1]], right, False
         for number, of_argument in wrongs.items():
             for path, values in of_argument.items():
-                refused += [(name, replaced(right, (number, *path), value)) for value in list(values)[:4]]
-    arrays = {id(a): a for _, (right, _) in calls[0].items() for a in arrays_in(right)}.values()
+                for i, value in enumerate(values):
+                    arguments = replaced(right, (number, *path), value)
+                    label = f"{name} with wrong value {i} at {(number, *path)}"
+                    yield label, functools.partial(function, *arguments), arguments, True
+        for arguments in (right[:-1], (*right, None)):
+            yield f"{name} of {len(arguments)}", functools.partial(function, *arguments), arguments, True
+    for name, right, number, values in overlaps:
+        arguments = replaced(right, (number,), values[0])
+        yield f"{name} that overlaps", functools.partial(getattr(_core, name), *arguments), arguments, True
 
-    def call_all():
-        for name, (right, _) in calls[0].items():
-            getattr(_core, name)(*right)
-        for write in _core.normalize(*calls[0]["normalize"][0])[1]:
-            write()
-        for name, arguments in refused:
-            try:
-                getattr(_core, name)(*arguments)
-            except (TypeError, ValueError):
-                continue
 
-    per_round = len(calls[0]) + len(refused) + 2
-    for _ in range(3):
-        call_all()
-    gc.collect()
-    counts = [sys.getrefcount(a) for a in arrays]
-    none, types = sys.getrefcount(None), [sys.getrefcount(t) for t in TYPES.values()]
-    tracemalloc.start()
-    try:
-        before, _ = tracemalloc.get_traced_memory()
-        for _ in range(-(-2500 // per_round)):
-            call_all()
-        gc.collect()
-        assert tracemalloc.get_traced_memory()[0] - before < 20_000
-    finally:
-        tracemalloc.stop()
-    assert [sys.getrefcount(a) for a in arrays] == counts
-    assert abs(sys.getrefcount(None) - none) < 50
-    for dtype, count in zip(TYPES.values(), types, strict=True):
-        assert abs(sys.getrefcount(dtype) - count) < 50
+def repeat(call, times, is_wrong):
+    if not is_wrong:
+        for _ in range(times):
+            call()
+        return
+    for _ in range(times):
+        try:
+            call()
+        except (TypeError, ValueError):
+            continue
+        raise AssertionError("it was taken")
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("most", [1000, pytest.param(10_000, marks=pytest.mark.long)])
+def test_calls_leave_nothing_behind(dtype, most, same_level):
+    """Neither references nor memory, and errors neither: each kind of call is repeated by itself."""
+    for label, call, arguments, is_wrong in each_kind_of_call(dtype):
+        times = 50 if is_wrong and most < 10_000 else most  # there are hundreds of wrong ones
+        repeat(call, 3, is_wrong)
+        watched = [*arguments, *arrays_in(arguments), TYPES[dtype], None, True, TypeError, ValueError, tuple]
+        counts = [sys.getrefcount(each) for each in watched]
+        gc.collect(0)
+        tracemalloc.start()
+        try:
+            before, _ = tracemalloc.get_traced_memory()
+            repeat(call, min(times, 200), is_wrong)
+            left = tracemalloc.get_traced_memory()[0] - before
+        finally:
+            tracemalloc.stop()
+        assert left < 2000, f"{label} leaves {left} bytes behind"
+        in_use = resident()
+        repeat(call, times, is_wrong)
+        # Of None and types, this loop itself takes some.
+        more = [sys.getrefcount(each) - count for each, count in zip(watched, counts, strict=True)]
+        assert max(map(abs, more)) < 8, f"{label} changes references by {more}"
+        grown = resident() - in_use
+        assert grown <= 256 << 10, f"{label}: {grown} bytes more in use"  # 10,000 times 32 bytes are 312 KiB
 
 
 def test_calls_leave_no_memory_behind():
@@ -717,6 +821,12 @@ def test_calls_leave_no_memory_behind():
 # ---- More than 2^31 elements ----
 
 
+def need_memory(needed):
+    available = int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]) << 10
+    if available < needed:
+        pytest.skip(f"it takes {needed >> 20} MiB of memory, and {available >> 20} MiB are free")
+
+
 @pytest.mark.long
 @pytest.mark.parametrize(
     "shape", [(2, 2, (1 << 29) + 7), ((1 << 21) + 3, 1024, 1), (3, 33, 22_000_001)], ids=str
@@ -725,13 +835,10 @@ def test_more_than_2_to_the_31_elements(shape):
     N, C, S = shape
     size = N * C * S
     assert size > 1 << 31
-    needed = 2 * 2 * size + size // 8 + (1 << 30)
-    available = int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]) << 10
-    if available < needed:
-        pytest.skip(f"it takes {needed >> 20} MiB of memory, and {available >> 20} MiB are free")
+    need_memory(2 * 2 * size + size // 8 + (1 << 30))
     rng = np.random.default_rng(1)
     x, y = np.empty(shape, np.float16), np.empty(shape, np.float16)
-    block = (rng.standard_normal(1 << 20) + 2).astype(np.float16)
+    block = (rng.standard_normal((1 << 20) + 7) + 2).astype(np.float16)  # 2^31 is no multiple of its size
     flat = x.reshape(-1)
     for start in range(0, size, block.size):
         flat[start : start + block.size] = block[: size - start]
@@ -771,3 +878,89 @@ def test_more_than_2_to_the_31_elements(shape):
         given = specification.reduce_gradients(cut, cut, record, None, TRAILER).gradient
         specification.input_gradient(given, cut, record, out, sums, parameters)
         assert_identical(np.ascontiguousarray(y[part]), out)
+
+
+# By walk: one row of more than 2^31, many channels, wide and narrow columns, small maps.
+BEYOND = {
+    "a long row": (1, 1, (1 << 31) + 9),
+    "many channels": (2, (1 << 21) + 1, 513),
+    "channels last": ((1 << 21) + 3, 1027, 1),
+    "narrow": ((1 << 29) - 5, 5, 1),
+    "small maps": ((1 << 23) + 1, 9, 29),
+}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("walk", BEYOND)
+@np.errstate(all="ignore")
+def test_few_values_among_2_to_the_31_zeros(walk, dtype):
+    """Zeros but for some values about 2^31 and at the ends; each element of the results is looked at.
+
+    Zeros that nobody writes take no memory.
+    """
+    N, C, S = shape = BEYOND[walk]
+    size, kind = N * C * S, TYPES[dtype]
+    assert size > 1 << 31
+    need_memory(2 * size + size // 8 + (1 << 30))
+    places = np.array([0, (1 << 31) - 1, 1 << 31, (1 << 31) + 1, size - 2, size - 1])
+    x, dy, y = np.zeros(shape, kind), np.zeros(shape, kind), np.empty(shape, kind)
+    x.reshape(-1)[places] = [3, -5, 7, 2, -9, 11]
+    dy.reshape(-1)[places] = [-2, 4, 1, -6, 8, 3]
+    channels = places // S % C
+
+    # The same values, channel by channel, behind a row of zeros: what the specification takes.
+    few_x, few_dy = (np.zeros((1 + places.size, C, 1), kind) for _ in "12")
+    rows = np.arange(places.size) + 1
+    few_x[rows, channels, 0], few_dy[rows, channels, 0] = x.reshape(-1)[places], dy.reshape(-1)[places]
+    rng = np.random.default_rng(3)
+    affine = Affine(*(rng.uniform(0.5, 2, C).astype("f4") for _ in "12"))
+
+    def check(tensor, few, name):
+        """Compare a whole tensor with what stands for it; the places are overwritten."""
+        flat, of_zero = tensor.reshape(-1), np.ascontiguousarray(few[0, :, 0]).view("u2")
+        assert_identical(flat[places], few[rows, channels, 0])
+        flat.view("u2")[places] = of_zero[channels]
+        bits = tensor.view("u2")
+        step = max(1, (1 << 24) // (C * S))
+        for n in range(0, N, step):
+            if S < 1 << 24:
+                wrong = (bits[n : n + step] != of_zero[:, None]).sum()
+            else:
+                wrong = sum(
+                    (flat.view("u2")[s : s + (1 << 24)] != of_zero[0]).sum() for s in range(0, size, 1 << 24)
+                )
+            assert wrong == 0, f"{name}: {wrong} of samples {n} to {n + step} differ"
+
+    vector, _ = native.statistics(x, TRAILER)
+    mean, m2, count = moments(vector, C)
+    assert count == N * S
+    total, squares = (
+        np.bincount(channels, few_x[rows, channels, 0].astype("f8") ** power, C) for power in (1, 2)
+    )
+    np.testing.assert_allclose(mean, total / count, rtol=1e-12, atol=1e-20)
+    np.testing.assert_allclose(m2, squares - total**2 / count, rtol=1e-9, atol=1e-20)
+
+    batch = BatchSums(vector)
+    for residual, slope in ((False, 0.0), (True, 0.3), (False, None)):
+        y.fill(np.nan)
+        few_y, few_g, few_dx = (np.empty_like(few_x) for _ in "123")
+        record, _ = native.normalize(x, y, batch, None, affine, Epilogue(x if residual else None, slope))
+        few_record, _ = specification.normalize(
+            few_x, few_y, batch, None, affine, Epilogue(few_x if residual else None, slope)
+        )
+        check(y, few_y, "y")
+        y.fill(np.nan)
+        sums, _, gradient = native.reduce_gradients(dy, x, record, y if residual else None, TRAILER)
+        few_sums, _, few_gradient = specification.reduce_gradients(
+            few_dy, few_x, few_record, few_g if residual else None, TRAILER
+        )
+        np.testing.assert_allclose(sums, few_sums, rtol=1e-6, atol=1e-20)
+        if residual:
+            check(y, few_g, "dresidual")
+            assert gradient is dy  # of 16 bits behind a leaky ReLU: y can be written over
+        y.fill(np.nan)
+        parameters = ParameterSums(few_sums, 1.0, None, None)
+        native.input_gradient(gradient, x, record, y, few_sums, parameters)
+        specification.input_gradient(few_gradient, few_x, few_record, few_dx, few_sums, parameters)
+        check(y, few_dx, "dx")
