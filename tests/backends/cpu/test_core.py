@@ -172,6 +172,19 @@ def test_running_statistics_that_are_not_finite(dtype, momentum):
     check_case(native, case, x=inputs.x, mean=inputs.mean, var=inputs.var)
 
 
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("bits", [0x7FFFFFFF, 0x7F800001, 0xFFFFFFFF, 0x7FC00000], ids=hex)
+def test_parameters_that_are_nan(dtype, bits):
+    """Whatever the bits of a NaN are, those of its shorter type are a NaN's."""
+    for case in Case(dtype, (6, 8, 5), parameters="wide"), Case(dtype, (40, 9, 1), 0.1, parameters="wide"):
+        inputs = inputs_of(case)
+        if inputs.weight.dtype.itemsize == 4:
+            inputs.weight.view("u4")[::2] = inputs.bias.view("u4")[1::3] = bits
+        else:
+            inputs.weight.view("u8")[::2] = inputs.bias.view("u8")[1::3] = bits << 32 | 0xFFFFFFFF
+        check_case(native, case, weight=inputs.weight, bias=inputs.bias)
+
+
 # ---- Views of the arrays of channels ----
 
 

@@ -58,6 +58,7 @@ FAR_OFF = "test_a_guess_of_the_pivot_that_is_far_off"
 NOT_FINITE = "test_running_statistics_that_are_not_finite"
 LEAKS = "test_calls_leave_nothing_behind"
 BITS = "test_every_16_bits_at_every_level"
+NANS = "test_parameters_that_are_nan"
 
 BUGS = {
     # Sums
@@ -130,7 +131,7 @@ BUGS = {
         "walk.hpp", "end < width && width - end < 8 ? end - 8 : end", "end", check=PIECES
     ),
     "the guess of a pivot reads behind the data": Bug(
-        "kernels.cpp", "((N - 1) * C) * S + S / 2}", "((N - 1) * C) * S + S - 1}", check=EDGES
+        "kernels.cpp", "((N - 1) * C + c) * S + S / 2", "((N - 1) * C + c) * S + S - 1", check=EDGES
     ),
     "y over x: the last vector is read after it was written": Bug(
         "kernels.cpp", " : last[k];", " : load(from + k * stride + i, All{});"
@@ -182,8 +183,9 @@ BUGS = {
         "lanes.hpp", "(is_nan & (0x0200u | ((body >> 13) & 0x3FF)))", "(is_nan & 0)", "float16", BITS
     ),
     "bfloat16 rounds ties away from zero": Bug(
-        "lanes.hpp", "0x7FFF + (high & 1)", "0x8000", "bfloat16", level="v3"
+        "lanes.hpp", "0x7FFF + ((bits >> 16) & 1)", "0x8000 + (bits & 0)", "bfloat16", level="v3"
     ),
+    "a NaN of bfloat16 becomes zero": Bug("lanes.hpp", "(half & is_number)", "half", "bfloat16", NANS),
     "ReLU blocks NaN": Bug("formulas.h", "        return value <= 0;", "        return !(value > 0);"),
     "ReLU lets the gradient through at zero": Bug(
         "formulas.h", "        return value <= 0;", "        return value < 0;", "float16", ZEROS
