@@ -258,7 +258,9 @@ def wrong(layer, error, match, *arguments, **keywords):
 
 @pytest.mark.mpi_skip
 @pytest.mark.parametrize(
-    "x", [[[1.0]], (1.0,), 1.0, np.float32(1), "x", None, b"x", memoryview(b"x")], ids=repr
+    "x",
+    [[[1.0]], (1.0,), 1.0, np.float32(1), "x", None, b"x", memoryview(b"x")],
+    ids=lambda x: type(x).__name__,
 )
 def test_what_is_no_array(x):
     wrong(BatchNorm2d(4), TypeError, r"expected x to be a NumPy or CuPy array \(got \w+\.\w+\): ", x)

@@ -20,8 +20,8 @@ OF_ONE_RANK = ("tests/comm", "tests/diagnosis", "tests/nn/test_batch_norm.py")
 
 # Tests that take long, and depend little on the number of ranks or on the MPI library, are left out of some
 # launches. The emulated kernels run on three ranks of MPICH, the arrays of other libraries on two. NCCL's
-# stand-in runs on two and four of MPICH, and on two of Open MPI. Bad input, drawn cases and the report run on
-# two and three of MPICH.
+# stand-in runs on two and four of MPICH, and on two of Open MPI. Bad input, drawn cases, gradients against
+# differences and the report run on two and three of MPICH; `-m long` has the gradients on two of Open MPI.
 FOUR = (
     "tests/comm",
     "tests/test_functional.py",
@@ -34,7 +34,13 @@ NO_KERNELS = (
     "--deselect=tests/test_fuzz.py::test_drawn_cases[cupy]",
 )
 NO_LIBRARIES = ("--ignore=tests/test_arrays.py", "--ignore=tests/test_torch_parity.py")
-NO_SWEEPS = ("--ignore=tests/test_checks.py", "--ignore=tests/test_fuzz.py", "--ignore=tests/diagnosis")
+GRADIENTS = "tests/nn/test_gradcheck.py"
+NO_SWEEPS = (
+    "--ignore=tests/test_checks.py",
+    "--ignore=tests/test_fuzz.py",
+    f"--ignore={GRADIENTS}",
+    "--ignore=tests/diagnosis",
+)
 NO_NCCL = ("--ignore-glob=tests/comm/transports/test_nccl*",)
 
 
@@ -69,8 +75,11 @@ def test_one_rank():
 
 @pytest.mark.parametrize(
     ("ranks", "chosen"),
-    [(2, (*NO_KERNELS, *NO_LIBRARIES, *NO_SWEEPS, "tests")), (3, (*NO_NCCL, *FOUR))],
-    ids=["2", "3"],
+    [
+        pytest.param(2, (*NO_KERNELS, *NO_LIBRARIES, *NO_SWEEPS, "tests"), id="2"),
+        pytest.param(3, (*NO_NCCL, *FOUR), id="3"),
+        pytest.param(2, (GRADIENTS,), id="2-gradients", marks=pytest.mark.long),
+    ],
 )
 def test_ranks_of_other_mpi(ranks, chosen):
     launch_tests(other_python(), ranks, *chosen)

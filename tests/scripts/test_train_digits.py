@@ -14,6 +14,7 @@ WAYS = ("local BatchNorm", "SyncBatchNorm", "one process")
 
 # 8 images over 3 ranks are 2, 3 and 3. 1498 = 187 * 8 + 2: the last batch is 0, 1 and 1.
 SMALL = ("--epochs", "1", "--batch", "8")
+FEW = ("--epochs", "1", "--batch", "64")  # steps enough to disagree
 
 # Runs the script without what it is about.
 SABOTAGE = f"""
@@ -96,6 +97,6 @@ def test_three_ranks(tmp_path, dtype, tolerance):
 def test_disagreement_is_an_error(tmp_path):
     program = tmp_path / "sabotaged.py"
     program.write_text(SABOTAGE)
-    status, output = run_ranks(3, str(program), *SMALL, "--plot", "")
+    status, output = run_ranks(3, str(program), *FEW, "--plot", "")
     assert status == 1, output
     assert "DO NOT AGREE" in output

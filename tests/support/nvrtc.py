@@ -12,6 +12,7 @@ import argparse
 import collections
 import ctypes
 import dataclasses
+import fcntl
 import functools
 import hashlib
 import json
@@ -218,13 +219,15 @@ def compile_job(job: Job) -> Compiled:
     key = [source, names, OPTIONS, job.architecture, versions, Path(__file__).read_text(encoding="utf-8")]
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()
     file = _cache() / f"{job}-{digest[:32]}.json"
-    if file.exists():
-        record = json.loads(file.read_text(encoding="utf-8"))
-        return Compiled(**record | {"kernels": {k: Kernel(**v) for k, v in record["kernels"].items()}})
-    compiled = compile_source(source, job.architecture, names)
-    with tempfile.NamedTemporaryFile("w", dir=_cache(), delete=False, encoding="utf-8") as part:
-        json.dump(dataclasses.asdict(compiled), part)
-    os.replace(part.name, file)  # at once: another process may be reading
+    with open(file.with_suffix(".lock"), "w") as lock:  # who else wants it waits for what comes of it
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if file.exists():
+            record = json.loads(file.read_text(encoding="utf-8"))
+            return Compiled(**record | {"kernels": {k: Kernel(**v) for k, v in record["kernels"].items()}})
+        compiled = compile_source(source, job.architecture, names)
+        with tempfile.NamedTemporaryFile("w", dir=_cache(), delete=False, encoding="utf-8") as part:
+            json.dump(dataclasses.asdict(compiled), part)
+        os.replace(part.name, file)  # at once: who is interrupted leaves no half of it
     return compiled
 
 
