@@ -14,6 +14,10 @@ Array: TypeAlias = "np.ndarray[Any, Any]"  # or a cupy.ndarray: it has the same 
 
 _CUDA = 2
 """DLPack's device type kDLCUDA."""
+_HOST = (None, 1, 3)
+"""Those of memory that NumPy can read: none, kDLCPU, and kDLCUDAHost."""
+_NOT_SERVED = {8: "an Apple GPU", 10: "an AMD GPU", 13: "CUDA's managed memory", 14: "an Intel GPU"}
+"""Names of others: there are no kernels for these."""
 
 
 def is_cupy(array: object) -> bool:
@@ -60,6 +64,12 @@ def as_array(array: Any, name: str = "", *, host: bool = True) -> Any:
             )
             raise
         return cupy.from_dlpack(array) if device == _CUDA else cupy.asarray(array)
+    if device not in _HOST:  # by `__array__` it would be copied through the host, without a word
+        where = _NOT_SERVED.get(device, "another device")
+        raise TypeError(
+            f"expected {name or 'an array'} in memory of the host or on an NVIDIA GPU (got "
+            f"{type_name(array)} on {where}, DLPack's type {device}): move it to the CPU"
+        )
     return _on_host(array, device) if host else array
 
 
@@ -107,10 +117,17 @@ def import_cupy() -> ModuleType:
     return module
 
 
+def is_for_amd(cupy: ModuleType) -> bool:
+    """Tell whether CuPy was built for ROCm, whose compiler does not know the kernels' headers."""
+    return bool(getattr(cupy.cuda.runtime, "is_hip", False))
+
+
 @functools.cache
 def why_no_gpu() -> str:
     """Tell why CuPy cannot compute, or nothing if it can."""
     cupy = import_cupy()
+    if is_for_amd(cupy):
+        return "this CuPy is for AMD GPUs (ROCm), and there are kernels for NVIDIA's only: use the CPU"
     try:
         count = cupy.cuda.runtime.getDeviceCount()
     except cupy.cuda.runtime.CUDARuntimeError as error:

@@ -11,6 +11,7 @@ from cupy_syncbn import (
     RemoteRankError,
     SyncBatchNorm,
     arrays,
+    backends,
     no_backward,
     sync_batch_norm,
     sync_batch_norm_backward,
@@ -311,10 +312,54 @@ class Elsewhere:
 
 
 @pytest.mark.mpi_skip
-def test_arrays_on_other_devices():
-    wrong(
-        BatchNorm2d(4), TypeError, r"NumPy takes by DLPack \(got .*Elsewhere: .*\): convert it", Elsewhere(8)
-    )
+def test_arrays_without_memory_of_the_host():
+    for device in 1, 3:
+        match = r"NumPy takes by DLPack \(got .*Elsewhere: .*\): convert it"
+        wrong(BatchNorm2d(4), TypeError, match, Elsewhere(device))
+
+
+@pytest.mark.mpi_skip
+@pytest.mark.parametrize(
+    ("device", "name"),
+    [
+        (8, "an Apple GPU"),
+        (10, "an AMD GPU"),
+        (13, "CUDA's managed memory"),
+        (14, "an Intel GPU"),
+        (99, "another"),
+    ],
+)
+def test_arrays_on_other_devices(device, name):
+    """They are not copied through the host, though they would let themselves be, as JAX's do."""
+
+    class Copied(Elsewhere):
+        def __array__(self, *arguments, **settings):
+            pytest.fail("it was copied to the host")
+
+    layer, match = BatchNorm2d(4), f"Copied on {name}.*DLPack's type {device}.*: move it to the CPU"
+    wrong(layer, TypeError, match, Copied(device))
+    x = np.zeros(SHAPE, "f4")
+    for arguments in {"residual": Copied(device)}, {"out": Copied(device)}:
+        with pytest.raises(TypeError, match=match):
+            layer(x, **arguments)
+    layer(x)
+    with pytest.raises(TypeError, match=match):
+        layer.backward(Copied(device))
+
+
+@pytest.mark.mpi_skip
+def test_cupy_for_amd(monkeypatch, cupy):
+    """Its compiler would ask for CUDA's headers."""
+    x = cupy.zeros(SHAPE, "float32")
+    monkeypatch.setattr(cupy.cuda.runtime, "is_hip", True, raising=False)
+    monkeypatch.delenv("CUPY_SYNCBN_DEVICE")
+    arrays.why_no_gpu.cache_clear()
+    backends._cuda.cache_clear()
+    assert BatchNorm2d(4).weight.data.__class__ is np.ndarray
+    for call in lambda: BatchNorm2d(4, device="cuda"), lambda: sync_batch_norm(x):
+        with pytest.raises(RuntimeError, match=r"for AMD GPUs .* NVIDIA's only"):
+            call()
+    backends._cuda.cache_clear()
 
 
 @pytest.mark.mpi_skip

@@ -10,7 +10,7 @@ import functools
 
 import numpy as np
 
-from cupy_syncbn.arrays import is_cupy, type_name
+from cupy_syncbn.arrays import import_cupy, is_cupy, is_for_amd, type_name, why_no_gpu
 from cupy_syncbn.backends.cpu import loading
 from cupy_syncbn.backends.interface import Backend
 
@@ -51,6 +51,8 @@ _CPU = _cpu()
 
 @functools.cache
 def _cuda() -> Backend:
+    if is_for_amd(import_cupy()):
+        raise RuntimeError(f"no kernels for a CuPy array: {why_no_gpu()}")
     from cupy_syncbn.backends.cuda import operations  # imports CuPy
 
     return operations
