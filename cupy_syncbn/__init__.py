@@ -73,6 +73,12 @@ for _name in __all__:
         vars()[_name].__module__ = __name__
 del _name
 
+
+def __dir__() -> list[str]:
+    """Return the public names, for completion in a shell: not the package's own modules."""
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})
+
+
 logging.getLogger(__name__).addFilter(is_first)  # what it says holds for all ranks: one says it
 start_mpi_of_ranks()
 del is_first, logging, start_mpi_of_ranks

@@ -89,7 +89,7 @@ def sync_batch_norm(
 
     Parameters
     ----------
-    x : array of shape (N, C, *spatial), or (N, *spatial, C) if `channels_last`
+    x : array of shape (N, C, ...), or (N, ..., C) if `channels_last`
         This rank's part of the batch, of type float16, bfloat16, float32 or float64; N may differ between
         ranks and be 0. A transposed view is computed in its memory order, without a copy. An array of NumPy
         or CuPy, or one that shares its memory with them: a torch tensor, a JAX array, any object with
