@@ -36,8 +36,11 @@ myst_enable_extensions = ["dollarmath"]
 
 toc_object_entries_show_parents = "hide"
 html_theme = "pydata_sphinx_theme"
+html_static_path = ["_static"]
+html_css_files = ["narrow.css"]
 html_title = f"cupy_syncbn {release}"
 html_show_sourcelink = False
+html_sidebars = {page.stem: [] for page in Path(__file__).parent.glob("*.md")}  # no pages below these
 html_theme_options = {
     "show_prev_next": False,
     "navigation_with_keys": False,
