@@ -231,6 +231,13 @@ def label(ratio: float | None) -> str:
     return "outlier" if ratio is None else f"{ratio:g}"
 
 
+# Names in the plot
+SHOWN = {
+    "ours": "cupy_syncbn", "our kernels": "cupy_syncbn, CUDA kernels",
+    "mean, m2": "mean and squares about it", "pivoted": "sums about a pivot (cupy_syncbn)",
+}  # fmt: skip
+
+
 def plot(record: dict[str, Any]) -> Any | None:
     """Draw both tables."""
     made = new_figure(ncols=2, figsize=(11, 4.5))
@@ -241,25 +248,31 @@ def plot(record: dict[str, Any]) -> Any | None:
     floor = 1e-17
     for name in record["methods"]:
         *errors, outlier = [max(row["errors"][name], floor) for row in record["variance"]]
-        (line,) = local.semilogy(errors, marker="o", linestyle=":", label=name)
+        (line,) = local.semilogy(errors, marker="o", linestyle=":", label=SHOWN.get(name, name))
         local.semilogy(len(errors), outlier, marker="o", color=line.get_color())  # not a point of that line
     local.set_xticks(range(len(record["variance"])), [row["data"] for row in record["variance"]])
     local.axhline(2.0**-24, color="black", linewidth=1, linestyle="--", label="rounding to float32")
     local.set(
-        title=f"one rank, {record['values']:,} float32 values a channel",
+        title=f"one rank, {record['values']:,} float32 values per channel",
         ylabel="relative error of the variance",
     )
     for name in ("mean, m2", "pivoted"):
         pairs = [row["errors"][name] for row in record["wire"]]
-        (line,) = wire.semilogy([max(worst, floor) for _, worst in pairs], marker="o", label=f"{name}, worst")
+        (line,) = wire.semilogy(
+            [max(worst, floor) for _, worst in pairs], marker="o", label=f"{SHOWN[name]}, worst"
+        )
         wire.semilogy(
             [max(median, floor) for median, _ in pairs],
             color=line.get_color(),
             linestyle="--",
-            label=f"{name}, median",
+            label=f"{SHOWN[name]}, median",
         )
     wire.set_xticks(range(len(record["wire"])), [row["data"] for row in record["wire"]])
-    wire.set(title=f"{RANKS} ranks, by what they exchange", ylim=(floor, None))
+    wire.set(
+        title=f"{RANKS} ranks, by what they exchange in float64",
+        ylabel="relative error of the variance",
+        ylim=(floor, None),
+    )
     for axes in (local, wire):
         axes.set_xlabel("mean / standard deviation")
         axes.grid(alpha=0.3)

@@ -1259,12 +1259,12 @@ def plot(results: Sequence[dict[str, Any]], facts: dict[str, Any]) -> Any | None
             ratios = [r["ratios"][name]["graph"] for r in labelled]
             axes.scatter([size(r) for r in labelled], ratios, s=12, alpha=0.7, label=label)
         axes.axhline(1, color="black", linewidth=1, linestyle="--")
-        axes.set(title=f"layer: time of {name} / ours (graphs)")
+        axes.set(title=f"layer: time of {name} / cupy_syncbn's (graphs)")
         if chosen:
             axes.set_yscale("log")
     for axes in (bandwidth, sync, batch_norm):
         axes.set_xscale("log")
-        axes.set_xlabel("MiB of a tensor")
+        axes.set_xlabel("size of a tensor (MiB)")
         axes.grid(alpha=0.3, which="both")
         if axes.get_legend_handles_labels()[0]:
             axes.legend(loc="best", fontsize="small")

@@ -16,7 +16,9 @@ DOCS = REPOSITORY / "scripts" / "docs"
 
 def test_every_public_name_has_a_page():
     text = (DOCS / "api.rst").read_text()
-    lists = re.findall(r"(?m)^\.\. autosummary::\n   :toctree: api\n   :nosignatures:\n\n((?:   \w+\n)+)", text)
+    lists = re.findall(
+        r"(?m)^\.\. autosummary::\n   :toctree: api\n   :nosignatures:\n\n((?:   \w+\n)+)", text
+    )
     assert sorted(" ".join(lists).split()) == sorted(cupy_syncbn.__all__)
 
 
