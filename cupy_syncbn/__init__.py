@@ -1,7 +1,7 @@
 """Synchronized batch normalization for mpirun-launched Python, without a deep-learning framework.
 
-``SyncBatchNorm`` has the interface and the semantics of ``torch.nn.SyncBatchNorm``, on NumPy and CuPy
-arrays: ``y = bn(x)``, ``dx = bn.backward(dy)``. Launched by mpirun, the batches of all ranks are one batch.
+``SyncBatchNorm`` has the interface and the semantics of ``torch.nn.SyncBatchNorm``. It works on NumPy and
+CuPy arrays: ``y = bn(x)``, ``dx = bn.backward(dy)``. Ranks started by mpirun normalize their batches as one.
 """
 
 import logging

@@ -52,9 +52,9 @@ class Gradients(NamedTuple):
     Parameters
     ----------
     x : array
-        Of the shape, type and memory order of the argument.
+        With the shape, type and memory order of the argument.
     weight, bias : array of shape (C,)
-        This rank's, or the sum or mean over the ranks, by `grad_reduction`.
+        This rank's gradient, or the sum or mean over the ranks, by `grad_reduction`.
     residual : array
         As `x`.
     """
@@ -134,7 +134,7 @@ def sync_batch_norm(
     Raises
     ------
     TypeError, ValueError
-        If an argument is wrong. Nothing has been changed then, and the other ranks raise RemoteRankError.
+        If an argument is wrong. Nothing has changed, and the other ranks raise RemoteRankError.
     RemoteRankError
         If another rank found its input wrong.
     RankMismatchError
@@ -228,14 +228,14 @@ def forward(
 def sync_batch_norm_backward(dy: Array, saved: Saved, *, grad_reduction: str = "none") -> Gradients:
     """Compute the gradients of `sync_batch_norm`.
 
-    With g the gradient behind the activation, and ``sum_dy = Σ g``, ``sum_dy_xmu = Σ g (x - mean)`` over
+    With g the gradient of the activation's input, and ``sum_dy = Σ g``, ``sum_dy_xmu = Σ g (x - mean)`` over
     all ranks: ``dx = (g - sum_dy/count - (x - mean) invstd² sum_dy_xmu/count) invstd weight``, and
     ``dx = g invstd weight`` where running statistics were used.
 
     Parameters
     ----------
     dy : array
-        Gradient with respect to y: of its shape and type, in any memory order, of any library as `x`.
+        Gradient with respect to y: of its shape and type, in any memory order and of any library, as `x`.
     saved : Saved
         From the forward.
     grad_reduction : {"none", "sum", "mean"}

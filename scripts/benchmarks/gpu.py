@@ -1223,7 +1223,7 @@ def print_summary(results: Sequence[dict[str, Any]], host: Mapping[str, Mapping[
         ]
         print(table(["", *columns], rows))
     if host:
-        print(f"\nMicroseconds of the host a call, {'x'.join(map(str, TINY))} float32\n")
+        print(f"\nMicroseconds of the host per call, {'x'.join(map(str, TINY))} float32\n")
         calls = ("forward", "backward", "step")
         print(table(["", *calls], [[n, *(f"{us[call]:.1f}" for call in calls)] for n, us in host.items()]))
     found = goals(results)

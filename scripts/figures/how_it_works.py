@@ -1,6 +1,6 @@
 """Draw the README's figure: two passes over the batch and one exchange, forward and backward.
 
-p is the pivot, μ the mean and σ the deviation over all ranks, g the gradient behind the activation.
+p is the pivot, μ the mean and σ the deviation over all ranks, g the gradient of the activation's input.
 
     python scripts/figures/how_it_works.py
 

@@ -72,7 +72,7 @@ def launch_for(shape: tuple[int, int, int], itemsize: int, aligned: bool, multip
         lanes, group, unit = 1, 1, THREADS
         if S // width >= 2**31:
             raise ValueError(
-                f"expected fewer than {2**31 * width} elements a channel and sample (got {S}): "
+                f"expected fewer than {2**31 * width} elements per channel and sample (got {S}): "
                 "cut each into several samples: the statistics are the same"
             )
         steps = _ceil(N * max(S // width, 1), unit)
