@@ -7,7 +7,7 @@ The second makes a copy of the package in build/sanitized with AddressSanitizer 
 in the core, and prints the variables under which Python takes that one. It needs g++. CXX, CXXFLAGS, CPPFLAGS
 and LDFLAGS are honoured. What is compiled is kept in build/core, under the hash of all that goes into it.
 
-Without a compiler, or anything else that it takes, the hook makes a wheel of Python alone, and warns. With
+Without a compiler, or something else that it needs, the hook makes a wheel of Python alone, and warns. With
 CUPY_SYNCBN_REQUIRE_CORE=1 that is an error.
 """
 

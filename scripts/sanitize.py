@@ -8,7 +8,7 @@ disk; an older one, which keeps none that are named by expressions, compiles the
 
     python scripts/sanitize.py --compile    # compiles all, in parallel; prints registers and local memory
 
-Needs a GPU; `tests/cuda_emulator` does the like without one.
+Needs a GPU; `tests/cuda_emulator` makes similar checks without one.
 """
 
 from __future__ import annotations
