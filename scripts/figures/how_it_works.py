@@ -1,4 +1,4 @@
-"""Draw the README's figure: two passes over the batch and one exchange, forward and backward.
+"""Draw the figure of scripts/docs/how_it_works.md: two passes over the batch and one exchange per direction.
 
 p is the pivot, μ the mean and σ the deviation over all ranks, g the gradient of the activation's input.
 

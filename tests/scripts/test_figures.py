@@ -1,4 +1,4 @@
-"""The scripts that draw the README's figures."""
+"""The scripts that draw the figures of the pages."""
 
 import re
 import subprocess
