@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 Description: TypeAlias = tuple[Call, ProcessGroup, int, tuple[Any, ...]]
-"""What `Collective` needs to know of a call: also the group, and the length and the arrays of its sum."""
+"""What `Collective` needs to know: the call, the group, and the length and the arrays of its sum."""
 
 
 @dataclass(slots=True, repr=False)
@@ -43,7 +43,7 @@ class Saved:
     batch: BatchSums | None
     """The sums over all ranks; None with running statistics."""
     backward: Description
-    """Of a backward whose ranks are these."""
+    """The description of a backward over these ranks."""
 
 
 class Gradients(NamedTuple):

@@ -84,7 +84,7 @@ class Plan:
         self.backend, self.layout = backend, layout
         self.on_host = isinstance(x, np.ndarray)
         self.dtype: np.dtype[Any] = x.dtype.newbyteorder("=")
-        """Of y, and of dx."""
+        """The type of y and dx."""
         self.training = settings.training
         self.uses_batch = settings.training or running_mean is None
         """Whether the statistics are the batch's, and depend on x."""

@@ -43,7 +43,7 @@ EXTENSION = "cupy_syncbn/backends/cpu/_core.abi3.so"
 CACHE = ROOT / "build" / "core"
 SANITIZED = ROOT / "build" / "sanitized"
 KEPT_DAYS = 14
-"""What no build has used for so long is deleted."""
+"""Files that no build has used for longer are deleted."""
 
 ELEMENTS = ("float16", "bfloat16", "float32", "float64")
 LEVELS = {"baseline": (), "v3": ("-march=x86-64-v3",), "v4": ("-march=x86-64-v4",)}

@@ -53,10 +53,10 @@ SHAPE = (8, 64, 14, 14)
 STEPS = 3
 EXCHANGES = 100
 CHANNELS = 512
-"""Of the exchange that is timed."""
+"""Channels of the exchange that is timed."""
 
 TOLERANCE = 1e-6
-"""Of the largest magnitude: the order of the sum may differ."""
+"""Relative to the largest magnitude: the order of the sum may differ."""
 
 
 DEADLINE = 90

@@ -58,7 +58,7 @@ class ProcessGroup(ABC):
     problem: tuple[type[Exception], str] | None = None
     """The error of each collective call, of which the other ranks hear, where a variable is wrong here."""
     counter: Any = SimpleNamespace(sums=0)
-    """Has in `sums` how many checked sums have ended, where the group counts them."""
+    """Its `sums` is the number of checked sums that have ended, if the group counts them."""
     asks: ClassVar[bool] = False
     """Whether ranks that have met in different calls can ask each other which."""
 

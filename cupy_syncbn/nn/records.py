@@ -25,7 +25,7 @@ class Waiting(NamedTuple):
 
     training: Saved = NO_FORWARD
     evaluation: Saved = NO_FORWARD
-    """Of a forward after that in training, if there is one."""
+    """The record of a forward in evaluation mode, if there is one after that in training."""
     lost: str = ""
     """Whether a record is missing: "training" or "evaluation" if another forward in training has taken its
     place, "served" if only that of the training has gone."""

@@ -122,7 +122,7 @@ HOST_CALLS = 200
 """Between two synchronisations: their launches fit into the stream's queue."""
 
 TOLERANCE = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1.5e-2}
-"""Of a result's norm. Statistics and gradients of parameters are float32 in any case."""
+"""Relative to a result's norm. Statistics and gradients of parameters are float32 in any case."""
 STATISTICS_TOLERANCE = 1e-4
 
 CONSTANTS = {"blocks": "BLOCKS", "min_items": "MIN_ITEMS", "max_items": "MAX_ITEMS", "row_bytes": "ROW_BYTES"}
@@ -420,7 +420,7 @@ class Tensors:
 
 
 TRAILER = trailer_of(0)
-"""Of one rank's vectors."""
+"""The trailer of one rank's vectors."""
 
 
 class Kernels:

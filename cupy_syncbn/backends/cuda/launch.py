@@ -12,7 +12,7 @@ from typing import NamedTuple
 from cupy_syncbn.backends.cuda.kernels import vector_width
 
 THREADS = 256
-"""Of a block, as in common.cuh."""
+"""Threads per block, as in common.cuh."""
 
 BLOCKS = 8
 """Per multiprocessor, where there is work for them: 2048 threads, the most that it holds. Where registers
