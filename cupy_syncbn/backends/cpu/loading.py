@@ -36,7 +36,7 @@ class Choice(NamedTuple):
     asked: str
     """The value of CUPY_SYNCBN_ISA."""
     error: str = ""
-    """The message of the error of a wrong setting, which the first call raises, so that all ranks hear of it."""
+    """The message about a wrong setting: the first call raises it, so that all ranks hear of it."""
 
 
 def choice() -> Choice:
