@@ -33,8 +33,8 @@ class Module:
     Parameters, buffers and modules are found through its attributes, and the lists, tuples and dicts in
     them, by dotted names: ``blocks.0.bn.weight``.
 
-    An array that is assigned where a parameter or buffer is, is copied into it: it must be on its device and
-    of its shape, and is rounded to its type. A Parameter takes the place of another, None that of both.
+    To assign an array to a parameter or buffer copies its values: they must be on the same device and of the
+    same shape, and are rounded to the type. A Parameter replaces a parameter; None replaces either.
 
     Attributes
     ----------
