@@ -1,7 +1,7 @@
 """Synchronized batch normalization for mpirun-launched Python, without a deep-learning framework.
 
-``SyncBatchNorm`` has the interface and the semantics of ``torch.nn.SyncBatchNorm``, on NumPy and CuPy
-arrays: ``y = bn(x)``, ``dx = bn.backward(dy)``. Launched by mpirun, the batches of all ranks are one batch.
+``SyncBatchNorm`` has the interface and the semantics of ``torch.nn.SyncBatchNorm``. It works on NumPy and
+CuPy arrays: ``y = bn(x)``, ``dx = bn.backward(dy)``. Ranks started by mpirun normalize their batches as one.
 """
 
 import logging
@@ -72,6 +72,12 @@ for _name in __all__:
     if isinstance(vars()[_name], type):
         vars()[_name].__module__ = __name__
 del _name
+
+
+def __dir__() -> list[str]:
+    """Return the public names, for completion in a shell: not the package's own modules."""
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})
+
 
 logging.getLogger(__name__).addFilter(is_first)  # what it says holds for all ranks: one says it
 start_mpi_of_ranks()

@@ -100,8 +100,8 @@ def _on_host(array: Any, device: int | None) -> Any:
 
 
 def type_name(array: object) -> str:
-    """Return the full name of an object's type."""
-    return f"{type(array).__module__}.{type(array).__qualname__}"
+    """Return the full name of an object's type; of Python's own types the bare name."""
+    return f"{type(array).__module__}.{type(array).__qualname__}".removeprefix("builtins.")
 
 
 def import_cupy() -> ModuleType:
@@ -110,8 +110,8 @@ def import_cupy() -> ModuleType:
         import cupy
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            "CuPy is not installed: pip install 'cupy-cuda13x[ctk]' nvidia-nccl-cu13, or with 12 for 13, by "
-            "the CUDA version that nvidia-smi shows"
+            "CuPy is not installed: pip install 'cupy-cuda13x[ctk]' nvidia-nccl-cu13, or with 12 in place of "
+            "13, if nvidia-smi shows CUDA 12"
         ) from error
     module: ModuleType = cupy
     return module

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 Description: TypeAlias = tuple[Call, ProcessGroup, int, tuple[Any, ...]]
-"""What `Collective` needs to know of a call: also the group, and the length and the arrays of its sum."""
+"""What `Collective` needs to know: the call, the group, and the length and the arrays of its sum."""
 
 
 @dataclass(slots=True, repr=False)
@@ -43,7 +43,7 @@ class Saved:
     batch: BatchSums | None
     """The sums over all ranks; None with running statistics."""
     backward: Description
-    """Of a backward whose ranks are these."""
+    """The description of a backward over these ranks."""
 
 
 class Gradients(NamedTuple):
@@ -52,9 +52,9 @@ class Gradients(NamedTuple):
     Parameters
     ----------
     x : array
-        Of the shape, type and memory order of the argument.
+        With the shape, type and memory order of the argument.
     weight, bias : array of shape (C,)
-        This rank's, or the sum or mean over the ranks, by `grad_reduction`.
+        This rank's gradient, or the sum or mean over the ranks, by `grad_reduction`.
     residual : array
         As `x`.
     """
@@ -89,7 +89,7 @@ def sync_batch_norm(
 
     Parameters
     ----------
-    x : array of shape (N, C, *spatial), or (N, *spatial, C) if `channels_last`
+    x : array of shape (N, C, ...), or (N, ..., C) if `channels_last`
         This rank's part of the batch, of type float16, bfloat16, float32 or float64; N may differ between
         ranks and be 0. A transposed view is computed in its memory order, without a copy. An array of NumPy
         or CuPy, or one that shares its memory with them: a torch tensor, a JAX array, any object with
@@ -134,7 +134,7 @@ def sync_batch_norm(
     Raises
     ------
     TypeError, ValueError
-        If an argument is wrong. Nothing has been changed then, and the other ranks raise RemoteRankError.
+        If an argument is wrong. Nothing has changed, and the other ranks raise RemoteRankError.
     RemoteRankError
         If another rank found its input wrong.
     RankMismatchError
@@ -228,14 +228,14 @@ def forward(
 def sync_batch_norm_backward(dy: Array, saved: Saved, *, grad_reduction: str = "none") -> Gradients:
     """Compute the gradients of `sync_batch_norm`.
 
-    With g the gradient behind the activation, and ``sum_dy = Σ g``, ``sum_dy_xmu = Σ g (x - mean)`` over
+    With g the gradient of the activation's input, and ``sum_dy = Σ g``, ``sum_dy_xmu = Σ g (x - mean)`` over
     all ranks: ``dx = (g - sum_dy/count - (x - mean) invstd² sum_dy_xmu/count) invstd weight``, and
     ``dx = g invstd weight`` where running statistics were used.
 
     Parameters
     ----------
     dy : array
-        Gradient with respect to y: of its shape and type, in any memory order, of any library as `x`.
+        Gradient with respect to y: of its shape and type, in any memory order and of any library, as `x`.
     saved : Saved
         From the forward.
     grad_reduction : {"none", "sum", "mean"}

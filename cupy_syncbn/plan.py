@@ -86,7 +86,7 @@ class Plan:
         self.device = None if self.on_host else current_device()
         """Of the input, and of the record that the backward takes."""
         self.dtype: np.dtype[Any] = x.dtype.newbyteorder("=")
-        """Of y, and of dx."""
+        """The type of y and dx."""
         self.training = settings.training
         self.uses_batch = settings.training or running_mean is None
         """Whether the statistics are the batch's, and depend on x."""

@@ -7,7 +7,7 @@ The second makes a copy of the package in build/sanitized with AddressSanitizer 
 in the core, and prints the variables under which Python takes that one. It needs g++. CXX, CXXFLAGS, CPPFLAGS
 and LDFLAGS are honoured. What is compiled is kept in build/core, under the hash of all that goes into it.
 
-Without a compiler, or anything else that it takes, the hook makes a wheel of Python alone, and warns. With
+Without a compiler, or something else that it needs, the hook makes a wheel of Python alone, and warns. With
 CUPY_SYNCBN_REQUIRE_CORE=1 that is an error.
 """
 
@@ -43,7 +43,7 @@ EXTENSION = "cupy_syncbn/backends/cpu/_core.abi3.so"
 CACHE = ROOT / "build" / "core"
 SANITIZED = ROOT / "build" / "sanitized"
 KEPT_DAYS = 14
-"""What no build has used for so long is deleted."""
+"""Files that no build has used for longer are deleted."""
 
 ELEMENTS = ("float16", "bfloat16", "float32", "float64")
 LEVELS = {"baseline": (), "v3": ("-march=x86-64-v3",), "v4": ("-march=x86-64-v4",)}

@@ -3,12 +3,12 @@
     mpirun -n 2 python -m mpi4py scripts/cuda_aware_check.py    # the MPI library of this Python
     python scripts/cuda_aware_check.py --search                 # each that is installed, on two ranks
 
-Prints one line a library: whether the steps equal those of the host-staged transport, and what an exchange
-takes by each. An MPI that does not take such addresses ends with a segmentation fault: then there is no
-line, and the launcher's exit status is none of those below. Ranks may share a GPU.
+Prints one line per library: whether the steps equal those of the host-staged transport, and how long an
+exchange takes by each. An MPI that does not take such addresses ends with a segmentation fault. Then there is
+no line, and the launcher's exit status is none of those below. Ranks may share a GPU.
 
-Exit status: 0 if the results are equal, 1 if not, 2 if there is nothing to check with; 3 of a search that
-found no library that takes such addresses. mpi4py's runner ends all ranks when one of them fails.
+Exit status: 0 if the results are equal, 1 if not, 2 if something that it needs is missing, 3 if a search
+finds no library that takes such addresses. mpi4py's runner ends all ranks when one of them fails.
 
 What MPI libraries need:
 
@@ -53,10 +53,10 @@ SHAPE = (8, 64, 14, 14)
 STEPS = 3
 EXCHANGES = 100
 CHANNELS = 512
-"""Of the exchange that is timed."""
+"""Channels of the exchange that is timed."""
 
 TOLERANCE = 1e-6
-"""Of the largest magnitude: the order of the sum may differ."""
+"""Relative to the largest magnitude: the order of the sum may differ."""
 
 
 DEADLINE = 90

@@ -8,7 +8,7 @@ disk; an older one, which keeps none that are named by expressions, compiles the
 
     python scripts/sanitize.py --compile    # compiles all, in parallel; prints registers and local memory
 
-Needs a GPU; `tests/cuda_emulator` does the like without one.
+Needs a GPU; `tests/cuda_emulator` makes similar checks without one.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from cupy_syncbn.backends.cuda import kernels
 from cupy_syncbn.checks import data_type
 
 TOLERANCE = {"float64": 1e-11, "float32": 1e-5, "float16": 2e-3, "bfloat16": 1.6e-2}
-"""Of the largest magnitude of an array."""
+"""Relative to the largest magnitude of an array."""
 
 # How the tensor is walked, in which vectors; see common.cuh. Each has work for several blocks.
 WALKS = {

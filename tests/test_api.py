@@ -183,3 +183,9 @@ def test_every_name_is_used():
     words = set(re.findall(r"\w+", " ".join(examples + tests)))
     assert set(cupy_syncbn.__all__) <= words
     assert len(examples) > 20
+
+
+def test_completion_shows_public_names():
+    shown = {name for name in dir(cupy_syncbn) if not name.startswith("__")}
+    assert shown == set(cupy_syncbn.__all__)
+    assert {"__version__", "__doc__", "__all__"} <= set(dir(cupy_syncbn))

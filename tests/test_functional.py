@@ -575,7 +575,7 @@ class TwinGroup(SilentGroup):
 
 @pytest.mark.parametrize("dtypes", DTYPES)
 def test_one_allreduce_each_way(rng, dtypes):
-    """One float64 vector a direction; for float64 data a second in the forward."""
+    """One float64 vector per direction; for float64 data a second in the forward."""
     dtype, parameter_dtype = DTYPES[dtypes]
     x, dy = (random_array(rng, (8, 6, 5), dtype) for _ in "12")
     reference, arrays = make_layer(rng, 6, parameter_dtype)

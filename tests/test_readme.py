@@ -1,4 +1,7 @@
-"""What README.md shows, runs as it is written; tests/test_api.py runs the docstrings' examples."""
+"""What README.md and the pages of scripts/docs show, runs as it is written.
+
+tests/test_api.py runs the docstrings' examples.
+"""
 
 import re
 import shlex
@@ -9,11 +12,14 @@ from pathlib import Path
 
 import pytest
 
+import cupy_syncbn
 from support.launcher import REPOSITORY, TESTS, clean_environment, launch
 
 pytestmark = pytest.mark.mpi_skip
 
-TEXT = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "scripts" / "docs").glob("*.md"))]
+TEXT = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL)
 
 
@@ -29,11 +35,14 @@ def test_python_blocks_run(code, tmp_path):
 # What runs the commands that no test here does.
 CI = (REPOSITORY / ".ci" / "run").read_text()
 ELSEWHERE = {
+    "git clone URL-OF-THIS-REPOSITORY": "no host yet, so that there is no URL to try",
     "bash scripts/train_digits.sh": CI,
     "bash scripts/test.sh": CI,
     ". .venv/bin/activate": CI,
     "pip install . mpich": CI,
     "pip install '.[cuda13]' mpich": "test_extras_exist",  # takes gigabytes, and a GPU
+    "pip install -e '.[docs]'": "test_extras_exist",  # CI has it with other extras
+    "bash scripts/docs/build.sh": CI,
     "sbatch scripts/slurm/cpu.sh": "test_slurm.py",
     "sbatch --nodes=4 scripts/slurm/gpu.sh": "test_slurm.py",
     "qsub scripts/pbs/job.sh": "test_slurm.py",
@@ -57,7 +66,7 @@ def test_commands_of_blocks_run(command):
     (known,) = [known for known in ELSEWHERE if command.startswith(known)]
     runs = ELSEWHERE[known]
     if runs is CI:
-        assert re.search(rf"(?m)^ *{re.escape(command)}$", CI.replace("PIP_QUIET=1 ", ""))
+        assert re.search(rf"(?m)^ *{re.escape(command)}$", re.sub(r"(PIP_QUIET|PYTHON)=\S+ ", "", CI))
     elif runs.endswith(".py"):
         assert all(
             Path(file).name in (TESTS / "scripts" / runs).read_text()
@@ -101,6 +110,10 @@ def test_launches_run(command, tmp_path):
         words.append("--collect-only")
     told, status, output = launch(sys.executable, int(words[2]), words[4:], 120)
     assert status == 0, f"{told}\n{output}"
+    if f"`{command}` prints" in README:
+        shown = re.findall(rf"(?m)^    (rank \d of {words[2]}: .*)$", README)
+        printed = re.findall(rf"rank \d of {words[2]}: .*?on all ranks", output)
+        assert sorted(shown) == sorted(printed) != []
 
 
 @pytest.mark.parametrize("command", [c for c in SPOKEN if c.startswith("python ")])
@@ -119,13 +132,39 @@ def test_programs_named_in_sentences(command):
 def test_environment_variables_are_listed_in_one_place():
     sources = [path.read_text() for path in (REPOSITORY / "cupy_syncbn").rglob("*.py")]
     read = re.findall(r"""environ(?:\.get\(|\[|\.pop\()["'](CUPY_SYNCBN_\w+)""", "\n".join(sources))
-    (listed,) = [part for part in TEXT.split("\n\n") if "environment variables" in part]
-    assert set(re.findall(r"CUPY_SYNCBN_\w+", listed)) == set(read)
+    assert sorted(re.findall(r"(?m)^\| (CUPY_SYNCBN_\w+) \|", TEXT)) == sorted(set(read))
 
 
-def test_links_name_files_that_exist():
-    links = re.findall(r"\]\((?!https?:|#)([^)]+)\)", TEXT)
-    assert links
-    headings = [re.sub(r"\W+", "-", line.lower()) for line in re.findall(r"(?m)^###? (.*)$", TEXT)]
-    assert set(re.findall(r"\]\(#([^)]+)\)", TEXT)) <= set(headings)
-    assert [link for link in links if not (REPOSITORY / link).exists()] == []
+def anchors(page):
+    """Return the anchors that the headings of a page get, on GitHub and from Sphinx."""
+    headings = re.findall(r"(?m)^##+ (.*)$", page.read_text(encoding="utf-8"))
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_links_name_files_and_headings_that_exist(page):
+    links = re.findall(r"\]\((?!https?:)([^)]*)\)", page.read_text(encoding="utf-8"))
+    for link in links:
+        name, _, anchor = link.partition("#")
+        target = page.parent / name if name else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+def test_public_names_are_listed():
+    """Each once, in the README, with what it is."""
+    (section,) = re.findall(r"(?ms)^## Public names$(.*?)^## ", README)
+    rows = re.findall(r"(?m)^\| (`.*?`) \| .{10,} \|$", section)
+    assert sorted(re.findall(r"`(\w+)`", " ".join(rows))) == sorted(cupy_syncbn.__all__)
+
+
+def test_first_screen():
+    """A picture, the commands and an example with its output, in 40 lines that are not empty."""
+    screen, _, rest = README.partition("\n## Contents")
+    assert rest
+    last = screen.index("the same on all ranks\n\n")
+    lines = [line for line in screen[:last].splitlines() if line.strip() and not line.startswith("```")]
+    assert len(lines) <= 40
+    for part in "](scripts/figures/", "bash scripts/train_digits.sh", "bash scripts/test.sh", "```python":
+        assert part in screen[:last]
+    assert README.count("\n") <= 250

@@ -78,7 +78,7 @@ class Collective(SimpleNamespace, contextlib.AbstractContextManager["Collective"
     needed = 1
     """How many sums the call takes."""
     owes_messages = False
-    """Whether behind the first sum the other ranks wait in messages that no trailer ends."""
+    """Whether, after the first sum, the other ranks wait in messages that no trailer ends."""
     _done = 0
     _length = -1  # not entered yet
 

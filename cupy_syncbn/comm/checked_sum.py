@@ -39,7 +39,7 @@ class _Messages(NamedTuple):
 
     partner: int
     requests: list[MPI.Prequest]
-    """What is started together."""
+    """The requests that are started together."""
     incoming: MPI.Prequest | None
     outgoing: list[MPI.Prequest]
     sent: Array

@@ -34,8 +34,8 @@ def local_rank(comm: MPI.Intracomm | None = None) -> int:
 
     Notes
     -----
-    **Collective** over `comm`: processes know their node by its kernel, not by MPI_COMM_TYPE_SHARED, where
-    some builds and launchers of MPI put each process in a part of its own.
+    **Collective** over `comm`. Processes under one kernel are on one node. MPI_COMM_TYPE_SHARED is not used,
+    since some builds and launchers of MPI put each process in a part of its own.
     """
     group = as_group(comm)  # with a problem too, of which the other ranks would not hear here
     return local_rank_in(group) if isinstance(group, MPIProcessGroup) else 0
@@ -56,9 +56,9 @@ def _node() -> str:
 def bind_device(comm: MPI.Intracomm | None = None) -> int:
     """Make one of the node's GPUs the current device, and return its number; see `local_rank`.
 
-    The number is the local rank, modulo the number of GPUs that this process sees; so 0 where the launcher
-    shows each process a GPU of its own. It raises ModuleNotFoundError if CuPy is not installed, RuntimeError
-    if CuPy finds no driver or no GPU. **Collective** over `comm`.
+    The number is the local rank, modulo the number of GPUs that this process sees. So it is 0 where the
+    launcher shows each process one GPU only. It raises ModuleNotFoundError if CuPy is not installed, and
+    RuntimeError if CuPy finds no driver or no GPU. **Collective** over `comm`.
     """
     rank = local_rank(comm)
     cupy = array_module("cuda")

@@ -2,7 +2,7 @@
 
 
 class RemoteRankError(RuntimeError):
-    """Another rank failed, and said so in the sum; it raises its own error, and no rank changes anything."""
+    """Another rank failed. That rank raises its own error, and no rank changes anything."""
 
 
 class RankMismatchError(RuntimeError):
@@ -17,7 +17,7 @@ class CollectiveTimeoutError(RuntimeError):
     message : str
         The rank that waited, the time, and the missing ranks.
     call : object
-        The call that did not end, such as "forward 3 of stem (64 channels)"; None if that is not known.
+        The call that did not end, such as "forward 3 of stem (64 channels)"; None if it is not known.
     """
 
     def __init__(self, message: str, call: object = None) -> None:

@@ -58,7 +58,7 @@ class ProcessGroup(ABC):
     problem: tuple[type[Exception], str] | None = None
     """The error of each collective call, of which the other ranks hear, where a variable is wrong here."""
     counter: Any = SimpleNamespace(sums=0)
-    """Has in `sums` how many checked sums have ended, where the group counts them."""
+    """Its `sums` is the number of checked sums that have ended, if the group counts them."""
     asks: ClassVar[bool] = False
     """Whether ranks that have met in different calls can ask each other which."""
 
@@ -74,7 +74,8 @@ class ProcessGroup(ABC):
         Returns
         -------
         array
-            `buffer`, or a copy in pinned memory of the host if it went through there, until the next call.
+            `buffer`; or, if it went through pinned memory of the host, a copy there, valid until the next
+            call.
 
         Raises
         ------
@@ -125,13 +126,13 @@ class ProcessGroup(ABC):
         check(trailer.tolist())
 
     def check_errors(self) -> None:  # noqa: B027, most have nothing to do
-        """Wait for all sums by NCCL, and raise the first error that they tell of.
+        """Wait for all sums by NCCL, and raise the first error among them.
 
         Raises
         ------
         RemoteRankError, RankMismatchError, CollectiveTimeoutError
-            See `sync_batch_norm`. NCCL's communicator is aborted then: the group takes no more CuPy arrays.
-            Other transports have raised their errors already.
+            See `sync_batch_norm`. The error aborts NCCL's communicator: the group takes no more CuPy arrays.
+            Other transports have already raised their errors.
 
         Notes
         -----
@@ -174,9 +175,10 @@ class ProcessGroup(ABC):
     def free(self) -> None:  # noqa: B027, most have nothing to free
         """Give back the communicators of a group that is not needed any more (**collective**).
 
-        A group of `new_group` or `split_group` frees its communicator and the duplicate for its messages.
-        A group on a communicator of the caller's frees the duplicate, when no other group uses it. The
-        groups of the world and of a single process have nothing to free, and stay usable. So does `with`.
+        A group of `new_group` or `split_group` frees its communicator and the duplicate for its messages. A
+        group on a communicator of the caller's frees the duplicate, when no other group uses it. The groups
+        of the world and of a single process have nothing to free, and stay usable. The end of `with` frees
+        a group too.
 
         Raises
         ------
@@ -185,8 +187,8 @@ class ProcessGroup(ABC):
 
         Notes
         -----
-        Each later use raises RuntimeError. To free a group again does nothing. What MPI may still use, after
-        a timeout, is not freed.
+        Each later use raises RuntimeError. To free a group again does nothing. After a timeout, memory that
+        MPI may still use is not freed.
 
         Examples
         --------
@@ -213,7 +215,7 @@ class ProcessGroup(ABC):
 
 
 class SingleProcessGroup(ProcessGroup):
-    """One process by itself: nothing to add up, nothing to wait for.
+    """The group of a single process: it has nothing to add up, and waits for nobody.
 
     Examples
     --------
@@ -240,16 +242,16 @@ SINGLE = SingleProcessGroup()
 class MPIProcessGroup(ProcessGroup):
     """The ranks of an MPI communicator.
 
-    Messages travel on a duplicate of the communicator, made at the first sum, so that none meets the
-    caller's own. All groups and layers on one communicator share one duplicate, as MPI has only so many. It
-    is for one thread at a time, and is freed with the communicator.
+    Messages travel on a duplicate of the communicator, made at the first sum, so that they never meet the
+    caller's own messages. All groups and layers on one communicator share one duplicate, since MPI has only
+    so many. Use it from one thread at a time. It is freed with the communicator.
 
     Parameters
     ----------
     comm : mpi4py.MPI.Intracomm
         The communicator.
     transport : {"auto", "mpi", "cuda-aware-mpi", "nccl"}, optional
-        The way of CuPy arrays: MPI through pinned memory of the host, an MPI that takes addresses on the
+        What carries CuPy arrays: MPI through pinned memory of the host, an MPI that takes addresses on the
         GPU, or NCCL. Default CUPY_SYNCBN_TRANSPORT, or "auto": NCCL where it is installed and no two ranks
         share a GPU, else "mpi".
     timeout : float, optional

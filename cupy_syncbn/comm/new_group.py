@@ -46,12 +46,12 @@ def new_group(
     comm : mpi4py.MPI.Intracomm, optional
         The communicator of the ranks; default MPI.COMM_WORLD.
     transport, timeout : see `MPIProcessGroup`
-        The way of CuPy arrays, and seconds.
+        What carries CuPy arrays, and seconds.
 
     Returns
     -------
     ProcessGroup
-        On a process that is not among `ranks`, an object that says so when it is used.
+        On a process that is not among `ranks`, each use of it raises RuntimeError.
 
     Raises
     ------
@@ -65,12 +65,12 @@ def new_group(
     Notes
     -----
     **Collective** over `comm`: each of its processes calls it, with the same ranks. MPI has only so many
-    communicators, MPICH 2048, and a group takes up to two: make groups once, not in each step, and free those
-    that are not needed any more, by `group.free()` or by `with`.
+    communicators, MPICH 2048, and a group takes up to two. Make groups once, not in each step, and free those
+    that are not needed any more, by `group.free()` or `with`.
 
-    A rank that is lost in the middle, in MPI_Comm_split, is a CollectiveTimeoutError too, as a thread calls
-    it. MPI cannot be finalized then: if the thread still waits when this process ends, MPI_Abort ends all
-    ranks. Where MPI does not grant MPI_THREAD_MULTIPLE, no thread can call it, and MPI waits for that rank.
+    A thread calls MPI_Comm_split, so a rank that is lost in it is a CollectiveTimeoutError too. MPI cannot be
+    finalized afterwards: if the thread still waits when this process ends, MPI_Abort ends all ranks. Where
+    MPI does not grant MPI_THREAD_MULTIPLE, no thread can call it, and MPI waits for that rank.
 
     Examples
     --------

@@ -121,7 +121,7 @@ class BatchNormBase(Module):
     def forward(self, x: Array, residual: Array | None = None, out: Array | None = None) -> Array:
         """Normalize a batch; see `sync_batch_norm` for the arguments, the result and the errors.
 
-        **Collective** over the ranks of a SyncBatchNorm in training mode. The first such call sends one more
+        **Collective** over the ranks of a SyncBatchNorm in training mode. The first call sends one more
         message, of 40 bytes.
         """
         with Collective(describe=partial(self._describe_forward, x, residual)) as step:
@@ -194,10 +194,11 @@ class BatchNormBase(Module):
     def backward(self, dy: Array) -> Array | tuple[Array, Array]:
         """Compute the gradient of the input of the forward that waits; see `sync_batch_norm_backward`.
 
-        Those of weight and bias are added to their ``grad``. Returns dx, or (dx, dresidual) if the forward
-        was given a residual. RuntimeError is raised if no forward waits, or another one has come between:
-        see `take_record`, `no_backward` and `forget`. While one in training and one in evaluation mode wait,
-        training mode means the former. After a wrong `dy` or ``grad`` the backward can be called again.
+        It adds the gradients of weight and bias to their ``grad``, and returns dx, or (dx, dresidual) if the
+        forward was given a residual. It raises RuntimeError if no forward waits, or if another forward has
+        come between: see `take_record`, `no_backward` and `forget`. If one forward in training mode and one
+        in evaluation mode wait, a layer in training mode takes the former. After an error about `dy` or
+        ``grad`` the backward can be called again.
 
         **Collective** over the ranks of a SyncBatchNorm, if its forward was, or if `grad_reduction` is not
         "none".
@@ -389,32 +390,32 @@ class SyncBatchNorm(BatchNormBase):
     num_features : int
         C, the number of channels.
     eps : float
-        Added to the variance; at least 0, which makes the result of a constant channel NaN.
+        Added to the variance; at least 0. With 0 the result of a constant channel is NaN.
     momentum : float or None
         Share of each batch in the running statistics; None averages over all batches.
     affine : bool
         Whether there are weight and bias, which start at 1 and 0.
     track_running_stats : bool
-        Whether there are running statistics, which evaluation uses. Set to False later, it keeps training
-        from changing them.
+        Whether there are running statistics, which evaluation uses. If you set it to False later, training
+        does not change them.
     process_group : ProcessGroup, mpi4py.MPI.Intracomm or None
         The ranks whose batches are one; None is all.
     dtype : {"float16", "bfloat16", "float32", "float64"}
         Type of parameters and running statistics, by its name, or as NumPy's or torch's type. float32 is for
         16-bit data too: in a float16 layer a running variance above 65504 is inf, as in torch's.
     device : {"cpu", "cuda", None}
-        The place of parameters, running statistics and data. None is the value of CUPY_SYNCBN_DEVICE, or
-        "cuda" where CuPy sees a GPU, else "cpu".
+        Where parameters, running statistics and data are. None is the value of CUPY_SYNCBN_DEVICE, or "cuda"
+        where CuPy sees a GPU, else "cpu".
     channels_last : bool
         Whether the channels are the last axis of the input.
     activation : {None, "relu", "leaky_relu"} or ("leaky_relu", slope)
         Applied to the result.
     grad_reduction : {"none", "sum", "mean"}
         Whether weight and bias get the gradients of this rank, for a data-parallel wrapper to average, or
-        their sum or mean over the ranks, which takes no further message in training.
+        their sum or mean over the ranks. In training that takes no further message.
     name : str, optional
-        The layer's name in errors, the same on all ranks; DistributedDataParallel names a layer that has
-        none. Ranks that call different layers of one size notice it by the names, or by the number of calls.
+        The layer's name in errors, the same on all ranks. DistributedDataParallel names a layer that has
+        none. By the names and the numbers of calls ranks notice that they call different layers of one size.
     bias : bool
         Whether there is a bias, if `affine`. Either parameter can be None, from the start or assigned.
 
@@ -429,8 +430,8 @@ class SyncBatchNorm(BatchNormBase):
     training : bool
         Whether it is in training mode; see `train` and `eval`.
     process_group : ProcessGroup or None
-        The ranks. Assigned anew on all of them, the layer's calls are counted from there on, and a forward
-        waits for its backward no more.
+        The ranks. Assign it on all of them at the same time: the layer then counts its calls anew, and a
+        forward before it has no backward.
 
     Raises
     ------
@@ -441,14 +442,14 @@ class SyncBatchNorm(BatchNormBase):
 
     Notes
     -----
-    forward and backward are **collective** in training mode: every rank of the group must call them, one
-    without samples too, with N = 0. Evaluation sends no messages, except that the backward reduces the
-    gradients of weight and bias if `grad_reduction` says so. Statistics are those of one forward: the parts
-    of a batch whose gradients are accumulated have their own. There is no second derivative.
+    forward and backward are **collective** in training mode: every rank of the group must call them, also a
+    rank without samples, with N = 0. Evaluation sends no messages, except that the backward reduces the
+    gradients of weight and bias if `grad_reduction` says so. If you accumulate gradients over parts of a
+    batch, each part has its own statistics. There is no second derivative.
 
-    Layers can be copied and pickled, without a forward that waits for its backward. A group of None, or of
-    all ranks, is then that of the program that loads the pickle. One of some ranks stays itself in the
-    process that pickled it; elsewhere each use raises RuntimeError until `process_group` is assigned.
+    Layers can be copied and pickled, but not the forward that waits for its backward. A group of None, or of
+    all ranks, becomes that of the program that loads the pickle. A group of some ranks works in the process
+    that pickled it; elsewhere each use raises RuntimeError until you assign `process_group`.
 
     Examples
     --------
@@ -552,9 +553,9 @@ def convert_sync_batchnorm(module: Any, process_group: ProcessGroup | MPI.Intrac
     Parameters
     ----------
     module : object
-        A layer, a Module, or any object that holds layers, directly or within further objects: as items of
-        lists, tuples and dicts, or as attributes, but not in other collections, closures, classes or Python
-        modules. Within a Module, layers must lie where that sees them: not in objects that are no Modules.
+        A layer, a Module, or any object that holds layers, directly or within other objects. Layers are found
+        as items of lists, tuples and dicts, and as attributes, but not in other collections, closures,
+        classes or Python modules. Within a Module, layers must not lie in objects that are no Modules.
     process_group : ProcessGroup, mpi4py.MPI.Intracomm or None
         The ranks whose batches are one; None is all. SyncBatchNorm layers keep their group if it is None.
 
@@ -569,13 +570,13 @@ def convert_sync_batchnorm(module: Any, process_group: ProcessGroup | MPI.Intrac
     ------
     TypeError
         If `process_group` is not a group; if `module` can hold no layers; if a BatchNorm layer lies where a
-        Module does not see it, or is torch's. Nothing has been changed then.
+        Module does not see it, or is torch's. Nothing has changed.
 
     Warns
     -----
     UserWarning
-        If there is no layer to be found, or a class that is derived from a BatchNorm has methods of its own,
-        which SyncBatchNorm lacks. Classes derived from SyncBatchNorm stay what they are.
+        If no layer is found, or if a class derived from a BatchNorm has methods that SyncBatchNorm lacks.
+        Classes derived from SyncBatchNorm are not changed.
 
     Examples
     --------

@@ -59,7 +59,7 @@ class DistributedDataParallel(Module):
     ValueError
         If `module` has no parameters, `bucket_cap_mb` is not positive, or an array is read-only.
     RemoteRankError
-        If an array of another rank's module is wrong so.
+        If another rank has one of these errors.
     RankMismatchError
         If parameters or buffers differ between ranks in name, shape, type, device or ``requires_grad``, or
         `bucket_cap_mb` does.
@@ -68,18 +68,18 @@ class DistributedDataParallel(Module):
 
     Notes
     -----
-    Construction and `reduce_gradients` are **collective**; backward is the module's, and so is forward but
-    for the buffers. SyncBatchNorm layers without a name take their dotted one in the module, for errors to
-    tell. Forwards before the construction are forgotten.
+    Construction and `reduce_gradients` are **collective**. backward is the module's, and so is forward,
+    except that it sends the buffers. SyncBatchNorm layers without a name take their dotted name in the
+    module, which errors then show. Forwards before the construction are forgotten.
 
-    A step without `reduce_gradients` lets the ranks' parameters part, silently: to look for it would take a
-    message more in each step. Parameters and buffers are sent, an optimizer's state is not: load that on
-    each rank.
+    After a step without `reduce_gradients` the parameters of the ranks differ, and no error says so: to find
+    out would take one more message per step. Construction sends parameters and buffers, but not the state of
+    an optimizer: load that on each rank.
 
-    torch's other keywords have nothing to say here. A rank computes where its module's arrays are (not
-    `device_ids`, `output_device`), on the part of the batch that it is given (`dim`). One call behind the
-    backward reduces the gradients that there are (`find_unused_parameters`, `static_graph`), in arrays of
-    their own (`gradient_as_bucket_view`). Construction always compares and sends (`init_sync`).
+    torch's other keywords are not needed. A rank computes where the arrays of its module are (`device_ids`,
+    `output_device`), on the part of the batch that it is given (`dim`). One call after the backward reduces
+    the gradients that exist (`find_unused_parameters`, `static_graph`), in arrays of their own
+    (`gradient_as_bucket_view`). Construction always compares and sends (`init_sync`).
 
     Examples
     --------
@@ -227,19 +227,19 @@ class DistributedDataParallel(Module):
     def no_sync(self) -> Iterator[None]:
         """Return a context in which `reduce_gradients` does nothing, as torch's.
 
-        It is for a training step that is called for each part of a batch: gradients add up on each rank, and
-        the call for the last part, outside, reduces them. Who writes the loop can as well leave out all calls
-        of `reduce_gradients` but the last. SyncBatchNorm layers send their messages inside as ever.
+        Use it for a training step that is called for each part of a batch. Gradients add up on each rank, and
+        the call for the last part, outside the context, reduces them. In a loop of your own you can instead
+        call `reduce_gradients` after the last part only. SyncBatchNorm layers still send their messages.
 
         Yields
         ------
         None
-            It may be nested. All ranks are inside at the same calls.
+            It may be nested. All ranks must be inside at the same calls.
 
         Raises
         ------
         RankMismatchError, CollectiveTimeoutError
-            By a later call, on the ranks that reduce while another one is inside.
+            In a later call, on the ranks that reduce while another rank is inside.
         """
         self._paused += 1
         try:
@@ -250,16 +250,16 @@ class DistributedDataParallel(Module):
     def reduce_gradients(self) -> None:
         """Replace all gradients by their mean over the ranks.
 
-        Left out are those of layers whose ``grad_reduction`` has summed or averaged them over these ranks,
-        and those of parameters without ``requires_grad``. A gradient that only some ranks have counts as zero
-        on the others; one that none has stays None.
+        It leaves out gradients that a layer's ``grad_reduction`` has already summed or averaged over these
+        ranks, and parameters without ``requires_grad``. A gradient that only some ranks have counts as zero
+        on the others. A gradient that no rank has stays None.
 
         Raises
         ------
         TypeError, ValueError
-            If a gradient is not an array of floating-point numbers, where its parameter is, of its shape.
+            If a gradient is not a floating-point array of its parameter's shape, on its device.
         RemoteRankError
-            If that is so on another rank.
+            If another rank has one of these errors.
         RankMismatchError
             If the ranks have other parameters, or made another number of calls.
         CollectiveTimeoutError
@@ -267,8 +267,8 @@ class DistributedDataParallel(Module):
 
         Notes
         -----
-        **Collective.** 16-bit gradients are added up in float32. All gradients are replaced when the last has
-        come, or none: until then there is a copy of them in the type of the sums, and a bucket.
+        **Collective.** 16-bit gradients are added up in float32. Either all gradients are replaced, after the
+        last one has come, or none. Until then there is a copy of them in the type of the sums, and a bucket.
         """
         if self._paused:
             return
@@ -280,7 +280,7 @@ class DistributedDataParallel(Module):
             if group.size > 1:
                 frozen = [name for name, p in every if not p.requires_grad]
                 described = [*self._description({name: p.data for name, p in named}), *frozen]
-                caller += f" with parameters of code {zlib.crc32(repr(described).encode()):08x}"
+                caller += f" (parameters {zlib.crc32(repr(described).encode()):08x})"
                 if frozen:
                     caller += f", {len(frozen)} of {len(every)} without requires_grad"
             call = Call(caller, 0, "gradients", self._reductions, self._model)
@@ -398,7 +398,7 @@ class _Means:
 
 
 class _Pack:
-    """Arrays of one library, copied one behind the other into bytes, and back."""
+    """Arrays of one library, copied one after the other into bytes, and back."""
 
     def __init__(self, arrays: list[Array]) -> None:
         self._arrays = arrays

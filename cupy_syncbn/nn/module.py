@@ -21,7 +21,7 @@ from cupy_syncbn.nn.tree import Kinds, Tree, has_members, items_of, join, two_of
 
 
 class IncompatibleKeys(NamedTuple):
-    """The names that a state dict lacked, and those that it had too many."""
+    """Names missing from a state dict, and unexpected ones."""
 
     missing_keys: list[str]
     unexpected_keys: list[str]
@@ -33,8 +33,8 @@ class Module:
     Parameters, buffers and modules are found through its attributes, and the lists, tuples and dicts in
     them, by dotted names: ``blocks.0.bn.weight``.
 
-    An array that is assigned where a parameter or buffer is, is copied into it: it must be on its device and
-    of its shape, and is rounded to its type. A Parameter takes the place of another, None that of both.
+    To assign an array to a parameter or buffer copies its values: they must be on the same device and of the
+    same shape, and are rounded to the type. A Parameter replaces a parameter; None replaces either.
 
     Attributes
     ----------
@@ -255,8 +255,8 @@ class Module:
     def take_record(self) -> Record:
         """Return the record of the last forward, for its backward at any later time.
 
-        So several forwards can wait: for each its record's ``backward``, in any order. Take the record
-        before the next forward; no forward waits in the module then.
+        With a record for each, several forwards can wait; call the ``backward`` of the records in any order.
+        Take the record before the next forward; after that, no forward waits in the module.
 
         Returns
         -------
@@ -276,15 +276,14 @@ class Module:
         waiting = [part._is_waiting() for part in parts]
         if any(each is False for each in waiting) and True not in waiting:
             raise RuntimeError(
-                "there is no forward to take the record of: call it right after the forward, and outside of "
-                "no_backward"
+                "no forward waits here: call take_record right after the forward, and outside of no_backward"
             )
         return Record(self.backward, [(part, part._take_left()) for part in parts])
 
     def forget(self) -> Self:
         """Drop the records of all forwards that wait for their backward; return this module.
 
-        It is for a forward whose backward will not come, as after an error or a batch that is left out.
+        Use it after a forward whose backward will not come: after an error, or for a batch that is left out.
         """
         for _, module in self.named_modules():
             module._forget()
@@ -340,8 +339,8 @@ class Module:
         state : mapping of str to array
             From `state_dict`, ``np.load`` of an npz file, ``safetensors.numpy``, or a torch state_dict with
             its tensors: anything that `numpy.asarray` takes. An older one without ``num_batches_tracked``
-            leaves the present one. Values are rounded to the types of the parameters and buffers, averages of
-            counters cut off. Of an array with several names the last value stays, as in torch.
+            leaves the present one. Values are rounded to the types of the parameters and buffers; fractions
+            of counters are cut off. An array with several names keeps the last value, as in torch.
         strict : bool
             Whether the names must be the same.
 
@@ -357,8 +356,7 @@ class Module:
         ValueError
             If a shape differs, or an array here is read-only.
         TypeError
-            If `state` is not a mapping, or a type cannot be cast. Nothing has been changed in any of these
-            cases.
+            If `state` is not a mapping, or a type cannot be cast. None of these errors changes anything.
         """
         check_mapping(state)
         targets = self.state_dict()
@@ -397,7 +395,7 @@ class Module:
 
         Notes
         -----
-        A backward takes dy where and in the type in which its forward was computed.
+        A backward takes dy on the device and in the type of its forward.
         """
         xp, dtype = _target_of(device, dtype)
         new: dict[int, tuple[Array, Array]] = {}  # by the old one's id, so that what is shared stays so
@@ -487,9 +485,9 @@ def check_module(module: object) -> None:
 def no_backward(module: Module) -> contextlib.AbstractContextManager[None]:
     """Return a context for forwards that need no backward, and keep no batch alive.
 
-    A forward that waits for its backward waits on: validation, or a part of a network that is computed once
-    more later, does not take its place. Other modules than batch normalizations find their attributes
-    afterwards as they were, but for parameters, buffers, modules and modes.
+    Validation, or a part of a network that is computed once more later, does not replace a forward that waits
+    for its backward. After the context the attributes of other modules than batch normalizations are as
+    before it, except parameters, buffers, modules and modes.
 
     Parameters
     ----------
@@ -538,7 +536,7 @@ def tree_of(module: Module) -> Tree:
 
 
 def _inside_out(module: Module, met: set[int]) -> Iterator[Module]:
-    """Yield all modules within one, and it behind them, each once."""
+    """Yield all modules within one, and then that one, each once."""
     met.add(id(module))
     for child in module.children():
         if id(child) not in met:

@@ -9,7 +9,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from cupy_syncbn.arrays import Array, is_cupy, module_of
+from cupy_syncbn.arrays import Array, is_cupy, module_of, type_name
 from cupy_syncbn.checks import is_data_type
 
 
@@ -31,12 +31,12 @@ class Parameter:
         The gradient, of the shape and type of `data`: None until a backward, which then adds to it.
     requires_grad : bool
         Whether a backward adds to the gradient, and `reduce_gradients` averages it. It must be set at the
-        forward and at its backward, as in torch; the gradient that is there stays. The same on all ranks.
+        forward and at its backward, as in torch, and be the same on all ranks. A present gradient stays.
 
     Notes
     -----
-    NumPy's functions take a parameter of NumPy arrays as its `data`. Of CuPy arrays they raise TypeError, as
-    they do for these.
+    NumPy's functions take a parameter as its `data`. If that is a CuPy array, they raise TypeError, as
+    for the array itself.
 
     Examples
     --------
@@ -150,7 +150,7 @@ def check_gradient(name: str, parameter: Parameter) -> None:
         if not isinstance(array, kind):
             raise TypeError(
                 f"expected {role} to be a {kind.__module__}.{kind.__name__} "
-                f"(got {type(array).__module__}.{type(array).__name__}): convert it"
+                f"(got {type_name(array)}): convert it"
             )
         if not (is_data_type(array.dtype) or array.dtype.kind in "fc"):
             raise TypeError(f"expected {role} in floating point (got {array.dtype}): use .astype(...)")

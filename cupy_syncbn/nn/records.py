@@ -25,7 +25,7 @@ class Waiting(NamedTuple):
 
     training: Saved = NO_FORWARD
     evaluation: Saved = NO_FORWARD
-    """Of a forward after that in training, if there is one."""
+    """The record of a forward in evaluation mode, if there is one after that in training."""
     lost: str = ""
     """Whether a record is missing: "training" or "evaluation" if another forward in training has taken its
     place, "served" if only that of the training has gone."""
@@ -46,7 +46,7 @@ class Waiting(NamedTuple):
         return self.training if self.evaluation is NO_FORWARD else self.evaluation
 
     def without(self, saved: Saved) -> Waiting:
-        """Return what waits when the backward of a record has come."""
+        """Return what waits after the backward of a record."""
         training, evaluation, lost = self
         if saved is evaluation:
             return Waiting(training, NO_FORWARD, lost)
@@ -62,7 +62,7 @@ class Waiting(NamedTuple):
             )
         if training is evaluation or (lost == _SERVED and training_mode):
             raise RuntimeError(
-                f"backward of {layer} needs a forward before it: each forward serves one backward, and one "
+                f"call the forward of {layer} first: each forward allows one backward, and one "
                 "within no_backward(module) none"
             )
         if training is NO_FORWARD:
@@ -92,9 +92,9 @@ class _Part(Protocol):
 class Record:
     """The record of a forward, from `Module.take_record`: for one backward, at any later time.
 
-    It holds what the backward needs: the records of all batch normalizations within the module, and the
-    values that the forward has left in attributes of other modules, such as their inputs. What is a
-    parameter, buffer, module or mode is not part of it.
+    It holds the records of all batch normalizations within the module, and the values that the forward has
+    left in attributes of other modules, such as their inputs. It does not hold parameters, buffers, modules
+    and modes.
 
     Parameters
     ----------
@@ -121,7 +121,7 @@ class Record:
         self._parts = list(parts)
 
     def backward(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the backward of the module for this forward; other forwards wait on.
+        """Call the backward of the module for this forward; other forwards go on waiting.
 
         Parameters
         ----------
@@ -136,16 +136,16 @@ class Record:
         Raises
         ------
         RuntimeError
-            If the record has served a backward.
+            If the record has had its backward.
         Exception
-            What the backward raises. The record can be used again then, as far as a backward can be.
+            What the backward raises. The record can be used again afterwards, if the backward can.
 
         Notes
         -----
         **Collective** if the module's backward is: the ranks take their records in the same order.
         """
         if not self._parts:
-            raise RuntimeError("this record has served its backward: each forward serves one")
+            raise RuntimeError("this record has had its backward: each forward allows one backward")
         parts, self._parts = self._parts, []
         others = [(part, part._swap_left(left)) for part, left in parts]
         try:

@@ -1,4 +1,4 @@
-"""Running statistics beside training: set from a whole data set, or left as they are."""
+"""Running statistics: set from a whole data set, or kept from changing."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from cupy_syncbn.nn.module import Module, check_module, no_backward
 def frozen_statistics(module: Module) -> contextlib.AbstractContextManager[None]:
     """Return a context in which training leaves running statistics and num_batches_tracked as they are.
 
-    Batches are normalized by their own statistics as ever. It is for forwards that are computed again, as
-    in activation checkpointing, which would count their batches twice. The first forward, whose activations
-    are dropped, belongs in `no_backward`.
+    Batches are still normalized by their own statistics. Use it for forwards that are computed again, as in
+    activation checkpointing: without it, their batches would count twice. The first forward, whose
+    activations are dropped, belongs in `no_backward`.
 
     Parameters
     ----------
@@ -36,7 +36,7 @@ def frozen_statistics(module: Module) -> contextlib.AbstractContextManager[None]
     Returns
     -------
     context manager
-        It may be entered any number of times, and nested. Ranks inside and outside of it are in step.
+        It may be entered any number of times, and nested. Some ranks may be inside while others are not.
 
     Raises
     ------
@@ -62,9 +62,9 @@ def recalibrate(module: Module, batches: Iterable[Any]) -> None:
     """Set running statistics to the mean and unbiased variance of all values of a data set.
 
     Each value that a layer meets, in all `batches` of all ranks of its group, has the same weight ("precise
-    batch norm", Wu and Johnson 2021). Training leaves an average of batches' statistics instead, which lags
-    behind the parameters. The module is called as in training: each batch is normalized by its own
-    statistics, over the ranks.
+    batch norm", Wu and Johnson 2021). Training leaves a moving average instead, which lags behind the
+    parameters. The module is called as in training: each batch is normalized by its own statistics, over the
+    ranks.
 
     Parameters
     ----------
@@ -81,8 +81,8 @@ def recalibrate(module: Module, batches: Iterable[Any]) -> None:
     TypeError
         If `module` is not a Module, or does not see a batch normalization that it holds.
     ValueError
-        If there is no batch on this rank, or running statistics are read-only. It, and what `batches` raises,
-        is RemoteRankError on the others.
+        If there is no batch on this rank, or running statistics are read-only. The other ranks raise
+        RemoteRankError, also for what `batches` raises.
     RemoteRankError, RankMismatchError, CollectiveTimeoutError
         See `sync_batch_norm`. After any error, all is as it was before.
 
@@ -90,7 +90,7 @@ def recalibrate(module: Module, batches: Iterable[Any]) -> None:
     -----
     **Collective** if there are SyncBatchNorm layers: every rank of the largest of their groups must call it,
     and the other groups must lie within that one. Before each batch the ranks exchange whether there is one.
-    A layer with momentum None would take the result for that of the batches it has counted.
+    With momentum None, later training counts the result as the average of the batches so far.
 
     Examples
     --------

@@ -59,7 +59,7 @@ class Sequential(Module):
         return dy
 
     def append(self, module: Module) -> Self:
-        """Add a layer behind the last; return this module.
+        """Add a layer after the last; return this module.
 
         Parameters
         ----------
@@ -74,7 +74,7 @@ class Sequential(Module):
         return self.extend([module])
 
     def extend(self, modules: Iterable[Module]) -> Self:
-        """Add layers behind the last; return this module.
+        """Add layers after the last; return this module.
 
         Parameters
         ----------

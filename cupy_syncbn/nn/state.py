@@ -89,7 +89,7 @@ def check_mapping(state: object) -> None:
 _SHOWN = 8
 """Names that an error lists."""
 _PREFIX = "module."
-"""Of the names within a DistributedDataParallel."""
+"""The start of the names within a DistributedDataParallel."""
 
 
 def names_differ(missing: list[str], unexpected: list[str]) -> KeyError:

@@ -31,7 +31,7 @@ class Tree:
         """Dotted name and leaf, each once."""
         self._root: _Seen | None = None
         self._seen: list[_Seen] = []
-        """Of all other nodes, and of the containers that hold nodes or leaves."""
+        """The values seen in all other nodes, and in the containers that hold nodes or leaves."""
         if kinds is not None:
             self._walk(root, kinds)
         self.leaves = [leaf for _, leaf in self.named_leaves]

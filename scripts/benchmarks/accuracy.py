@@ -11,14 +11,14 @@ away.
     Welford             in float32: mean += (x - mean) / n at every value
     first-value shift   in float32: E[(x-x₀)²] - E[x-x₀]², x₀ being the channel's first value
 
-The three formulas run as on a GPU: 512 sequential lanes a channel, each adding up every 512th value, then a
+The three formulas run as on a GPU: 512 sequential lanes per channel, each adding up every 512th value, then a
 tree that merges the lanes in pairs (Welford's by Chan, Golub and LeVeque 1983). It is those long chains of
 float32, and not the formulas alone, that cost the accuracy.
 
 Second table: the relative error of the variance over 4 ranks, simulated, whose own statistics are exact to
 the last bit of float64, by what they add up in one float64 allreduce:
 
-    mean, m2      [count mean | m2 + count mean²], two numbers a channel
+    mean, m2      [count mean | m2 + count mean²], two numbers per channel
     pivoted       [count pivot | count pivot² | Σ(x-pivot) | Σ(x-pivot)² + 2 pivot Σ(x-pivot)], four numbers;
                   the pivot is the rank's mean rounded to 12 significant bits, so that both products with it
                   are exact, and cancel exactly when the sums are re-centred
@@ -180,7 +180,7 @@ def local_statistics(x: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
 
 
 def merged_means(ranks: Sequence[np.ndarray]) -> np.ndarray:
-    """Variance over the ranks, by two numbers a channel."""
+    """Variance over the ranks, by two numbers per channel."""
     sums: Any = 0.0
     total = 0.0
     for x in ranks:
@@ -192,7 +192,7 @@ def merged_means(ranks: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def merged_pivots(ranks: Sequence[np.ndarray]) -> np.ndarray:
-    """Variance over the ranks, by four numbers a channel."""
+    """Variance over the ranks, by four numbers per channel."""
     sums: Any = 0.0
     total = 0.0
     for x in ranks:
@@ -231,6 +231,13 @@ def label(ratio: float | None) -> str:
     return "outlier" if ratio is None else f"{ratio:g}"
 
 
+# Names in the plot
+SHOWN = {
+    "ours": "cupy_syncbn", "our kernels": "cupy_syncbn, CUDA kernels",
+    "mean, m2": "mean and squares about it", "pivoted": "sums about a pivot (cupy_syncbn)",
+}  # fmt: skip
+
+
 def plot(record: dict[str, Any]) -> Any | None:
     """Draw both tables."""
     made = new_figure(ncols=2, figsize=(11, 4.5))
@@ -241,25 +248,31 @@ def plot(record: dict[str, Any]) -> Any | None:
     floor = 1e-17
     for name in record["methods"]:
         *errors, outlier = [max(row["errors"][name], floor) for row in record["variance"]]
-        (line,) = local.semilogy(errors, marker="o", linestyle=":", label=name)
+        (line,) = local.semilogy(errors, marker="o", linestyle=":", label=SHOWN.get(name, name))
         local.semilogy(len(errors), outlier, marker="o", color=line.get_color())  # not a point of that line
     local.set_xticks(range(len(record["variance"])), [row["data"] for row in record["variance"]])
     local.axhline(2.0**-24, color="black", linewidth=1, linestyle="--", label="rounding to float32")
     local.set(
-        title=f"one rank, {record['values']:,} float32 values a channel",
+        title=f"one rank, {record['values']:,} float32 values per channel",
         ylabel="relative error of the variance",
     )
     for name in ("mean, m2", "pivoted"):
         pairs = [row["errors"][name] for row in record["wire"]]
-        (line,) = wire.semilogy([max(worst, floor) for _, worst in pairs], marker="o", label=f"{name}, worst")
+        (line,) = wire.semilogy(
+            [max(worst, floor) for _, worst in pairs], marker="o", label=f"{SHOWN[name]}, worst"
+        )
         wire.semilogy(
             [max(median, floor) for median, _ in pairs],
             color=line.get_color(),
             linestyle="--",
-            label=f"{name}, median",
+            label=f"{SHOWN[name]}, median",
         )
     wire.set_xticks(range(len(record["wire"])), [row["data"] for row in record["wire"]])
-    wire.set(title=f"{RANKS} ranks, by what they exchange", ylim=(floor, None))
+    wire.set(
+        title=f"{RANKS} ranks, by what they exchange in float64",
+        ylabel="relative error of the variance",
+        ylim=(floor, None),
+    )
     for axes in (local, wire):
         axes.set_xlabel("mean / standard deviation")
         axes.grid(alpha=0.3)
@@ -272,7 +285,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the comparison."""
     arguments = sys.argv[1:] if argv is None else list(argv)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="2^15 values a channel instead of 2^21")
+    parser.add_argument("--quick", action="store_true", help="2^15 values per channel instead of 2^21")
     parser.add_argument("--emulate", action="store_true", help="run the CUDA kernels on the tests' emulator")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="threads (default 1)")
     parser.add_argument("--output", type=Path, default=RESULTS, metavar="DIR", help="where the results go")

@@ -358,19 +358,20 @@ def plot(results: Sequence[dict[str, Any]], facts: dict[str, Any]) -> Any | None
     if made is None:
         return None
     figure, (against_torch, against_limit) = made
-    for axes, key, title, reference in (
-        (against_torch, "ratio", "time / PyTorch's", "PyTorch"),
-        (against_limit, "ours_per_limit", "time / copying the same bytes", "limit"),
+    for axes, key, meaning, reference in (
+        (against_torch, "ratio", "time of cupy_syncbn / time of PyTorch", "PyTorch"),
+        (against_limit, "ours_per_limit", "time of cupy_syncbn / time to copy the same bytes", "copy"),
     ):
         for place, variant in enumerate(VARIANTS):
             chosen = [r for r in drawn if r["variant"] == variant and key in r]
             where = [shapes.index(tuple(r["shape"])) + 0.27 * (place - 1) for r in chosen]
             axes.barh(where, [r[key] for r in chosen], height=0.25, label=variant)
         axes.axvline(1, color="black", linewidth=1, linestyle="--", label=reference)
-        axes.set(title=title, xlim=(0, None))
+        axes.set(xlabel=meaning, xlim=(0, None))
         axes.grid(axis="x", alpha=0.3)
     against_torch.set_yticks(range(len(shapes)), ["x".join(map(str, shape)) for shape in shapes])
     against_torch.invert_yaxis()
+    against_torch.set_ylabel("shape of the batch")
     against_torch.legend(loc="best")
     figure.suptitle("SyncBatchNorm on NumPy arrays, forward + backward, float32, one process")
     figure.supxlabel(caption(facts), fontsize="small")
@@ -390,7 +391,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--isa",
         metavar="LEVEL",
-        help="instruction set of the core, or numpy: see CUPY_SYNCBN_ISA in the README",
+        help="instruction set of the core, or numpy: see CUPY_SYNCBN_ISA in scripts/docs/install.md",
     )
     parser.add_argument("--output", type=Path, default=RESULTS, metavar="DIR", help="where the results go")
     options = parser.parse_args(arguments)

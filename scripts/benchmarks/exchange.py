@@ -1,4 +1,4 @@
-"""What synchronization costs: our exchange beside a bare allreduce, and beside an allgather with a merge.
+"""What synchronization costs: our exchange, a bare allreduce, and an allgather with a merge.
 
     ours         `Collective.sum` of the forward's vector, 4C + 6 numbers of float64: with the fault flag and
                  the tag, made and checked, a look at the length of every message, and a timeout
@@ -12,8 +12,8 @@
 Times are medians over runs interleaved in random order, of the slowest rank in each. With more ranks than
 cores they are those of the operating system's scheduler: read them as an order of magnitude.
 
-The model for larger groups takes its latency a and its time a byte b from two ranks, where neither contender
-waits for a core, by least squares over C:
+The model for larger groups takes its latency a and its time per byte b from two ranks, where neither
+contender waits for a core, by least squares over C:
 
     ours         log2(ranks) steps, each a + b (32C + 48)
     allgather    log2(ranks) steps of latency a, and b (ranks - 1) (8C + 4), the least that must arrive,
@@ -55,6 +55,11 @@ RANKS = (2, 4, 8, 16, 32)
 MODELLED = (2, 32, 1024, 16384)
 LARGEST_MERGE = 1024
 CONTENDERS = ("ours", "unchecked", "iallreduce", "allreduce", "allgather", "gather")
+# Their names in the plot
+SHOWN = {
+    "ours": "cupy_syncbn", "unchecked": "cupy_syncbn, unchecked", "iallreduce": "MPI_Iallreduce",
+    "allreduce": "MPI_Allreduce", "allgather": "allgather and merge",
+}  # fmt: skip
 
 
 def sent_bytes(contender: str, channels: int) -> int:
@@ -196,7 +201,7 @@ def launch(ranks: int, repeats: int) -> dict[str, Any]:
 
 
 def fit(measured: dict[str, Any], contender: str) -> tuple[float, float]:
-    """Return latency (s) and time a byte (s) of two ranks, by least squares weighted by 1 / time."""
+    """Return latency (s) and time per byte (s) of two ranks, by least squares weighted by 1 / time."""
     rows = measured["2"]
     sizes = np.array([received_bytes(contender, channels, 2) for channels in CHANNELS], float)
     name = "gather" if contender == "allgather" else contender
@@ -221,23 +226,26 @@ def model(
 
 def plot(record: dict[str, Any]) -> Any | None:
     """Draw what was measured and what is modelled, for 1024 channels."""
-    made = new_figure(figsize=(7, 4.5))
+    made = new_figure(figsize=(9, 4.5))
     if made is None:
         return None
     figure, axes = made
-    for contender in CONTENDERS[:5]:
+    for contender, name in SHOWN.items():
         ranks = [int(ranks) for ranks in record["measured"]]
         times = [1e6 * record["measured"][str(r)]["1024"][contender] for r in ranks]
-        (line,) = axes.loglog(ranks, times, marker="o", label=f"{contender}, measured")
+        (line,) = axes.loglog(ranks, times, marker="o", label=name)
         if contender in record["model"]["us"]["1024"]:
             values = record["model"]["us"]["1024"][contender]
-            axes.loglog(
-                [int(r) for r in values], list(values.values()), "--", color=line.get_color(), label="model"
-            )
+            axes.loglog([int(r) for r in values], list(values.values()), "--", color=line.get_color())
+    axes.plot([], [], "--", color="gray", label="model, in the color of what it models")
     axes.axvline(record["cores"], color="black", linewidth=1, linestyle=":", label="cores of this machine")
-    axes.set(title=f"1024 channels, {record['library']}", xlabel="ranks", ylabel="µs an exchange")
+    axes.set(
+        title=f"1024 channels, {record['library']}",
+        xlabel="number of ranks",
+        ylabel="time of an exchange (µs)",
+    )
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
+    axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))  # beside the lines
     figure.supxlabel(caption(record), fontsize="small")
     return figure
 
@@ -265,7 +273,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         result = launch(ranks, max(10, repeats * 2 // ranks))
         measured[str(ranks)], library = result["seconds"], result["library"]
     cores = len(os.sched_getaffinity(0))
-    print(f"\nMicroseconds an exchange, {library}, {cores} cores\n")
+    print(f"\nMicroseconds per exchange, {library}, {cores} cores\n")
     rivals = ("unchecked", "iallreduce", "allreduce", "allgather")
     headings = ["ranks, C", *CONTENDERS, *(f"ours/{name}" for name in rivals), "bytes in: ours", "allgather"]
     rows = []
@@ -301,9 +309,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         for channels in CHANNELS
     }
     origin = "as given" if given else "fitted to two ranks here"
-    print(f"\nThe model, in microseconds. Latency and time a byte {origin}:")
+    print(f"\nThe model, in microseconds. Latency and time per byte {origin}:")
     for name, (latency, per_byte) in network.items():
-        print(f"  {name}: {1e6 * latency:.1f} us and {1e9 * per_byte:.3f} ns a byte a step")
+        print(f"  {name}: {1e6 * latency:.1f} us and {1e9 * per_byte:.3f} ns per byte and step")
     print(
         "It assumes that all ranks are as near as two processes here, links of their own, and nobody late; "
         f"merges over more than {LARGEST_MERGE} ranks are scaled.\n"

@@ -122,7 +122,7 @@ HOST_CALLS = 200
 """Between two synchronisations: their launches fit into the stream's queue."""
 
 TOLERANCE = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1.5e-2}
-"""Of a result's norm. Statistics and gradients of parameters are float32 in any case."""
+"""Relative to a result's norm. Statistics and gradients of parameters are float32 in any case."""
 STATISTICS_TOLERANCE = 1e-4
 
 CONSTANTS = {"blocks": "BLOCKS", "min_items": "MIN_ITEMS", "max_items": "MAX_ITEMS", "row_bytes": "ROW_BYTES"}
@@ -421,7 +421,7 @@ class Tensors:
 
 
 TRAILER = trailer_of(0)
-"""Of one rank's vectors."""
+"""The trailer of one rank's vectors."""
 
 
 class Kernels:
@@ -1223,7 +1223,7 @@ def print_summary(results: Sequence[dict[str, Any]], host: Mapping[str, Mapping[
         ]
         print(table(["", *columns], rows))
     if host:
-        print(f"\nMicroseconds of the host a call, {'x'.join(map(str, TINY))} float32\n")
+        print(f"\nMicroseconds of the host per call, {'x'.join(map(str, TINY))} float32\n")
         calls = ("forward", "backward", "step")
         print(table(["", *calls], [[n, *(f"{us[call]:.1f}" for call in calls)] for n, us in host.items()]))
     found = goals(results)
@@ -1259,12 +1259,12 @@ def plot(results: Sequence[dict[str, Any]], facts: dict[str, Any]) -> Any | None
             ratios = [r["ratios"][name]["graph"] for r in labelled]
             axes.scatter([size(r) for r in labelled], ratios, s=12, alpha=0.7, label=label)
         axes.axhline(1, color="black", linewidth=1, linestyle="--")
-        axes.set(title=f"layer: time of {name} / ours (graphs)")
+        axes.set(title=f"layer: time of {name} / cupy_syncbn's (graphs)")
         if chosen:
             axes.set_yscale("log")
     for axes in (bandwidth, sync, batch_norm):
         axes.set_xscale("log")
-        axes.set_xlabel("MiB of a tensor")
+        axes.set_xlabel("size of a tensor (MiB)")
         axes.grid(alpha=0.3, which="both")
         if axes.get_legend_handles_labels()[0]:
             axes.legend(loc="best", fontsize="small")

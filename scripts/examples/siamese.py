@@ -2,9 +2,9 @@
 
     mpirun -n 4 python -m mpi4py scripts/examples/siamese.py
 
-The loss pulls the two outputs of a sample together, so that no backward can start before both forwards have
-ended. Each forward's record is kept until then; a validation pass between them is within `no_backward`. Rank
-0 compares the gradients with those of one process on the whole batch.
+The loss pulls the two outputs of a sample together, so no backward can start before both forwards have ended.
+The record of each forward is kept until then. A validation pass between them is within `no_backward`. Rank 0
+compares the gradients with those of one process on the whole batch.
 """
 
 import contextlib

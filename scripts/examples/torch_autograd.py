@@ -9,8 +9,8 @@ A torch optimizer trains a small network for a few steps, in the two ways in whi
     mean    it is the mean of the ranks' losses, within torch's DistributedDataParallel, which averages all
             gradients: the layer leaves its own to that, grad_reduction="none"
 
-The wrong one is silent, and off by the number of ranks. Rank 0 does the same by torch.nn.BatchNorm2d on the
-whole batch.
+The wrong choice raises no error, and its gradients are off by the number of ranks. Rank 0 does the same with
+torch.nn.BatchNorm2d on the whole batch.
 """
 
 import functools

@@ -1,4 +1,6 @@
-"""Draw the README's figure: two passes over the batch and one exchange, forward and backward.
+"""Draw the figure of scripts/docs/how_it_works.md: two passes over the batch and one exchange per direction.
+
+p is the pivot, μ the mean and σ the deviation over all ranks, g the gradient of the activation's input.
 
     python scripts/figures/how_it_works.py
 
@@ -17,15 +19,15 @@ BLUE, ORANGE, GRAY = "#2f6db5", "#d9822b", "#555555"
 # What a direction does: its passes over memory, and what the ranks exchange between them.
 FORWARD = (
     "forward",
-    "pass 1 over x\n$n,\\ \\sum(x-p),\\ \\sum(x-p)^2$\na channel",
+    "pass 1 over x\n$n,\\ \\sum(x-p),\\ \\sum(x-p)^2$\nper channel",
     "one allreduce of\n$4C + 6$ float64:\nsums about $p$,\nfault flag, tag",
     "pass 2 over x\n$y = (x-\\mu)\\,\\sigma^{-1}w + b$\nrunning statistics",
 )
 BACKWARD = (
     "backward",
-    "pass 1 over dy and x\n$\\sum dy,\\ \\sum dy\\,(x-\\mu)$\na channel",
+    "pass 1 over dy and x\n$\\sum g,\\ \\sum g\\,(x-\\mu)$\ndresidual $= g$",
     "one allreduce of\n$2C + 5$ float64:\nsums,\nfault flag, tag",
-    "pass 2 over dy and x\n$dx$; dresidual;\ndweight, dbias",
+    "pass 2 over dy and x\ndx\ndweight, dbias",
 )
 
 

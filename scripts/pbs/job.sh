@@ -48,7 +48,7 @@ variables=(
     OMP_NUM_THREADS=1
     # A rank that waits this long for another says in which layer, while walltime would kill the job without a word.
     CUPY_SYNCBN_TIMEOUT="${CUPY_SYNCBN_TIMEOUT:-300}"
-    # With a GPU a rank, nccl makes it an error if NCCL is missing: auto would go by the host without a word.
+    # With one GPU per rank, nccl makes it an error if NCCL is missing: auto would go by the host without a word.
     CUPY_SYNCBN_TRANSPORT="${CUPY_SYNCBN_TRANSPORT:-auto}"
     # The log shows lines when they are printed, and no progress bars.
     PYTHONUNBUFFERED=1 TQDM_DISABLE="${TQDM_DISABLE:-1}"

@@ -17,10 +17,10 @@
 # What squeue shows, and the log is called; %j is the number of the job.
 #SBATCH --job-name=cupy_syncbn
 #SBATCH --output=%x-%j.out
-# Nodes times ranks a node, rather than --ntasks: Slurm may spread --ntasks unevenly over more nodes than needed.
+# Nodes times ranks per node, rather than --ntasks: Slurm may spread --ntasks unevenly over more nodes than needed.
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=4
-# Ranks are the parallelism. More cores a rank serve the BLAS of a program with large matrices.
+# Ranks are the parallelism. More cores per rank serve the BLAS of a program with large matrices.
 #SBATCH --cpus-per-task=1
 # Physical cores only: two ranks on the hardware threads of one core would share its floating-point units.
 #SBATCH --hint=nomultithread

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A Slurm job on GPUs, one a rank, on one node or many. Submit it from the root of the clone:
+# A Slurm job on GPUs, one per rank, on one node or many. Submit it from the root of the clone:
 #
 #   sbatch scripts/slurm/gpu.sh                                        4 ranks with a GPU each, on one node
 #   sbatch --nodes=8 scripts/slurm/gpu.sh                              32 ranks on eight
@@ -17,7 +17,7 @@
 # What squeue shows, and the log is called; %j is the number of the job.
 #SBATCH --job-name=cupy_syncbn
 #SBATCH --output=%x-%j.out
-# As many ranks as GPUs on each node: NCCL wants a GPU a rank.
+# As many ranks as GPUs on each node: NCCL wants one GPU per rank.
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=4
 # Not --gpus-per-task, which shows each rank its own GPU only. That works too, as bind_device() counts the GPUs that a

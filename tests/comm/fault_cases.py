@@ -480,13 +480,13 @@ def skipped_backward(t):
     t.attempt(lambda: layer(x) if t.faulty else layer.backward(x))
 
 
-@case(Attempt(Error("RuntimeError", "needs a forward"), remote(FORWARD)))
+@case(Attempt(Error("RuntimeError", "call the forward"), remote(FORWARD)))
 def skipped_forward(t):
     layer, x = t.trained()
     t.attempt(lambda: layer.backward(x) if t.faulty else layer(x))
 
 
-@case(Attempt(Error("RuntimeError", "needs a forward"), remote(BACKWARD)))
+@case(Attempt(Error("RuntimeError", "call the forward"), remote(BACKWARD)))
 def skipped_forward_in_eval(t):
     """Nothing is exchanged in evaluation, but by the backward if it reduces gradients."""
     layer, x = t.trained(grad_reduction="sum")

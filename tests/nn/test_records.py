@@ -133,7 +133,7 @@ def test_evaluation_that_waits_alone(world, rng):
     layer(x)
     layer.eval()(other)
     layer.train().backward(dy)
-    with pytest.raises(RuntimeError, match="each forward serves one backward"):
+    with pytest.raises(RuntimeError, match="each forward allows one backward"):
         layer.backward(dother)  # which would be that of a validation
 
     layer.eval()(other)
@@ -141,7 +141,7 @@ def test_evaluation_that_waits_alone(world, rng):
     with pytest.raises(RuntimeError, match=r"module\.train"):
         layer.eval().backward(dother)
     layer.train().backward(dy)
-    with pytest.raises(RuntimeError, match="each forward serves one"):
+    with pytest.raises(RuntimeError, match="each forward allows one"):
         layer.eval().backward(dother)
 
 
@@ -199,7 +199,7 @@ def test_shared_layer_within_a_forward(world, rng):
         twice.backward(dy)
     assert layer.weight.grad is None
     twice(x)
-    with pytest.raises(RuntimeError, match="each forward serves one"):
+    with pytest.raises(RuntimeError, match="each forward allows one"):
         twice.take_record().backward(dy)
 
     class Twice(Module):
@@ -246,7 +246,7 @@ def test_records_of_a_network(world, rng, order, wrapped):
         assert_identical(records[i].backward(views[i][1]), expected[i][0])
     for k, parameter in enumerate(model.parameters()):
         assert_close(parameter.grad, sum(gradients[k] for _, gradients in expected))
-    with pytest.raises(RuntimeError, match="has served its backward"):
+    with pytest.raises(RuntimeError, match="has had its backward"):
         records[0].backward(views[0][1])
     with pytest.raises(RuntimeError, match="no forward"):
         model.take_record()

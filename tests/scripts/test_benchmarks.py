@@ -78,7 +78,7 @@ def test_cpu_counts_the_batch_norms_of_resnet50(monkeypatch):
     spec.loader.exec_module(cpu)
     layers = cpu.resnet50(8)
     assert layers.total() == 53
-    # A batch norm has two parameters a channel: 53 120 in torchvision's resnet50.
+    # A batch norm has two parameters per channel: 53 120 in torchvision's resnet50.
     assert sum(2 * shape[1] * times for (shape, _), times in layers.items()) == 53_120
     assert layers[(8, 128, 56, 56), "relu"] == 1  # before the strided convolution: v1.5
     assert len({shape for shape, _ in layers}) == 12

@@ -1,5 +1,6 @@
-"""The scripts that draw the README's figures."""
+"""The scripts that draw the figures of the pages."""
 
+import re
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
@@ -15,7 +16,7 @@ FIGURES = REPOSITORY / "scripts" / "figures"
 
 @pytest.mark.parametrize("script", sorted(FIGURES.glob("*.py")), ids=lambda path: path.stem)
 def test_figure_is_drawn(script, tmp_path):
-    """It has as many parts as the committed one: fonts may differ by the release of matplotlib."""
+    """It has the parts and the words of the committed one: fonts may differ by the release of matplotlib."""
     pytest.importorskip("matplotlib")
     subprocess.run(
         [sys.executable, str(script), str(tmp_path)], env=clean_environment(), check=True, timeout=120
@@ -29,3 +30,5 @@ def test_figure_is_drawn(script, tmp_path):
         for tree in (ElementTree.parse(path).iter() for path in (drawn, committed))
     ]
     assert counts[0] == counts[1] > 20
+    words = [re.findall(r"<!-- (.*?) -->", path.read_text()) for path in (drawn, committed)]
+    assert words[0] == words[1] != []

@@ -2,8 +2,8 @@
 
     python tests/support/nvrtc.py [architecture ...]
 
-prints the registers a thread and the shared memory a block of every instance. Results are kept, by all that
-they depend on, in the folder CUPY_SYNCBN_NVRTC_CACHE, or else in one of the system's for temporary files.
+prints the registers per thread and the shared memory per block of every instance. Results are kept, by all
+that they depend on, in the folder CUPY_SYNCBN_NVRTC_CACHE, or else in a temporary one of the system.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ class Kernel:
     """What the assembler and the PTX tell of a kernel."""
 
     registers: int  # a thread
-    shared: int  # bytes a block
-    stack: int  # bytes a thread: arrays in local memory, and spilled registers
+    shared: int  # bytes per block
+    stack: int  # bytes per thread: arrays in local memory, and spilled registers
     spill_stores: int  # bytes
     spill_loads: int  # bytes
     accesses: dict[str, int]  # how many instructions of each kind the PTX has, such as ld.global.nc.v4.f32
@@ -248,7 +248,7 @@ def _table(architectures: list[int]) -> str:
             for name, kernel in compiled.kernels.items():
                 rows[name][job.architecture] = kernel
     heads = "".join(f"{f'sm_{architecture}':>8}" for architecture in architectures)
-    lines = [f"{'registers a thread, shared bytes a block':64}{heads}"]
+    lines = [f"{'registers per thread, shared bytes per block':64}{heads}"]
     for name, row in rows.items():
         cells = [f"{k.registers}+{k.stack}" if k.stack else f"{k.registers}" for k in row.values()]
         shared = max(kernel.shared for kernel in row.values())

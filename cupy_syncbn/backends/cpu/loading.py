@@ -30,13 +30,13 @@ class Choice(NamedTuple):
     core: ModuleType | None
     """The core that was found, also if it is not to compute."""
     why_none: str
-    """What is the matter with the core if there is none, in words that follow its name."""
+    """Why there is no core, in words that follow its name; empty if there is one."""
     isa: str
     """The level of the core that computes, or "numpy"."""
     asked: str
     """The value of CUPY_SYNCBN_ISA."""
     error: str = ""
-    """What is wrong with it: raised by the first call, so that all ranks hear of it."""
+    """The message about a wrong setting: the first call raises it, so that all ranks hear of it."""
 
 
 def choice() -> Choice:

@@ -12,7 +12,7 @@ BACKENDS = Path(__file__).resolve().parents[1]
 CORE = BACKENDS / "cpu" / "core"
 
 SUFFIXES = (".h", ".hpp", ".cpp")
-"""Of the files that count: an editor leaves others there."""
+"""The suffixes of sources: editors leave other files there."""
 
 
 def sources() -> list[Path]:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from cupy_syncbn.backends.cuda.kernels import vector_width
 
 THREADS = 256
-"""Of a block, as in common.cuh."""
+"""Threads per block, as in common.cuh."""
 
 BLOCKS = 8
 """Per multiprocessor, where there is work for them: 2048 threads, the most that it holds. Where registers
@@ -72,7 +72,7 @@ def launch_for(shape: tuple[int, int, int], itemsize: int, aligned: bool, multip
         lanes, group, unit = 1, 1, THREADS
         if S // width >= 2**31:
             raise ValueError(
-                f"expected fewer than {2**31 * width} elements a channel and sample (got {S}): "
+                f"expected fewer than {2**31 * width} elements per channel and sample (got {S}): "
                 "cut each into several samples: the statistics are the same"
             )
         steps = _ceil(N * max(S // width, 1), unit)

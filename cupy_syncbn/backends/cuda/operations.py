@@ -44,7 +44,7 @@ def overlaps(a: Array, b: Array) -> bool:
 
 
 def _bounds(array: Array) -> tuple[int, int]:
-    """Return the addresses of an array's first byte and behind its last one."""
+    """Return the address of an array's first byte, and that after its last byte."""
     start = end = array.data.ptr
     if array.size == 0:
         return start, end
@@ -196,7 +196,7 @@ class _Local(NamedTuple):
     sums: Array
     """(3, C): pivot, Σ(x - pivot), Σ(x - pivot)²."""
     n: float
-    """Values a channel."""
+    """Values per channel."""
 
 
 def statistics(x: Array, trailer: tuple[float, ...]) -> tuple[Array, _Local | None]:

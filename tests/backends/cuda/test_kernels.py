@@ -816,7 +816,7 @@ def variance(cupy, x, put=aligned):
     return var.get().astype("f8") * (count - 1) / count
 
 
-# Half a million values a channel, in the shapes that are walked in different ways.
+# Half a million values per channel, in the shapes that are walked in different ways.
 LARGE = {
     "pixels": (2, 1, 1 << 18),
     "maps": (10240, 1, 49),

@@ -53,7 +53,7 @@ def _rows(shape, launch, group, split):
     """Return what threads visit in the rows of a channel; the axes are block, vector, thread."""
     N, C, S = shape
     width = launch.width
-    slots = max(S // width, 1)  # vectors a row, where it is aligned
+    slots = max(S // width, 1)  # vectors per row, where it is aligned
     number = split * launch.per_split + np.arange(THREADS)
     number = number + np.arange(ceil(launch.per_split, THREADS))[:, None] * THREADS
     begin = (number // slots * C + group) * S
@@ -243,7 +243,7 @@ def test_maps_that_are_too_large(itemsize, aligned):
     below = 2**31 * width
     launch_for((1, 1, below - 1), itemsize, aligned, H200)
     with pytest.raises(
-        ValueError, match=rf"fewer than {below} elements a channel and sample \(got {below}\)"
+        ValueError, match=rf"fewer than {below} elements per channel and sample \(got {below}\)"
     ):
         launch_for((1, 1, below), itemsize, aligned, H200)
 
@@ -263,7 +263,7 @@ def test_constants_are_those_of_the_kernels():
 
 
 def test_registers_are_what_the_blocks_leave():
-    """They are given out by 8 a thread."""
+    """They are given out by 8 per thread."""
     wide, others = re.search(r"int MIN_BLOCKS = V == 8 \? (\d) : (\d);", COMMON).groups()
     expected = {V: REGISTERS // (THREADS * int(wide if V == 8 else others)) // 8 * 8 for V in (1, 2, 4, 8)}
     assert expected == kernels.REGISTERS

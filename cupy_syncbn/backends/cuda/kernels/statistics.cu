@@ -2,7 +2,7 @@
 //
 // Each thread sums x - shift and (x - shift)² in the accumulator's type, about a shift of its own: a value that it
 // meets, so that little cancels at any offset, and the median of three, so that an outlier is seldom taken. If one was,
-// the thread sums again, about its mean. The sums of the threads are moved to one float64 pivot a channel and added up
+// the thread sums again, about its mean. The sums of the threads are moved to one float64 pivot per channel and added up
 // (formulas of Chan, Golub and LeVeque 1983 for the shift of a sum of squares). The last block of a channel to be done
 // writes its part of the vector
 //
@@ -205,7 +205,7 @@ __global__ void __launch_bounds__(THREADS, MIN_BLOCKS<V>)
 // local     [3, C] from `statistics`
 // vector    [4 * C + 6] of all ranks
 // squares   [C + 5]
-// Launch: a thread a channel.
+// Launch: one thread per channel.
 __global__ void __launch_bounds__(THREADS)
     centered_squares(const double* __restrict__ local, const double* __restrict__ vector, double n, long long C,
                double* __restrict__ squares, TRAILER)

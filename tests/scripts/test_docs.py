@@ -1,0 +1,84 @@
+"""The pages of scripts/docs; tests/test_readme.py runs what they show, and .ci/run builds them."""
+
+import json
+import re
+import runpy
+
+import pytest
+
+import cupy_syncbn
+from support.launcher import REPOSITORY
+from test_api import INTERNAL
+
+pytestmark = pytest.mark.mpi_skip
+
+DOCS = REPOSITORY / "scripts" / "docs"
+
+
+def test_every_public_name_has_a_page():
+    text = (DOCS / "api.rst").read_text()
+    lists = re.findall(
+        r"(?m)^\.\. autosummary::\n   :toctree: api\n   :nosignatures:\n\n((?:   \w+\n)+)", text
+    )
+    assert sorted(" ".join(lists).split()) == sorted(cupy_syncbn.__all__)
+
+
+def test_every_page_is_in_the_contents():
+    (contents,) = re.findall(r"(?s)```{toctree}\n:maxdepth: 1\n\n(.*?)```", (DOCS / "index.md").read_text())
+    pages = {path.stem for path in DOCS.iterdir() if path.suffix in (".md", ".rst")} - {"index"}
+    assert sorted(contents.split()) == sorted(pages)
+
+
+def test_internal_methods_have_no_page():
+    left_out = runpy.run_path(str(DOCS / "conf.py"))["INTERNAL"]
+    assert left_out == {name.partition(".")[2] for name in INTERNAL}
+
+
+def figures(page, result):
+    """Return the cells of a page's rows by their first one, and the data that the page links to."""
+    text = (DOCS / page).read_text()
+    (path,) = re.findall(rf"\]\((\.\./benchmarks/results/{result}-[\d-]+\.json)\)", text)
+    rows = [[cell.strip() for cell in line[1:-1].split("|")] for line in re.findall(r"(?m)^\|.*$", text)]
+    return {name: cells for name, *cells in rows}, json.loads((DOCS / path).read_text())
+
+
+def test_figures_of_numerics():
+    shown, record = figures("numerics.md", "accuracy")
+    rows = {"0": "0", "1e3": "1000", "1e5": "100000", "0, and one outlier of 1e4": "outlier"}
+    for row, data in rows.items():
+        (errors,) = [each["errors"] for each in record["variance"] if each["data"] == data]
+        measured = [errors[name] for name in record["methods"][:5]]
+        assert [f"{float(cell):.0e}" for cell in shown[row]] == [f"{error:.0e}" for error in measured]
+
+
+def test_figures_of_speed():
+    shown, record = figures("speed.md", "cpu")
+    for row in "float32", "float32, channels-last", "float16", "bfloat16", "float64":
+        kind = row.replace(", channels-last", "-nhwc")
+        for cell, variant in zip(shown[row], ("plain", "relu", "add+relu"), strict=True):
+            assert not cell or cell == f"{record['summary'][f'{kind}, {variant}']['ours/torch']:.2f}"
+
+
+@pytest.mark.parametrize("library", ["open-mpi", "mpich"])
+def test_figures_of_scaling(library):
+    shown, record = figures("scaling.md", f"exchange-{library}")
+    names = "ours", "unchecked", "iallreduce", "allreduce", "allgather"
+    for channels in 64, 1024, 4096:
+        measured = record["measured"]["2"][str(channels)]
+        assert shown[f"{channels}, {record['library']}"] == [f"{1e6 * measured[name]:.1f}" for name in names]
+    if library == "open-mpi":  # to which the model was fitted
+        times = record["model"]["us"]["1024"]
+        for ranks in 1024, 16384:
+            ours, others = (times[name][str(ranks)] / 1000 for name in ("ours", "allgather"))
+            assert shown[f"{ranks:,}"] == [f"{ours:.1f} ms", f"{others:.0f} ms"]
+
+
+def test_figures_of_the_readme_are_those_of_the_pages():
+    (section,) = re.findall(r"(?ms)^## Accuracy and speed$(.*?)^## ", (REPOSITORY / "README.md").read_text())
+    pages = {name: (DOCS / f"{name}.md").read_text() for name in ("numerics", "speed", "scaling")}
+    for page, cells in ("numerics", ("2e-7", "3e5", "1e-5")), ("speed", ("0.32", "0.71")):
+        assert all(cell in section and f"| {cell} |" in pages[page] for cell in cells)
+    for figure, cell in ("50 µs", "49.7"), ("24 µs", "24.2"):
+        assert figure in section
+        assert f"| {cell} |" in pages["scaling"]
+        assert f"{float(cell):.0f} µs" == figure
