@@ -1,9 +1,11 @@
 """NVRTC through ctypes: compile the CUDA kernels for any architecture, with no GPU, no driver and no CuPy.
 
     python tests/support/nvrtc.py [architecture ...]
+    python tests/support/nvrtc.py --lengths >tests/backends/cuda/machine_code.tsv
 
-prints the registers per thread and the shared memory per block of every instance. Results are kept, by all
-that they depend on, in the folder CUPY_SYNCBN_NVRTC_CACHE, or else in a temporary one of the system.
+prints the registers per thread and the shared memory per block of every instance; or how long the machine
+code is of those that read vectors, as test_nvrtc.py holds it to. Results are kept, by all that they depend
+on, in the folder CUPY_SYNCBN_NVRTC_CACHE, or else in a temporary one of the system.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import json
 import os
 import re
 import tempfile
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from itertools import product
@@ -27,8 +30,15 @@ from typing import NamedTuple
 
 from cupy_syncbn.backends.cuda import kernels
 
-PACKAGES = ("nvidia-cuda-nvrtc", "nvidia-cuda-runtime", "nvidia-cuda-crt", "nvidia-cuda-cccl")
-"""The compiler, and those whose headers cuda_fp16.h and cuda_bf16.h are and include."""
+try:
+    from support import machine_code
+except ModuleNotFoundError:  # run as a script
+    import machine_code
+
+PACKAGES = (
+    "nvidia-cuda-nvrtc", "nvidia-cuda-runtime", "nvidia-cuda-crt", "nvidia-cuda-cccl", machine_code.PACKAGE,
+)  # fmt: skip
+"""The compiler, those whose headers cuda_fp16.h and cuda_bf16.h are and include, and the disassembler."""
 
 ARCHITECTURES = (75, 80, 90, 100, 120)
 """The oldest one that CUDA 13 compiles for, and those of data centres and desktops since."""
@@ -51,6 +61,8 @@ class Kernel:
     spill_loads: int  # bytes
     accesses: dict[str, int]  # how many instructions of each kind the PTX has, such as ld.global.nc.v4.f32
     splittings: list[str]  # what the PTX does with SPLITTER, such as mul.rn.f64
+    loop: float | None = None  # instructions a vector of 16 bytes in the machine code's main loop
+    entry: int | None = None  # and before it; None where no vectors are read
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,13 +188,21 @@ def compile_source(
     includes = [f"-I{_folder() / folder}" for folder in ("include", "include/cccl")]
     with _Program(source) as program:
         program.compile([f"-arch=sm_{architecture}", *options, "--ptxas-options=-v", *includes], names)
-        log, ptx = program.output("ProgramLog").decode(), program.output("PTX").decode()
-        found = _kernels(log, ptx)
+        log, ptx, cubin = (program.output(kind) for kind in ("ProgramLog", "PTX", "CUBIN"))
+        found = _kernels(log.decode(), ptx.decode())
+        mangled = {program.mangled(name): name for name in names}
+        counted = dict(machine_code.counts(cubin, mangled))
         return Compiled(
-            kernels={name: found[program.mangled(name)] for name in names},
-            warnings=[line for line in log.splitlines() if re.search(r"warning( #[\w-]+)?\s*:", line)],
-            cubin_bytes=len(program.output("CUBIN")),
+            kernels={name: _with_counts(found[key], counted.get(name)) for key, name in mangled.items()},
+            warnings=[
+                line for line in log.decode().splitlines() if re.search(r"warning( #[\w-]+)?\s*:", line)
+            ],
+            cubin_bytes=len(cubin),
         )
+
+
+def _with_counts(kernel: Kernel, counted: machine_code.Counts | None) -> Kernel:
+    return dataclasses.replace(kernel, loop=counted.loop, entry=counted.entry) if counted else kernel
 
 
 def _kernels(log: str, ptx: str) -> dict[str, Kernel]:
@@ -216,7 +236,8 @@ def compile_job(job: Job) -> Compiled:
     """Compile all instances that a job is about, or read what came of it before."""
     source, names = kernels.source(job.file), kernels.instances(job.file, job.dtype)
     versions = [metadata.version(package) for package in PACKAGES]
-    key = [source, names, OPTIONS, job.architecture, versions, Path(__file__).read_text(encoding="utf-8")]
+    programs = [Path(file).read_text(encoding="utf-8") for file in (__file__, machine_code.__file__)]
+    key = [source, names, OPTIONS, job.architecture, versions, programs]
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()
     file = _cache() / f"{job}-{digest[:32]}.json"
     with open(file.with_suffix(".lock"), "w") as lock:  # who else wants it waits for what comes of it
@@ -239,14 +260,49 @@ def _cache() -> Path:
     return folder
 
 
-def _table(architectures: list[int]) -> str:
-    """Return a table of all instances; registers are followed by +stack where there is one."""
+def _compile_all(architectures: Iterable[int]) -> dict[str, dict[int, Kernel]]:
+    """Return all instances, by name and architecture."""
     jobs = [Job(*job) for job in product(reversed(kernels.FILES), kernels.TYPES, architectures)]
     rows: dict[str, dict[int, Kernel]] = collections.defaultdict(dict)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for job, compiled in zip(jobs, pool.map(compile_job, jobs), strict=True):
             for name, kernel in compiled.kernels.items():
                 rows[name][job.architecture] = kernel
+    return rows
+
+
+LENGTHS = (80, 90, 100, 120)
+"""The architectures whose machine code is counted."""
+
+
+def _lengths() -> str:
+    """Return how long the machine code of all instances is that read vectors."""
+    lines = [
+        "# Instructions per vector of 16 bytes in the main loop, and before it; registers per thread.",
+        "# They are the most in test_nvrtc.py. Who changes one says why; --lengths prints them anew.",
+        "\t".join(["instance", *(f"sm_{architecture}" for architecture in LENGTHS)]),
+    ]
+    for name, row in _compile_all(LENGTHS).items():
+        if machine_code.round_of(name):
+            cells = (f"{kernel.loop:g} {kernel.entry} {kernel.registers}" for kernel in row.values())
+            lines.append("\t".join([name, *cells]))
+    return "\n".join(lines)
+
+
+def read_lengths(file: Path) -> dict[tuple[str, int], tuple[float, ...]]:
+    """Return what `--lengths` printed, by instance and architecture."""
+    heads, *rows = (line.split("\t") for line in file.read_text().splitlines() if not line.startswith("#"))
+    architectures = [int(head.removeprefix("sm_")) for head in heads[1:]]
+    return {
+        (name, architecture): tuple(map(float, cell.split()))
+        for name, *cells in rows
+        for architecture, cell in zip(architectures, cells, strict=True)
+    }
+
+
+def _table(architectures: list[int]) -> str:
+    """Return a table of all instances; registers are followed by +stack where there is one."""
+    rows = _compile_all(architectures)
     heads = "".join(f"{f'sm_{architecture}':>8}" for architecture in architectures)
     lines = [f"{'registers per thread, shared bytes per block':64}{heads}"]
     for name, row in rows.items():
@@ -266,10 +322,11 @@ def main() -> None:
         metavar="architecture",
         help="such as 90; all that the tests compile for if none is given",
     )
-    architectures = parser.parse_args().architectures or list(ARCHITECTURES)
+    parser.add_argument("--lengths", action="store_true", help="how long their machine code is")
+    options = parser.parse_args()
     if reason := missing():
         parser.error(reason)
-    print(_table(architectures))
+    print(_lengths() if options.lengths else _table(options.architectures or list(ARCHITECTURES)))
 
 
 if __name__ == "__main__":

@@ -144,7 +144,7 @@ class _Passes:
         self.as_slope: Callable[[float], Any] = float if dtype.itemsize == 8 else np.float32
         """Makes an argument of the type Accumulator of common.cuh."""
         self.blocks = (self.launch.blocks,)
-        self.geometry = (N, C, S, self.launch.lanes, self.launch.group, self.launch.per_split)
+        self.geometry = (N, C, S, *self.launch[2:])
         """The arguments GEOMETRY of common.cuh."""
         width = self.launch.width
         self.mask_size = N * C * (max(S // width, 1) + (2 * width if S % width else 0))

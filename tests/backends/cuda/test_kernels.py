@@ -1010,10 +1010,9 @@ template <int V> struct Recorder {
 // visits   [blocks, THREADS, slots, 3]
 // counts   [blocks, THREADS]
 template <int V, bool COLUMNS>
-__global__ void visit(GEOMETRY, long long splits, const long long* parts, long long slots, long long* visits,
-                      int* counts)
+__global__ void visit(GEOMETRY, const long long* parts, long long slots, long long* visits, int* counts)
 {
-    const Geometry g = {N, C, S, lanes, group, per_split};
+    const Geometry g = {N, C, S, lanes, group, per_split, groups, splits};
     const long long index = parts[2 * blockIdx.x], split = parts[2 * blockIdx.x + 1];
     const Part part = {index, split, splits, index * group, static_cast<int>(min(group, C - index * group))};
     const long long thread = static_cast<long long>(blockIdx.x) * THREADS + threadIdx.x;
@@ -1026,7 +1025,7 @@ __global__ void visit(GEOMETRY, long long splits, const long long* parts, long l
 template <bool REVERSE> __global__ void take_part(GEOMETRY, long long every, long long* parts)
 {
     if (blockIdx.x % every) return;
-    const Part part = part_of_block<REVERSE>({N, C, S, lanes, group, per_split});
+    const Part part = part_of_block<REVERSE>({N, C, S, lanes, group, per_split, groups, splits});
     long long* to = parts + blockIdx.x / every * 5;
     to[0] = part.index;
     to[1] = part.split;
@@ -1082,7 +1081,7 @@ def assert_walk(cupy, name):
     """Compare the kernels' own walk, without memory behind it, with the model of test_launch.py."""
     shape, itemsize, is_aligned = HUGE[name]
     launch = launch_for(shape, itemsize, is_aligned, 132)
-    geometry = *shape, launch.lanes, launch.group, launch.per_split
+    geometry = *shape, *launch[2:]
     assert np.prod(shape, dtype=object) > 2**31
     blocks = interesting_blocks(shape, launch)
     slots = 160
@@ -1090,7 +1089,7 @@ def assert_walk(cupy, name):
     visits = cupy.zeros((len(blocks), THREADS, slots, 3), "int64")
     counts = cupy.zeros((len(blocks), THREADS), "int32")
     kernel = probe(cupy).get_function(f"visit<{launch.width}, {str(launch.columns).lower()}>")
-    kernel((len(blocks),), (THREADS,), (*geometry, launch.splits, parts, slots, visits, counts))
+    kernel((len(blocks),), (THREADS,), (*geometry, parts, slots, visits, counts))
     visits, counts = visits.get(), counts.get()
     assert counts.max() <= slots
     masks = []
@@ -1121,7 +1120,7 @@ def test_parts_of_huge_grids(cupy, name, reverse):
     every = launch.blocks // 50
     parts = cupy.zeros((launch.blocks // every + 1, 5), "int64")
     kernel = probe(cupy).get_function(f"take_part<{str(reverse).lower()}>")
-    kernel((launch.blocks,), (1,), (*shape, launch.lanes, launch.group, launch.per_split, every, parts))
+    kernel((launch.blocks,), (1,), (*shape, *launch[2:], every, parts))
     for i, part in enumerate(parts.get().tolist()[: -(-launch.blocks // every)]):
         block = launch.blocks - 1 - i * every if reverse else i * every
         split, index = divmod(block, launch.groups)

@@ -5,14 +5,16 @@ that spilled registers are written to. What the accesses to memory are is in the
 """
 
 import dataclasses
+import itertools
 import os
 import re
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
 from cupy_syncbn.backends.cuda import kernels
-from support import nvrtc
+from support import machine_code, nvrtc
 
 pytestmark = pytest.mark.mpi_skip
 
@@ -23,6 +25,9 @@ LOADS = 4  # of 16 bytes that a thread has under way: common.cuh
 # KiB of shared memory a multiprocessor has: CUDA Programming Guide, "Technical Specifications per Compute
 # Capability". From 8.0 on, a block takes 1 KiB more than its own.
 SHARED = {75: 64, 80: 164, 90: 228, 100: 228, 120: 100}
+
+
+LENGTHS = nvrtc.read_lengths(Path(__file__).with_name("machine_code.tsv"))
 
 
 class Instance(NamedTuple):
@@ -79,6 +84,9 @@ def offences(job, compiled):
         instance = Instance.parse(name)
         yield from ((name, fact) for fact in facts_of_resources(kernel, instance, job.architecture))
         yield from ((name, fact) for fact in facts_of_accesses(kernel, instance))
+        if instance.width > 1 and job.architecture in nvrtc.LENGTHS:
+            most = LENGTHS.get((name, job.architecture))
+            yield from ((name, fact) for fact in facts_of_lengths(kernel, most))
 
 
 def facts_of_resources(kernel, instance, architecture):
@@ -94,6 +102,20 @@ def facts_of_resources(kernel, instance, architecture):
     blocks, reserved = REGISTERS // (THREADS * cap), 1024 if architecture >= 80 else 0
     if blocks * (kernel.shared + reserved) > SHARED[architecture] * 1024:
         yield f"has {kernel.shared} bytes of shared memory, which leave no room for {blocks} blocks"
+
+
+def facts_of_lengths(kernel, most):
+    """Yield what is longer in the machine code than machine_code.tsv has it."""
+    if most is None:
+        yield "is not in machine_code.tsv"
+        return
+    if kernel.loop is None:
+        yield "has no loop that loads, stores and computes all of a round"
+        return
+    names = "instructions a vector", "instructions before the main loop", "registers"
+    for name, found, limit in zip(names, (kernel.loop, kernel.entry, kernel.registers), most, strict=True):
+        if found > limit:
+            yield f"has {found:g} {name}, where {limit:g} are the most: see machine_code.tsv"
 
 
 def facts_of_accesses(kernel, instance):
@@ -159,6 +181,9 @@ def test_instances(compiler, compilations, file, architecture):
         ({"accesses": {"atom.global.add.f32": 1}}, "has atomics on floating point"),
         ({"splittings": ["fma.rn.f64"]}, "splits pivots by {'fma.rn.f64'}"),
         ({"splittings": []}, "splits pivots by nothing"),
+        ({"loop": 80.0}, "has 80 instructions a vector"),
+        ({"entry": 1000}, "has 1000 instructions before the main loop"),
+        ({"loop": None}, "has no loop"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -183,6 +208,32 @@ def test_what_is_missing_or_warned_of_is_told(compiler):
         (missing, "is not among what was compiled"),
         (str(job), "line 3: warning: unused"),
     ]
+
+
+def test_table_has_no_other_instances():
+    said = {name for name, _ in LENGTHS}
+    files_and_types = itertools.product(kernels.FILES, kernels.TYPES)
+    there = itertools.chain(*itertools.starmap(kernels.instances, files_and_types))
+    assert said == {name for name in there if machine_code.round_of(name)}
+
+
+def test_longer_machine_code_is_seen(compiler):
+    """An activation that is found out at run time, and a division before the loop."""
+    name = "normalize<__half, 8, true, false, RELU>"
+    source = kernels.source("normalize.cu")
+    usual = nvrtc.compile_source(source, 90, (name,)).kernels[name]
+    at_run_time = source.replace(
+        "const bool is = is_blocked<ACTIVATION>(value);",
+        "const bool is = slope == 0 ? is_blocked<RELU>(value) : is_blocked<LEAKY_RELU>(value);",
+    ).replace(
+        "let_through<ACTIVATION>(value, is, slope);",
+        "slope == 0 ? let_through<RELU>(value, is, slope) : let_through<LEAKY_RELU>(value, is, slope);",
+    )
+    assert at_run_time != source
+    assert nvrtc.compile_source(at_run_time, 90, (name,)).kernels[name].loop > 1.3 * usual.loop
+    divided = source.replace("part.index = block - split * groups;", "part.index = block % g.groups;")
+    assert divided != source
+    assert nvrtc.compile_source(divided, 90, (name,)).kernels[name].entry > usual.entry + 10
 
 
 def compile_planted(body, arguments="float* x", bounds=""):

@@ -79,6 +79,7 @@ def check_large_values(cupy):
 CHECKS = {
     "rows": functools.partial(check_statistics, shape=(3, 3, 1025)),
     "columns": functools.partial(check_statistics, shape=(56, 36, 1)),
+    "small maps": functools.partial(check_statistics, shape=(40, 8, 3)),
     "many splits": functools.partial(check_statistics, shape=(960, 40, 1)),
     "clipped": functools.partial(check_statistics, shape=(21, 264, 1), launch="one_split"),
     "short rows": functools.partial(check_statistics, shape=(20, 2, 133), launch="one_split"),
@@ -152,7 +153,11 @@ IN_KERNELS = {
         RACE,
     ),
     "no fence after it": Bug(
-        "statistics.cu", "__threadfence();  // the other blocks'", "// the other blocks'", "rows", RACE
+        "statistics.cu",
+        "if (is_last) __threadfence();  // the other blocks'",
+        "// the other blocks'",
+        "rows",
+        RACE,
     ),
     "a barrier that some threads do not reach": Bug(
         "gradients.cu",
@@ -164,6 +169,13 @@ IN_KERNELS = {
     "no barrier after the constants": Bug(
         "gradients.cu",
         "__syncthreads();  // publishes the constants",
+        "",
+        "step columns",
+        f"{RACE}|uninitialised",
+    ),
+    "no barrier after the constants of the forward": Bug(
+        "gradients.cu",
+        "if (COLUMNS) __syncthreads();  // publishes what was staged",
         "",
         "step columns",
         f"{RACE}|uninitialised",
@@ -201,14 +213,10 @@ IN_KERNELS = {
         "statistics.cu", "rest = (threads + 1) / 2;", "rest = threads / 2;", "many splits"
     ),
     "num_batches_tracked goes up before all have read it": Bug(
-        "normalize.cu", "== (g.C + g.group - 1) / g.group - 1)", "== 0)", "counted", RACE
+        "normalize.cu", "== g.groups - 1)", "== 0)", "counted", RACE
     ),
     "the counter of groups is off by one": Bug(
-        "normalize.cu",
-        "== (g.C + g.group - 1) / g.group - 1)",
-        "== (g.C + g.group - 1) / g.group)",
-        "counted",
-        "uninitialised",
+        "normalize.cu", "== g.groups - 1)", "== g.groups)", "counted", "uninitialised"
     ),
     "no fence before a group counts as done": Bug(
         "normalize.cu", "__threadfence();\n        if (atomicAdd", "if (atomicAdd", "counted", RACE
@@ -242,7 +250,7 @@ IN_KERNELS = {
         f"{RACE}|{OUTSIDE}",
     ),
     "the reversed block is off by one": Bug(
-        "normalize.cu", "gridDim.x - 1 - blockIdx.x", "gridDim.x - blockIdx.x", "step rows", "uninitialised"
+        "normalize.cu", "(g.splits) - 1 - blockIdx.x", "(g.splits) - blockIdx.x", "step rows", "uninitialised"
     ),
     "no edges": Bug("normalize.cu", "if (g.S % V == 0) return;", "return;", "step rows"),
     "an edge too many": Bug(
@@ -275,7 +283,19 @@ IN_KERNELS = {
     ),
     "the mask stays in its row": Bug("normalize.cu", "mask_ += mask_wrap_;", ";", "masked short rows", RACE),
     "a vector across the end of a row": Bug("statistics.cu", "|| head() <= rest_", "|| true", "short rows"),
+    "columns of a vector are of one channel": Bug(
+        "gradients.cu", "if (++s == S) {", "if (false) {", "step columns"
+    ),
+    "a vector begins at the next channel": Bug(
+        "normalize.cu", "int k = quotient(first, S), s", "int k = quotient(first + 1, S), s", "step columns"
+    ),
     # Sums
+    "a column is summed without its next row": Bug(
+        "statistics.cu",
+        "                s -= S;\n                ++y;",
+        "                s -= S;",
+        "small maps",
+    ),
     "half a warp is added up": Bug("statistics.cu", "int distance = 16;", "int distance = 8;", "rows"),
     "half a warp takes part": Bug(
         "statistics.cu",
@@ -432,7 +452,7 @@ def take_float32_for_16_bits(backend):
 IN_LAUNCHES = [
     (claim_alignment, "misaligned", "misaligned"),
     (pass_32_bits, "rows", r"argument \d+ is int32 \d+; expected int64"),
-    (pass_an_argument_too_many, "rows", r"17 arguments for 16 parameters"),
+    (pass_an_argument_too_many, "rows", r"19 arguments for 18 parameters"),
     (allocate_partials_of_one_split, "rows", f"{OUTSIDE} write"),
     (leave_the_counters_as_they_are, "rows", "atomic of uninitialised memory"),
     (forget_the_edges_in_the_mask, "masked rows", f"{OUTSIDE} write"),

@@ -74,9 +74,11 @@ struct Geometry {
     long long lanes;      // COLUMNS: threads side by side; ROWS: 1
     long long group;      // channels a group has (the last one may have fewer)
     long long per_split;  // COLUMNS: rows a split; ROWS: vectors a split
+    long long groups, splits;
 };
 #define GEOMETRY                                                                                                     \
-    long long N, long long C, long long S, long long lanes, long long group, long long per_split
+    long long N, long long C, long long S, long long lanes, long long group, long long per_split, long long groups,  \
+        long long splits
 
 // The end of each vector that the ranks add up, see comm/trailer.py: a sum that is not sound tells of a fault.
 #define TRAILER double fault, double low, double low_square, double high, double high_square
@@ -97,6 +99,13 @@ __device__ __forceinline__ bool is_sound(const double* trailer, long long ranks)
     return trailer[0] == 0 && ranks * trailer[2] == trailer[1] * trailer[1] && ranks * trailer[4] == trailer[3] * trailer[3];
 }
 
+// a / b for a below 2^16, by a reciprocal: an integer division has three times the instructions. Half off a
+// multiple of b, the quotient is further from an integer than its error.
+__device__ __forceinline__ int quotient(int a, int b)
+{
+    return static_cast<int>(__fdividef(static_cast<float>(a) + 0.5f, static_cast<float>(b)));
+}
+
 // The part of the tensor that a block works on.
 struct Part {
     long long index, split, splits;  // of the group of channels, and which of its splits
@@ -107,12 +116,13 @@ struct Part {
 // The second pass over a tensor takes the blocks in reverse: the last ones of the first pass left their data in L2.
 template <bool REVERSE> __device__ __forceinline__ Part part_of_block(const Geometry& g)
 {
-    const long long groups = (g.C + g.group - 1) / g.group;
-    const long long block = REVERSE ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
+    const unsigned int groups = static_cast<unsigned int>(g.groups);  // a division of 64 bits is a call
+    const unsigned int block = REVERSE ? groups * static_cast<unsigned int>(g.splits) - 1 - blockIdx.x : blockIdx.x;
+    const unsigned int split = block / groups;
     Part part;
-    part.index = block % groups;
-    part.split = block / groups;
-    part.splits = gridDim.x / groups;
+    part.index = block - split * groups;
+    part.split = split;
+    part.splits = g.splits;
     part.channel = part.index * g.group;
     part.channels = static_cast<int>(min(g.group, g.C - part.channel));
     return part;
@@ -130,8 +140,8 @@ template <int V> class Cursor<V, true> {
 public:
     __device__ __forceinline__ Cursor(const Geometry& g, const Part& part)
     {
-        const int lanes = static_cast<int>(g.lanes), height = THREADS / lanes;
-        const int x = threadIdx.x % lanes, y = threadIdx.x / lanes;
+        const int lanes = static_cast<int>(g.lanes), height = quotient(THREADS, lanes);
+        const int y = quotient(threadIdx.x, lanes), x = static_cast<int>(threadIdx.x) - y * lanes;
         const long long width = g.C * g.S, column = part.channel * g.S + x * V;
         const long long row = part.split * g.per_split + y;
         const long long end = min(g.N, (part.split + 1) * g.per_split);
@@ -163,13 +173,13 @@ public:
         const long long end = min(g.N * slots, (part.split + 1) * g.per_split);
         left_ = first < end ? static_cast<int>((end - first + THREADS - 1) / THREADS) : 0;
         slots_ = static_cast<unsigned int>(slots);
-        slot_ = static_cast<unsigned int>(first % slots);
+        slot_ = static_cast<unsigned int>(first - row * slots);
         rest_ = static_cast<int>(g.S - slots * V);
         element_ = (row * g.C + part.channel) * g.S + static_cast<long long>(slot_) * V;
         mask_ = (row * g.C + part.channel) * mask_slots + slot_;
         // A row may have fewer vectors than there are threads.
-        const unsigned int rows = THREADS / slots_;
-        step_ = THREADS % slots_;
+        const unsigned int rows = quotient(THREADS, slots_);
+        step_ = THREADS - rows * slots_;
         element_step_ = rows * (g.C * g.S) + static_cast<long long>(step_) * V;
         mask_step_ = rows * (g.C * mask_slots) + step_;
         element_wrap_ = g.C * g.S - slots * V;
@@ -257,6 +267,27 @@ template <int V, bool COLUMNS> __device__ __forceinline__ int channel_of(const G
     return min((x * V + e) / S, part.channels - 1);  // an idle thread's may be none of them
 }
 
+// Write the numbers of all elements' channels: one division, and steps.
+template <int V, bool COLUMNS>
+__device__ __forceinline__ void channels_of(const Geometry& g, const Part& part, int (&channels)[CHANNELS<V, COLUMNS>])
+{
+    if constexpr (COLUMNS) {
+        const int lanes = static_cast<int>(g.lanes), S = static_cast<int>(g.S);
+        const int first = (static_cast<int>(threadIdx.x) - quotient(threadIdx.x, lanes) * lanes) * V;
+        int k = quotient(first, S), s = first - k * S;
+#pragma unroll
+        for (int e = 0; e < V; ++e) {
+            channels[e] = min(k, part.channels - 1);  // see above
+            if (++s == S) {
+                s = 0;
+                ++k;
+            }
+        }
+    } else {
+        channels[0] = 0;
+    }
+}
+
 // Lanes of a warp that sum one channel together: all, unless each column is a channel.
 __device__ __forceinline__ int lanes_a_channel(const Geometry& g, bool columns) { return columns && g.S == 1 ? 1 : 32; }
 
@@ -283,18 +314,27 @@ __device__ __forceinline__ bool sum_by_channel(const Geometry& g, const Part& pa
     constexpr int W = CHANNELS<V, COLUMNS>;
     constexpr int LOADS = 6;  // more would take registers from the walk
     __shared__ double entries[2 * W * THREADS];
-    const int lanes = static_cast<int>(g.lanes), height = THREADS / lanes;
+    const int lanes = static_cast<int>(g.lanes), height = quotient(THREADS, lanes);
     const int width = lanes_a_channel(g, COLUMNS), lane = threadIdx.x % width, first = threadIdx.x / width;
     const int S = COLUMNS ? static_cast<int>(g.S) : 1, jobs = THREADS / width;
     write(entries + threadIdx.x);
     __syncthreads();  // publishes the entries
+    // Each lane begins at an element s of row y of its channel, and goes on by so many rows and elements.
+    const int first_y = quotient(lane, S), first_s = lane - first_y * S;
+    const int step_y = quotient(width, S), step_s = width - step_y * S;
     for (int k = first; k < part.channels; k += jobs) {
         double sums[2] = {0, 0};
-        for (int i = lane; i < height * S; i += width) {
-            const int column = k * S + i % S;
-            const double* entry = entries + column % W * THREADS + i / S * lanes + column / W;
+        for (int y = first_y, s = first_s; y < height;) {
+            const int column = k * S + s;
+            const double* entry = entries + column % W * THREADS + y * lanes + column / W;
             sums[0] += entry[0];
             sums[1] += entry[W * THREADS];
+            y += step_y;
+            s += step_s;
+            if (s >= S) {
+                s -= S;
+                ++y;
+            }
         }
         double* to = partials + (part.split * g.C + part.channel + k) * 2;
 #pragma unroll
@@ -309,7 +349,7 @@ __device__ __forceinline__ bool sum_by_channel(const Geometry& g, const Part& pa
         if (threadIdx.x == 0) {
             __threadfence();  // the block's partials are visible before it counts as done
             is_last = atomicAdd(counters + part.index, 1u) == part.splits - 1;
-            __threadfence();  // the other blocks' partials are, after they all have
+            if (is_last) __threadfence();  // the other blocks' partials are, after they all have
         }
         // Tells all threads, and orders the reads below after the fence.
         if (!__syncthreads_or(is_last)) return false;

@@ -55,15 +55,33 @@ template <typename T, int V, bool COLUMNS, bool RESIDUAL, Activation ACTIVATION>
         return value;
     }
 
-    __device__ __forceinline__ void read_constants(const Geometry& g, const Part& part, const double* saved)
+    // COLUMNS: each constant is read and converted by one thread, for all of the block. A barrier comes next.
+    __device__ __forceinline__ void stage(const Geometry& g, const Part& part, const double* saved, A* staged) const
+    {
+        if constexpr (COLUMNS)
+            for (int k = threadIdx.x; k < part.channels; k += THREADS) {
+                staged[k] = static_cast<A>(saved[part.channel + k]);
+                staged[MAX_GROUP + k] = static_cast<A>(saved[2 * g.C + part.channel + k]);
+                if constexpr (COMPUTES_MASK)
+                    staged[2 * MAX_GROUP + k] = static_cast<A>(saved[3 * g.C + part.channel + k]);
+            }
+    }
+
+    // Take the constants of this thread's channels.
+    __device__ __forceinline__ void take(const Geometry& g, const Part& part, const double* saved, const A* staged,
+                                         const int (&channels)[W])
     {
 #pragma unroll
-        for (int w = 0; w < W; ++w) {
-            const long long c = part.channel + channel_of<V, COLUMNS>(g, part, w);
-            shift[w] = static_cast<A>(saved[c]);
-            scale[w] = static_cast<A>(saved[2 * g.C + c]);
-            if constexpr (COMPUTES_MASK) offset[w] = static_cast<A>(saved[3 * g.C + c]);
-        }
+        for (int w = 0; w < W; ++w)
+            if constexpr (COLUMNS) {
+                shift[w] = staged[channels[w]];
+                scale[w] = staged[MAX_GROUP + channels[w]];
+                if constexpr (COMPUTES_MASK) offset[w] = staged[2 * MAX_GROUP + channels[w]];
+            } else {
+                shift[w] = static_cast<A>(saved[part.channel]);
+                scale[w] = static_cast<A>(saved[2 * g.C + part.channel]);
+                if constexpr (COMPUTES_MASK) offset[w] = static_cast<A>(saved[3 * g.C + part.channel]);
+            }
     }
 };
 
@@ -123,8 +141,10 @@ __global__ void __launch_bounds__(THREADS, MIN_BLOCKS<V>)
                      double* partials, unsigned int* counters)
 {
     using A = Accumulator<T>;
-    const Geometry g = {N, C, S, lanes, group, per_split};
+    const Geometry g = {N, C, S, lanes, group, per_split, groups, splits};
     const Part part = part_of_block<false>(g);
+
+    __shared__ A staged[3 * MAX_GROUP];
 
     Reduce<T, V, COLUMNS, RESIDUAL, ACTIVATION> body;
     body.dy = dy;
@@ -133,7 +153,11 @@ __global__ void __launch_bounds__(THREADS, MIN_BLOCKS<V>)
     body.dresidual = dresidual;
     body.mask = mask;
     body.slope = slope;
-    body.read_constants(g, part, saved);
+    body.stage(g, part, saved, staged);
+    if (COLUMNS) __syncthreads();  // publishes what was staged
+    int channels[body.W];
+    channels_of<V, COLUMNS>(g, part, channels);
+    body.take(g, part, saved, staged, channels);
     walk<V, COLUMNS, 2>(g, part, body);
 
     const bool is_last = sum_by_channel<V, COLUMNS>(
@@ -191,11 +215,14 @@ __global__ void __launch_bounds__(THREADS, MIN_BLOCKS<V>)
                    void* __restrict__ dweight, void* __restrict__ dbias, long long float_types)
 {
     using A = Accumulator<T>;
-    const Geometry g = {N, C, S, lanes, group, per_split};
+    const Geometry g = {N, C, S, lanes, group, per_split, groups, splits};
     const Part part = part_of_block<true>(g);
+    __shared__ A staged[3 * MAX_GROUP];
     __shared__ A factors[MAX_GROUP];
     __shared__ A constants[MAX_GROUP];
 
+    Apply<T, V, COLUMNS, RESIDUAL, ACTIVATION> body;
+    body.stage(g, part, saved, staged);
     for (int k = threadIdx.x; k < part.channels; k += THREADS) {
         const long long c = part.channel + k;
         const double mean = saved[c], invstd = saved[g.C + c], count = saved[4 * g.C];
@@ -212,7 +239,6 @@ __global__ void __launch_bounds__(THREADS, MIN_BLOCKS<V>)
     }
     __syncthreads();  // publishes the constants
 
-    Apply<T, V, COLUMNS, RESIDUAL, ACTIVATION> body;
     body.dy = dy;
     body.x = x;
     body.dx = dx;
@@ -220,13 +246,14 @@ __global__ void __launch_bounds__(THREADS, MIN_BLOCKS<V>)
     body.sums = sums;
     body.reads_x = sums || body.COMPUTES_MASK;
     body.slope = slope;
-    body.read_constants(g, part, saved);
+    int channels[body.W];
+    channels_of<V, COLUMNS>(g, part, channels);
+    body.take(g, part, saved, staged, channels);
     if (sums) {
 #pragma unroll
         for (int w = 0; w < body.W; ++w) {
-            const int k = channel_of<V, COLUMNS>(g, part, w);
-            body.factor[w] = factors[k];
-            body.constant[w] = constants[k];
+            body.factor[w] = factors[channels[w]];
+            body.constant[w] = constants[channels[w]];
         }
     }
     walk<V, COLUMNS, 2>(g, part, body);

@@ -75,7 +75,7 @@ __global__ void __launch_bounds__(THREADS, MIN_BLOCKS<V>)
               double* __restrict__ saved, unsigned int* counter)
 {
     using A = Accumulator<T>;
-    const Geometry g = {N, C, S, lanes, group, per_split};
+    const Geometry g = {N, C, S, lanes, group, per_split, groups, splits};
     const Part part = part_of_block<true>(g);
     __shared__ A shifts[MAX_GROUP];
     __shared__ A scales[MAX_GROUP];
@@ -120,7 +120,7 @@ __global__ void __launch_bounds__(THREADS, MIN_BLOCKS<V>)
     // It goes up by one when every group has read it.
     if (update && num_batches_tracked && part.split == 0 && threadIdx.x == 0) {
         __threadfence();
-        if (atomicAdd(counter, 1u) == (g.C + g.group - 1) / g.group - 1) {
+        if (atomicAdd(counter, 1u) == g.groups - 1) {
             __threadfence();
             *counter = 0;
             if (vector[4 * g.C] > 0) ++*num_batches_tracked;
@@ -133,12 +133,13 @@ __global__ void __launch_bounds__(THREADS, MIN_BLOCKS<V>)
     body.residual = residual;
     body.mask = mask;
     body.slope = slope;
+    int channels[body.W];
+    channels_of<V, COLUMNS>(g, part, channels);
 #pragma unroll
-    for (int w = 0; w < CHANNELS<V, COLUMNS>; ++w) {
-        const int k = channel_of<V, COLUMNS>(g, part, w);
-        body.shift[w] = shifts[k];
-        body.scale[w] = scales[k];
-        body.offset[w] = offsets[k];
+    for (int w = 0; w < body.W; ++w) {
+        body.shift[w] = shifts[channels[w]];
+        body.scale[w] = scales[channels[w]];
+        body.offset[w] = offsets[channels[w]];
     }
     walk<V, COLUMNS, RESIDUAL ? 2 : 4>(g, part, body);
 }

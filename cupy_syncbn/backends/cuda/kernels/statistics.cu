@@ -145,11 +145,13 @@ __device__ __forceinline__ void write_about_pivots(const Moments<T, V, COLUMNS>&
 {
     constexpr int W = CHANNELS<V, COLUMNS>;
     bool finite = true;
+    int channels[W];
+    channels_of<V, COLUMNS>(g, part, channels);
 #pragma unroll
     for (int w = 0; w < W; ++w) {
         double sum, square;
         moments.totals(w, sum, square);
-        const double pivot = pivot_of(moments.x, g, part.channel + channel_of<V, COLUMNS>(g, part, w));
+        const double pivot = pivot_of(moments.x, g, part.channel + channels[w]);
         const double distance = moments.has_shift ? static_cast<double>(moments.shift[w]) - pivot : 0;
         const double moved = sum + moments.count * distance;
         to[w * THREADS] = moved;
@@ -173,7 +175,7 @@ __global__ void __launch_bounds__(THREADS, MIN_BLOCKS<V>)
     statistics(const T* __restrict__ x, GEOMETRY, double* __restrict__ local, double* __restrict__ vector, TRAILER,
                double* partials, unsigned int* counters)
 {
-    const Geometry g = {N, C, S, lanes, group, per_split};
+    const Geometry g = {N, C, S, lanes, group, per_split, groups, splits};
     const Part part = part_of_block<false>(g);
 
     Moments<T, V, COLUMNS> moments;
