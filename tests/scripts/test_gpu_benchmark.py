@@ -270,7 +270,9 @@ def test_goals(gpu):
 
 # ---- The whole of it ----
 def run_main(gpu, cupy, folder, *arguments, torch=None):
-    status = gpu.main([*arguments, "--output", str(folder)], make_gpu=lambda _: fake(gpu, cupy)(torch))
+    # The emulator is slow, and the machine may be busy; a later --budget-s among the arguments counts.
+    options = ["--output", str(folder), "--budget-s", "3600", *arguments]
+    status = gpu.main(options, make_gpu=lambda _: fake(gpu, cupy)(torch))
     paths = list(folder.glob("gpu-nvidia-fake-1*.json"))
     assert len(paths) == 1
     return status, json.loads(paths[0].read_text())
