@@ -28,7 +28,7 @@ import cupy_syncbn as syncbn
 
 PLANES, WIDTH = 24, 6  # a field: its depth, which is split, and its extent in both other directions
 CHANNELS = 6
-TRAINED, VALIDATED = 150, 8  # fields
+TRAINED, VALIDATED = 120, 8  # fields
 TOLERANCE = 1e-10  # relative to the largest number of an array
 FACTOR = 2  # between the validation errors of local BatchNorm and of one process, at least
 
@@ -67,8 +67,8 @@ def draw_samples(seed, count):
 class Slab:
     """A rank's part of the planes, and the ranks that hold those above and below."""
 
-    def __init__(self, comm):
-        self.comm = comm
+    def __init__(self, comm, xp):
+        self.comm, self.xp = comm, xp
         self.above = comm.rank - 1 if comm.rank > 0 else MPI.PROC_NULL
         self.below = comm.rank + 1 if comm.rank < comm.size - 1 else MPI.PROC_NULL
         self.planes = slice(PLANES * comm.rank // comm.size, PLANES * (comm.rank + 1) // comm.size)
@@ -79,13 +79,12 @@ class Slab:
         The messages pass through the memory of the host, so that MPI need not know of GPUs.
         """
         to_above, to_below = (
-            np.ascontiguousarray(plane if isinstance(plane, np.ndarray) else plane.get())
-            for plane in (top, bottom)
+            np.ascontiguousarray(plane if self.xp is np else plane.get()) for plane in (top, bottom)
         )
         from_above, from_below = np.zeros_like(to_above), np.zeros_like(to_below)
         self.comm.Sendrecv(to_above, self.above, recvbuf=from_below, source=self.below)
         self.comm.Sendrecv(to_below, self.below, recvbuf=from_above, source=self.above)
-        return np.asarray(from_above, like=top), np.asarray(from_below, like=top)
+        return self.xp.asarray(from_above), self.xp.asarray(from_below)
 
 
 class Conv3d(syncbn.Module):
@@ -96,24 +95,27 @@ class Conv3d(syncbn.Module):
 
     def forward(self, x):
         """Gather the 27 values that each output depends on; one matrix product does the rest (im2col)."""
-        x = x[0]
-        above, below = self.slab.swap(x[:, :1], x[:, -1:])
-        padded = np.concatenate([above, x, below], axis=1)
-        padded = np.concatenate([padded[:, :, -1:], padded, padded[:, :, :1]], axis=2)
-        padded = np.concatenate([padded[..., -1:], padded, padded[..., :1]], axis=3)
-        columns = np.stack(self.taps(padded))  # (27, C_in, D, H, W)
-        self.padded_shape, self.gathered_shape = padded.shape, columns.shape
-        self.columns = columns.reshape(self.weight.shape[1], -1)
-        return (self.weight.data @ self.columns).reshape(1, -1, *x.shape[1:])
+        C, D, H, W = x.shape[1:]
+        padded = self.slab.xp.zeros((C, D + 2, H + 2, W + 2), x.dtype)
+        padded[:, 1:-1, 1:-1, 1:-1] = x[0]
+        above, below = self.slab.swap(x[0, :, :1], x[0, :, -1:])
+        padded[:, :1, 1:-1, 1:-1], padded[:, -1:, 1:-1, 1:-1] = above, below
+        padded[:, :, 0], padded[:, :, -1] = padded[:, :, -2], padded[:, :, 1]
+        padded[..., 0], padded[..., -1] = padded[..., -2], padded[..., 1]
+        self.padded_shape = padded.shape
+        self.columns = self.slab.xp.zeros((27, C, D, H, W), x.dtype)
+        for k, tap in enumerate(self.taps(padded)):
+            self.columns[k] = tap
+        return (self.weight.data @ self.columns.reshape(27 * C, -1)).reshape(1, -1, D, H, W)
 
     def backward(self, dy):
         """Return dx: each of the 27 gradients goes back where its value was taken from."""
-        dy = dy.reshape(dy.shape[1], -1)
-        self.weight.accumulate(dy @ self.columns.T)
-        dcolumns = (self.weight.data.T @ dy).reshape(self.gathered_shape)
-        dpadded = np.zeros_like(dcolumns, shape=self.padded_shape)
-        for tap, dtap in zip(self.taps(dpadded), dcolumns, strict=True):
-            tap += dtap
+        dy, columns = dy.reshape(dy.shape[1], -1), self.columns
+        self.weight.accumulate(dy @ columns.reshape(-1, dy.shape[1]).T)
+        dcolumns = (self.weight.data.T @ dy).reshape(columns.shape)
+        dpadded = self.slab.xp.zeros(self.padded_shape, dy.dtype)
+        for k, tap in enumerate(self.taps(dpadded)):
+            tap += dcolumns[k]
         dpadded[..., 1] += dpadded[..., -1]
         dpadded[..., -2] += dpadded[..., 0]
         dpadded[:, :, 1] += dpadded[:, :, -1]
@@ -133,14 +135,14 @@ class Conv3d(syncbn.Module):
         return [padded[:, i : i + D, j : j + H, k : k + W] for i, j, k in np.ndindex(3, 3, 3)]
 
 
-def make_network(slab, seed, device):
+def make_network(slab, seed):
     """Return a network with local batch normalization; its weights are the same at every call."""
-    rng = np.random.default_rng(seed)
+    rng, device = np.random.default_rng(seed), "cpu" if slab.xp is np else "cuda"
     layers = []
     for C_in, C_out in ((1, CHANNELS), (CHANNELS, CHANNELS), (CHANNELS, 1)):
         norm = syncbn.BatchNorm3d(C_out, dtype="float64", device=device, activation="relu")
         weight = rng.normal(0, (2 / (27 * C_in)) ** 0.5, (C_out, 27 * C_in))
-        layers += [Conv3d(slab, np.asarray(weight, like=norm.weight.data)), norm]
+        layers += [Conv3d(slab, slab.xp.asarray(weight)), norm]
     return syncbn.Sequential(*layers[:-1])  # the prediction comes from the last convolution
 
 
@@ -152,11 +154,11 @@ class Way:
         self.name, self.network, self.slab, self.group = name, network, slab, group
         self.parallel = syncbn.DistributedDataParallel(network, group)
         self.parameters = list(network.parameters())
-        self.velocity = [np.zeros_like(p.data) for p in self.parameters]
+        self.velocity = [slab.xp.zeros_like(p.data) for p in self.parameters]
 
     def deviation(self, sample):
         """Return what the network predicts for this rank's slab, less what is right."""
-        field, change = (np.asarray(part[self.slab.planes], like=self.velocity[0]) for part in sample)
+        field, change = (self.slab.xp.asarray(part[self.slab.planes]) for part in sample)
         return self.network(field[None, None]) - change
 
     def mean_square(self, deviation):
@@ -196,19 +198,18 @@ def largest_difference(way, single):
     return max(float(abs(mine - theirs).max() / abs(theirs).max()) for mine, theirs in pairs)
 
 
-def compare(seed, device):
+def compare(seed, xp):
     """Train in the three ways; print a table on rank 0, and return whether it shows what it should."""
-    group, slab = syncbn.default_group(), Slab(MPI.COMM_WORLD)
+    group, slab = syncbn.default_group(), Slab(MPI.COMM_WORLD, xp)
     samples, new = draw_samples([seed, 0], TRAINED), draw_samples([seed, 1], VALIDATED)
-    sync = syncbn.convert_sync_batchnorm(make_network(slab, seed, device))
+    sync = syncbn.convert_sync_batchnorm(make_network(slab, seed))
     ways = [
-        Way("local BatchNorm", make_network(slab, seed, device), slab, group),
+        Way("local BatchNorm", make_network(slab, seed), slab, group),
         Way("SyncBatchNorm", sync, slab, group),
     ]
     if group.rank == 0:  # the others go on, and wait for it in their next exchange
-        whole = Slab(MPI.COMM_SELF)
-        network = make_network(whole, seed, device)
-        ways.append(Way("one process", network, whole, syncbn.SingleProcessGroup()))
+        whole = Slab(MPI.COMM_SELF, xp)
+        ways.append(Way("one process", make_network(whole, seed), whole, syncbn.SingleProcessGroup()))
     for way in ways:
         way.train(samples)
         way.validate(new)
@@ -235,11 +236,14 @@ def main():
     world = MPI.COMM_WORLD
     if world.size > PLANES:
         parser.error(f"{PLANES} planes cannot be split over {world.size} ranks")
+    xp = np
     if args.device == "cuda":
+        import cupy as xp
+
         syncbn.bind_device()  # the GPU of this rank
     if world.rank == 0:
         print(f"{world.size} rank(s), {PLANES} planes of {WIDTH} x {WIDTH} points, {args.device}")
-    good = [compare(seed, args.device) for seed in range(args.seeds)]
+    good = [compare(seed, xp) for seed in range(args.seeds)]
     if world.rank == 0:
         print("(training loss: mean of the last ten; validation error: relative to predicting no change;")
         print(
@@ -247,7 +251,7 @@ def main():
         )
         print(f"SyncBatchNorm is within {TOLERANCE:.0e} of one process", end="")
         if world.size > 1:
-            print(f", and local BatchNorm's validation error is {FACTOR} times as large", end="")
+            print(f", local BatchNorm's validation error at least {FACTOR} times as large", end="")
         print(": yes" if all(good) else ": NO")
     return 0 if all(good) else 1
 

@@ -5,8 +5,11 @@ import os
 import re
 import sys
 
+import numpy as np
 import pytest
+from mpi4py import MPI
 
+from cupy_syncbn import SingleProcessGroup
 from support.launcher import OVERSUBSCRIBE, REPOSITORY, clean_environment, find_launcher, run, vendor_of
 
 pytestmark = [pytest.mark.launch, pytest.mark.mpi_skip]
@@ -144,6 +147,24 @@ def test_domain_decomposition(ranks):
     status, output = run_example("domain_decomposition", ranks, deadline=200)
     assert status == 0, output
     check_domain_decomposition(output, seeds=3)
+
+
+def test_domain_decomposition_on_a_gpu(fast_cupy):
+    """The GPU's numbers are the CPU's: on the emulator where there is no GPU."""
+    specification = importlib.util.spec_from_file_location("example", DIRECTORY / "domain_decomposition.py")
+    example = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(example)
+    samples, ways = example.draw_samples(0, 3), []
+    for xp in (np, fast_cupy):
+        slab = example.Slab(MPI.COMM_SELF, xp)
+        network = example.make_network(slab, 0)
+        ways.append(example.Way("", network, slab, SingleProcessGroup()))
+        ways[-1].train(samples)
+        ways[-1].validate(samples)
+    assert isinstance(ways[1].parameters[0].data, fast_cupy.ndarray)
+    ways[1].network.to("cpu")
+    assert example.largest_difference(ways[1], ways[0]) <= 1e-10
+    np.testing.assert_allclose(ways[1].error, ways[0].error, rtol=1e-10)
 
 
 def test_more_ranks_than_planes_is_an_error():
