@@ -18,6 +18,7 @@ import cupy_syncbn
 from cupy_syncbn import show_config
 from cupy_syncbn.backends.cpu import loading
 from cupy_syncbn.comm import small_objects
+from cupy_syncbn.comm.transports import TRANSPORTS
 from cupy_syncbn.diagnosis import report, self_test
 from cupy_syncbn.diagnosis import survey as config
 from support import nccl_stand_in
@@ -259,6 +260,12 @@ def test_error_on_one_rank(world, monkeypatch):
     facts = show_config("dicts")
     assert not facts["ok"]
     assert "rank" in facts["self_test"]["error"]
+
+
+def test_every_transport_is_told_of():
+    """One that was added and forgotten here would be left out of the report."""
+    facts = show_config("dicts")["transport"]
+    assert {"auto", *facts["notes"]} == {"auto", *facts["lacks"]} == set(TRANSPORTS)
 
 
 def test_driver_decides_what_to_install():
