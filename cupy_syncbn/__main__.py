@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 
+from cupy_syncbn import __version__
 from cupy_syncbn.diagnosis.survey import survey
 
 
@@ -19,6 +20,7 @@ def main() -> int:
         epilog="Exit status: 0 if all is well, 1 if the self-test failed, or what was asked for is missing.",
     )
     parser.add_argument("--json", action="store_true", help="write one JSON object: see show_config()")
+    parser.add_argument("--version", action="version", version=f"cupy_syncbn {__version__}")
     arguments = parser.parse_args()
     logging.getLogger("cupy_syncbn").setLevel(logging.ERROR)  # the report says all
     facts = survey(_print, as_json=arguments.json, bind=True)

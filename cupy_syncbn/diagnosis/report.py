@@ -16,28 +16,49 @@ REASON = 200
 
 def report(facts: dict[str, Any]) -> str:
     """Return the facts but for the self-test; see `show_config`."""
+    cpus_alone = is_about_cpus(facts)
     versions, mpi, launch, cuda = (facts[key] for key in ("versions", "mpi", "launch", "cuda"))
-    packages = [f"{shown} {versions[name] or 'not installed'}" for name, shown in MODULES.items()]
+    packages = [
+        f"{shown} {versions[name] or 'not installed'}"
+        for name, shown in MODULES.items()
+        if not (cpus_alone and name == "cupy")
+    ]
     library = f"{mpi['library']} {mpi['version']}" if mpi["library"] else f"none ({mpi['error']})"
     started = f"started by a launcher: {launch['launcher']} is set" if launch["launcher"] else "by itself"
     jobs = "".join(f", {name} {value}" for name, value in launch["jobs"].items())
-    driver = f"driver for {cuda['driver']}" if cuda["driver"] else "no driver"
+    if cpus_alone:
+        gpus = "GPUs:  none here, and none needed: arrays are NumPy's, and go by MPI from rank to rank"
+        columns = slice(3)
+    else:
+        driver = f"driver for {cuda['driver']}" if cuda["driver"] else "no driver"
+        gpus = f"CUDA:  {driver}, runtime {cuda['runtime'] or 'none'}, NCCL {cuda['nccl'] or 'none'}"
+        columns = slice(None)
     lines = [
         f"cupy_syncbn {versions['cupy_syncbn']}, Python {versions['python']}, {', '.join(packages)}",
         f"MPI:   {library}",
         f"start: {_ranks(launch['size'])} ({started}{jobs})",
         _wrapped("CPU:   ", _cpu(facts["cpu"])),
-        f"CUDA:  {driver}, runtime {cuda['runtime'] or 'none'}, NCCL {cuda['nccl'] or 'none'}",
+        gpus,
         "",
     ]
-    table = [("rank", "host", "local rank", "transport", "GPU")]
+    table: list[tuple[str, ...]] = [("rank", "host", "local rank", "transport", "GPU")]
     for row in facts["ranks"]:
         gpu = f"{row['gpu']}, {row['pci']}" if row["gpu"] else f"none: {row['why_no_gpu']}"
         table.append((str(row["rank"]), row["host"], str(row["local_rank"]), row["transport"] or "-", gpu))
+    table = [row[columns] for row in table]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     for cells in table:
         lines.append("  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip())
-    return "\n".join([*lines, "", *_transports(facts["transport"])])
+    if not cpus_alone:
+        lines += ["", *_transports(facts["transport"])]
+    return "\n".join(lines)
+
+
+def is_about_cpus(facts: dict[str, Any]) -> bool:
+    """Tell whether there is neither a driver nor CuPy, and nothing was asked for that needs them."""
+    found = facts["cuda"]["driver"] or facts["versions"]["cupy"]
+    asked = facts["transport"]["by"] != "default" or any(row["device"] != "cpu" for row in facts["ranks"])
+    return not found and not asked
 
 
 def _cpu(cpu: dict[str, Any]) -> str:

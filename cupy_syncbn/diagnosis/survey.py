@@ -30,7 +30,7 @@ from cupy_syncbn.comm.launcher import (
     why_alone,
 )
 from cupy_syncbn.comm.transports import TRANSPORTS, nccl
-from cupy_syncbn.diagnosis.report import MODULES, one_line, report, verdict
+from cupy_syncbn.diagnosis.report import MODULES, is_about_cpus, one_line, report, verdict
 from cupy_syncbn.diagnosis.self_test import gather, self_test
 
 if TYPE_CHECKING:
@@ -237,7 +237,7 @@ def _facts(group: ProcessGroup, rows: list[_Row], mpi_error: str) -> dict[str, A
     ]
     problems = [*_timeout_problems(rows), *_launch_problems(launch, mpi), *_device_problems(rows)]
     problems += _core_problems(rows)
-    return {
+    facts = {
         "versions": versions,
         "mpi": mpi,
         "launch": launch,
@@ -246,8 +246,8 @@ def _facts(group: ProcessGroup, rows: list[_Row], mpi_error: str) -> dict[str, A
         "ranks": ranks,
         "transport": transport,
         "problems": problems + transport_problems,
-        "next_steps": _next_steps(versions, mpi, cuda, launch),
     }
+    return facts | {"next_steps": _next_steps(versions, mpi, cuda, launch, gpus=not is_about_cpus(facts))}
 
 
 def _versions() -> _Found:
@@ -385,13 +385,15 @@ def _core_problems(rows: list[_Row]) -> list[str]:
     ]
 
 
-def _next_steps(versions: _Found, mpi: _Found, cuda: _Found, launch: dict[str, Any]) -> list[str]:
+def _next_steps(
+    versions: _Found, mpi: _Found, cuda: _Found, launch: dict[str, Any], *, gpus: bool
+) -> list[str]:
     steps = []
     if mpi["error"]:
         steps.append(f"for several ranks, {mpi_remedy()}")
     if launch["size"] == 1 and not launch["launcher"]:
         steps.append("this is a single process; on 4 ranks: mpirun -n 4 python -m mpi4py -m cupy_syncbn")
-    if not versions["cupy"]:
+    if gpus and not versions["cupy"]:
         driver = cuda["driver"]
         major = int((driver or "0").split(".")[0])
         if major >= 12:

@@ -399,6 +399,7 @@ def _define_operators():
         "add": np.add,
         "sub": np.subtract,
         "mul": np.multiply,
+        "matmul": np.matmul,
         "truediv": np.true_divide,
         "floordiv": np.floor_divide,
         "mod": np.remainder,

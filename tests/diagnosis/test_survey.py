@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from ctypes.util import find_library
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ import cupy_syncbn
 from cupy_syncbn import show_config
 from cupy_syncbn.backends.cpu import loading
 from cupy_syncbn.comm import small_objects
+from cupy_syncbn.comm.transports import TRANSPORTS
 from cupy_syncbn.diagnosis import report, self_test
 from cupy_syncbn.diagnosis import survey as config
 from support import nccl_stand_in
@@ -260,11 +262,17 @@ def test_error_on_one_rank(world, monkeypatch):
     assert "rank" in facts["self_test"]["error"]
 
 
+def test_every_transport_is_told_of():
+    """One that was added and forgotten here would be left out of the report."""
+    facts = show_config("dicts")["transport"]
+    assert {"auto", *facts["notes"]} == {"auto", *facts["lacks"]} == set(TRANSPORTS)
+
+
 def test_driver_decides_what_to_install():
     versions = {"cupy": None, "ml_dtypes": "1"}
     launch_ = {"size": 2, "launcher": "PMI_RANK"}
     for driver, major in (("12.4", 12), ("13.0", 13), ("14.1", 13)):
-        (step,) = config._next_steps(versions, {"error": None}, {"driver": driver}, launch_)
+        (step,) = config._next_steps(versions, {"error": None}, {"driver": driver}, launch_, gpus=True)
         assert step.endswith(f": pip install 'cupy-cuda{major}x[ctk]' nvidia-nccl-cu{major}")
         assert driver in step
 
@@ -301,10 +309,41 @@ runpy.run_module("cupy_syncbn", run_name="__main__")
 def test_with_numpy_only(tmp_path):
     status, output = start("-c", BLOCKED.format(""), PATH=str(tmp_path))  # no launcher on it
     assert status == 0, output
-    for text in ("mpi4py not installed", "CuPy not installed", "pip install mpi4py mpich", "mpirun -n 4",
-                 "single process", "cupy-cuda13x[ctk]", "passed"):  # fmt: skip
+    for text in (
+        "mpi4py not installed",
+        "pip install mpi4py mpich",
+        "mpirun -n 4",
+        "single process",
+        "passed",
+    ):
         assert text in output
     assert "Traceback" not in output
+
+
+NO_DRIVER = pytest.mark.skipif(
+    find_library("cuda") is not None or shutil.which("nvidia-smi") is not None, reason="there is a driver"
+)
+
+
+@NO_DRIVER
+@pytest.mark.mpi_skip
+def test_machine_of_cpus_alone_hears_of_cpus_alone():
+    """Whoever has no GPU did nothing wrong: no advice on CuPy, and no table of its transports."""
+    status, output = start("-c", BLOCKED.format(""))
+    assert status == 0, output
+    assert "GPUs:  none here, and none needed" in output
+    for text in ("cupy-cuda", "CuPy", "nccl", "cuda-aware-mpi", "driver", "transport"):
+        assert text not in output
+
+
+@NO_DRIVER
+@pytest.mark.mpi_skip
+@pytest.mark.parametrize("variables", [{"CUPY_SYNCBN_TRANSPORT": "nccl"}, {"CUPY_SYNCBN_DEVICE": "cuda"}])
+def test_what_needs_a_gpu_and_is_asked_for_is_explained(variables):
+    status, output = start("-c", BLOCKED.format(""), **variables)
+    assert status == 1, output
+    for text in ("CuPy not installed", "no driver", "cuda-aware-mpi", "cupy-cuda13x[ctk]", "problem: "):
+        assert text in output
 
 
 @pytest.mark.mpi_skip
@@ -374,6 +413,11 @@ def test_help():
     status, output = start("-m", "cupy_syncbn", "--help")
     assert status == 0
     assert "--json" in output
+
+
+@pytest.mark.mpi_skip
+def test_version():
+    assert start("-m", "cupy_syncbn", "--version") == (0, f"cupy_syncbn {cupy_syncbn.__version__}\n")
 
 
 @pytest.mark.mpi_skip

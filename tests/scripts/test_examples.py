@@ -5,8 +5,11 @@ import os
 import re
 import sys
 
+import numpy as np
 import pytest
+from mpi4py import MPI
 
+from cupy_syncbn import SingleProcessGroup
 from support.launcher import OVERSUBSCRIBE, REPOSITORY, clean_environment, find_launcher, run, vendor_of
 
 pytestmark = [pytest.mark.launch, pytest.mark.mpi_skip]
@@ -14,6 +17,7 @@ pytestmark = [pytest.mark.launch, pytest.mark.mpi_skip]
 DEADLINE = 60
 DIRECTORY = REPOSITORY / "scripts" / "examples"
 NEEDS = {"torch_autograd": "torch", "jax_custom_vjp": "jax"}
+SHORT = {"domain_decomposition": ["--seeds", "1"]}
 EXAMPLES = sorted(path.stem for path in DIRECTORY.glob("*.py"))
 
 # Runs an example without what it is about: each rank keeps its own statistics.
@@ -27,7 +31,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def run_example(name, ranks, *arguments, program=()):
+def run_example(name, ranks, *arguments, program=(), deadline=DEADLINE):
     """Run an example, on ranks of its own unless that is 0; return its exit status and output."""
     library = NEEDS.get(name)
     if library and importlib.util.find_spec(library) is None:
@@ -43,7 +47,7 @@ def run_example(name, ranks, *arguments, program=()):
         options = OVERSUBSCRIBE.get(vendor_of(sys.executable), [])
         command[1:1] = ["-m", "mpi4py"]
         command[:0] = [find_launcher(sys.executable), *options, "-n", str(ranks)]
-    return run(command, variables, DEADLINE)
+    return run(command, variables, deadline)
 
 
 def numbers(pattern, output):
@@ -86,10 +90,10 @@ def check_mixed_precision(output):
         assert (plain > 0.1, scale < 2.0**47) == (dtype == "float16",) * 2
 
 
-def check_deviations(output, names):
+def check_deviations(output, names, tolerance=1e-5):
     found = dict(re.findall(r"  (\S+): (\S+)", output))
     assert list(found) == names
-    assert max(map(float, found.values())) <= 1e-5
+    assert max(map(float, found.values())) <= tolerance
 
 
 def check_torch_autograd(output):
@@ -111,10 +115,69 @@ def check_jax_custom_vjp(output):
     check_deviations(output, ["y", "dx", "dweight", "dbias"])
 
 
+def check_masked_batch(output):
+    (counts,) = re.findall(r"with \[(.*)\] valid positions", output)
+    counts = [int(count) for count in counts.split(", ")]
+    assert len(set(counts)) == len(counts)
+    assert (0 in counts) == (len(counts) > 2)
+    check_deviations(output, ["y", "dx", "dweight", "dbias", "running_mean", "running_var"], 1e-12)
+
+
+WAYS = ["local BatchNorm", "SyncBatchNorm", "one process"]
+
+
+def check_domain_decomposition(output, seeds=1):
+    ranks = int(*numbers(r"(\d+) rank\(s\)", output))
+    rows = re.findall(rf"(?m)^({'|'.join(WAYS)}) +(\S+) +(\S+)% +(\S+)$", output)
+    assert [name for name, *_ in rows] == WAYS * seeds
+    for seed in range(seeds):
+        _, errors, differences = zip(
+            *(map(float, row[1:]) for row in rows[3 * seed : 3 * seed + 3]), strict=True
+        )
+        assert 0 < errors[2] < 30  # without a prediction it is 100
+        assert errors[1] == errors[2]
+        assert errors[0] == errors[2] if ranks == 1 else errors[0] >= 2 * errors[2]
+        assert differences[1] <= 1e-10
+        assert differences[0] <= 1e-10 if ranks == 1 else differences[0] > 0.1
+    assert output.rstrip().endswith(": yes")
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_domain_decomposition(ranks):
+    status, output = run_example("domain_decomposition", ranks, deadline=200)
+    assert status == 0, output
+    check_domain_decomposition(output, seeds=3)
+
+
+def test_domain_decomposition_on_a_gpu(fast_cupy):
+    """The GPU's numbers are the CPU's: on the emulator where there is no GPU."""
+    specification = importlib.util.spec_from_file_location("example", DIRECTORY / "domain_decomposition.py")
+    example = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(example)
+    samples, ways = example.draw_samples(0, 3), []
+    for xp in (np, fast_cupy):
+        slab = example.Slab(MPI.COMM_SELF, xp)
+        network = example.make_network(slab, 0)
+        ways.append(example.Way("", network, slab, SingleProcessGroup()))
+        ways[-1].train(samples)
+        ways[-1].validate(samples)
+    assert isinstance(ways[1].parameters[0].data, fast_cupy.ndarray)
+    ways[1].network.to("cpu")
+    assert example.largest_difference(ways[1], ways[0]) <= 1e-10
+    np.testing.assert_allclose(ways[1].error, ways[0].error, rtol=1e-10)
+
+
+def test_more_ranks_than_planes_is_an_error():
+    status, output = run_example("domain_decomposition", 25)
+    assert status != 0
+    assert "24 planes cannot be split over 25 ranks" in output
+    assert "Traceback" not in output
+
+
 @pytest.mark.parametrize("ranks", [0, 3])
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_example(name, ranks):
-    status, output = run_example(name, ranks)
+    status, output = run_example(name, ranks, *SHORT.get(name, []))
     assert status == 0, output
     assert f"{ranks or 1} rank(s)" in output
     globals()[f"check_{name}"](output)  # each example has its check
@@ -132,7 +195,7 @@ def test_example_notices_local_statistics(tmp_path, name):
     """The negative control: without the exchange, each example says how far off it is, and fails."""
     program = tmp_path / "sabotaged.py"
     program.write_text(SABOTAGE)
-    status, output = run_example(name, 2, program=[str(program)])
+    status, output = run_example(name, 2, *SHORT.get(name, []), program=[str(program)])
     assert status == 1, output
     assert "2 rank(s)" in output
     assert "Traceback" not in output

@@ -64,6 +64,8 @@ def check(status, output, picture, tolerance=1e-9):
     assert rows["one process"][3] == 0
     assert f"tolerance {tolerance:.0e}: they agree" in output
     assert picture.read_bytes().startswith(b"\x89PNG")
+    assert f"the curves: {picture}" in output
+    assert "the seconds differ, and on several ranks the row of local BatchNorm" in output
     return rows
 
 
@@ -100,3 +102,19 @@ def test_disagreement_is_an_error(tmp_path):
     status, output = run_ranks(3, str(program), *FEW, "--plot", "")
     assert status == 1, output
     assert "DO NOT AGREE" in output
+
+
+@pytest.mark.launch
+@pytest.mark.mpi_skip
+@pytest.mark.parametrize("ranks", [0, 3])
+def test_picture_is_checked_before_the_training(tmp_path, ranks):
+    arguments = [SCRIPT, *SMALL, "--plot", str(tmp_path / "missing" / "curves.png")]
+    if ranks:
+        status, output = run_ranks(ranks, *arguments)
+    else:
+        status, output = run([sys.executable, *arguments], environment(), DEADLINE)
+    assert status not in (0, None), output
+    assert output.count("missing/curves.png: ") == 1
+    assert "name another file, or '' for no picture" in output
+    assert "step/s" not in output
+    assert "Traceback" not in output

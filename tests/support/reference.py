@@ -42,7 +42,7 @@ class BatchNorm:
         self.has_residual = residual is not None
 
         if self.count == 0:
-            self.slope = np.ones_like(x)
+            self.derivative = np.ones_like(x)
             return np.zeros_like(x)
         if self.uses_batch:
             self.mean = np.mean(x, axis=self.axes, keepdims=True)
@@ -59,15 +59,16 @@ class BatchNorm:
             y = y * self._broadcast(self.weight) + self._broadcast(self.bias)
         if residual is not None:
             y = y + np.asarray(residual).astype(self.dtype)
-        self.slope = self._activation_slope(y)
-        return y * self.slope
+        value, self.derivative = self._activate(y)
+        return value
 
     __call__ = forward
 
     def backward(self, dy):
         """Set weight_grad and bias_grad; return dx, or (dx, dresidual) after a forward with a residual."""
         dy = np.asarray(dy).astype(self.dtype)
-        dz = np.where(self.slope == 0, 0, dy * np.where(self.slope == 0, 1, self.slope))
+        is_zero = self.derivative == 0  # whatever dy is
+        dz = np.where(is_zero, 0, dy * np.where(is_zero, 1, self.derivative))
         if self.count == 0:
             dx = np.zeros_like(dz)
             if self.weight is not None:
@@ -100,9 +101,10 @@ class BatchNorm:
         self.running_mean = (1 - factor) * self.running_mean + factor * self.mean.ravel()
         self.running_var = (1 - factor) * self.running_var + factor * unbiased.ravel()
 
-    def _activation_slope(self, z):
-        """Return what the activation multiplies z by, which is its derivative as well."""
+    def _activate(self, z):
+        """Return the activation of z, and its derivative there."""
         if self.activation is None:
-            return np.ones_like(z)
+            return z, np.ones_like(z)
         name, slope = self.activation if isinstance(self.activation, tuple) else (self.activation, 0.01)
-        return np.where(z > 0, 1, 0 if name == "relu" else slope).astype(self.dtype)
+        derivative = np.where(z > 0, 1, 0 if name == "relu" else slope).astype(self.dtype)
+        return z * derivative, derivative
