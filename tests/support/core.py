@@ -18,7 +18,7 @@ TYPES = {
     "float32": np.dtype("f4"),
     "float64": np.dtype("f8"),
 }
-STREAMED = 8 << 20
+STREAMED = 16 << 20
 """Bytes of an output from which on it is written past the caches."""
 
 # ---- Memory ----

@@ -54,8 +54,9 @@ const Level LEVELS[] = {
 };
 const Level* level = LEVELS;
 
-// Bytes of an output from which on it is written past the caches: half of what a core has of the last one, often.
-constexpr i64 STREAMED = 8 << 20;
+// Bytes of an output from which on it is written past the caches. Half of a last cache of 32 MiB: with it, the input stays
+// there for the next pass. Steps on 12 MiB took 0.71 to 0.78 of the time that they take when streamed.
+constexpr i64 STREAMED = 16 << 20;
 
 // --- References and errors ----------------------------------------------------------------------------------------------------
 
