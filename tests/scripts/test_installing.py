@@ -52,4 +52,5 @@ def test_tests(tmp_path, arguments):
         assert f"{library} and what the tests need into {folder}: " in line
         assert "minutes the first time" in line
     assert [line.startswith("running all tests") for line in lines[2:]] == [True] * (not arguments)
-    assert calls[-1].endswith(" ".join(["-m pytest", *arguments]))
+    usual = ["-n", "2", "--dist", "loadfile", "--no-loadscope-reorder"]
+    assert calls[-1].endswith(" ".join(["-m pytest", *(arguments or usual)]))
