@@ -22,7 +22,8 @@ the in-place add_ and relu_ that torchvision's ResNet uses: the fastest of its i
 
     python scripts/benchmarks/cpu.py                    # about four minutes
     python scripts/benchmarks/cpu.py --isa numpy        # without the compiled core
-    mpirun -n 2 python -m mpi4py scripts/benchmarks/cpu.py --kinds dense  # with sums over ranks
+    mpirun -n 2 python -m mpi4py scripts/benchmarks/cpu.py --kinds dense  # with sums over ranks: says which
+                                                        # variables go before mpirun
     python scripts/benchmarks/cpu.py --quick            # seconds; says that it works, not how fast it is
 """
 
@@ -30,7 +31,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import os
 import sys
 import time
 import tracemalloc
@@ -49,6 +49,7 @@ from measure import (
     interleaved,
     new_figure,
     pin_threads,
+    restart_with,
     save,
     table,
 )
@@ -226,7 +227,9 @@ class Case:
 
 def _agreed(count: int) -> int:
     """Return the number of runs of rank 0: a layer's sums take all ranks."""
-    return count if default_group().size == 1 else int(default_group().comm.bcast(count))
+    agreed = np.array([float(count)])
+    default_group().broadcast(agreed)
+    return int(agreed[0])
 
 
 def measure(case: Case, torch: Any | None, repeats: int) -> dict[str, Any]:
@@ -395,12 +398,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--output", type=Path, default=RESULTS, metavar="DIR", help="where the results go")
     options = parser.parse_args(arguments)
-    if options.isa and os.environ.get("CUPY_SYNCBN_ISA") != options.isa:
-        os.execve(
-            sys.executable,
-            [sys.executable, *sys.orig_argv[1:]],
-            {**os.environ, "CUPY_SYNCBN_ISA": options.isa},
-        )
+    if options.isa:
+        restart_with({"CUPY_SYNCBN_ISA": options.isa})
     pin_threads(options.threads)
     torch = import_torch(options.threads)
     repeats = options.repeats or (3 if options.quick else 31)

@@ -29,10 +29,18 @@ def pin_threads(threads: int) -> None:
 
     They read their environment once, when NumPy is imported, which has happened by now.
     """
-    wanted = dict.fromkeys(THREAD_VARIABLES, str(threads))
-    if any(os.environ.get(name) != value for name, value in wanted.items()):
-        sys.stdout.flush()
-        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **wanted})
+    restart_with(dict.fromkeys(THREAD_VARIABLES, str(threads)))
+
+
+def restart_with(variables: dict[str, str]) -> None:
+    """Restart the interpreter if these variables have not these values; as a rank, say how to start it."""
+    if all(os.environ.get(name) == value for name, value in variables.items()):
+        return
+    if int(os.environ.get("PMI_SIZE") or os.environ.get("OMPI_COMM_WORLD_SIZE") or 1) > 1:
+        words = " ".join(f"{name}={value}" for name, value in variables.items())
+        sys.exit(f"a rank cannot restart, as its MPI has started: put env {words} before mpirun")
+    sys.stdout.flush()
+    os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **variables})
 
 
 def import_torch(threads: int) -> Any | None:

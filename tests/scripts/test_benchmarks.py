@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from support.launcher import REPOSITORY, clean_environment
+from support.launcher import REPOSITORY, clean_environment, launch
 
 pytestmark = pytest.mark.mpi_skip
 
@@ -69,6 +69,23 @@ def test_cpu_without_the_core(tmp_path):
     assert "computed by: NumPy, as CUPY_SYNCBN_ISA says; 1 rank(s)" in output
     assert (record["cpu"], record["ranks"]) == ("numpy", 1)
     assert [result["shape"] for result in record["results"]] == [[8, 64], [64, 128], [256, 1024]]
+
+
+@pytest.mark.launch
+def test_cpu_on_ranks(tmp_path):
+    """A rank cannot restart with other threads, as its MPI has started: it says what goes before mpirun."""
+    script = str(REPOSITORY / "scripts" / "benchmarks" / "cpu.py")
+    arguments = ["-m", "mpi4py", script, "--quick", "--kinds", "dense", "--output", str(tmp_path)]
+    _, status, output = launch(sys.executable, 2, arguments, 120)
+    assert status == 1
+    (words,) = set(re.findall(r"put env (.*) before mpirun", output))
+    variables = dict(word.split("=") for word in words.split())
+    for name in variables.keys() & {"OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"}:
+        assert variables.pop(name) == "1"  # as `launch` has it
+    _, status, output = launch(sys.executable, 2, arguments, 120, **variables)
+    assert status == 0, output
+    (path,) = tmp_path.glob("cpu-ranks-quick-*.json")
+    assert json.loads(path.read_text())["ranks"] == 2
 
 
 def test_cpu_counts_the_batch_norms_of_resnet50(monkeypatch):
