@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import cuda_emulator
 from support.launcher import REPOSITORY, clean_environment, launch
 
 pytestmark = pytest.mark.mpi_skip
@@ -115,6 +116,8 @@ def test_exchange(tmp_path):
 
 
 def test_accuracy(tmp_path):
+    if reason := cuda_emulator.available():
+        pytest.skip(reason)
     output, record = run("accuracy.py", tmp_path, "--emulate")
     methods = [
         "ours",
