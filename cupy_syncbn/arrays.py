@@ -14,9 +14,9 @@ Array: TypeAlias = "np.ndarray[Any, Any]"  # or a cupy.ndarray: it has the same 
 
 _CUDA = 2
 """DLPack's device type kDLCUDA."""
-_HOST = (None, 1, 3)
-"""Those of memory that NumPy can read: none, kDLCPU, and kDLCUDAHost."""
-_NOT_SERVED = {8: "an Apple GPU", 10: "an AMD GPU", 13: "CUDA's managed memory", 14: "an Intel GPU"}
+_HOST = (None, 1, 3, 11, 13)
+"""Those of memory that NumPy reads: none, kDLCPU, kDLCUDAHost, kDLROCMHost, and kDLCUDAManaged."""
+_NOT_SERVED = {8: "an Apple GPU", 10: "an AMD GPU", 14: "an Intel GPU"}
 """Names of others: there are no kernels for these."""
 
 

@@ -33,10 +33,11 @@ def pin_threads(threads: int) -> None:
 
 
 def restart_with(variables: dict[str, str]) -> None:
-    """Restart the interpreter if these variables have not these values; as a rank, say how to start it."""
+    """Restart the interpreter if these variables have not these values; say how to start one that cannot."""
     if all(os.environ.get(name) == value for name, value in variables.items()):
         return
-    if int(os.environ.get("PMI_SIZE") or os.environ.get("OMPI_COMM_WORLD_SIZE") or 1) > 1:
+    mpi = sys.modules.get("mpi4py.MPI")
+    if mpi is not None and mpi.Is_initialized():
         words = " ".join(f"{name}={value}" for name, value in variables.items())
         sys.exit(f"a rank cannot restart, as its MPI has started: put env {words} before mpirun")
     sys.stdout.flush()
