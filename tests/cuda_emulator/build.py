@@ -179,9 +179,13 @@ def _nvidia_text():
     return [path.read_text() for path in found if path.exists()]
 
 
-@functools.cache
 def _compiler_version():
-    return subprocess.run([compiler(), "--version"], capture_output=True, text=True).stdout.splitlines()[0]
+    return _version(compiler())
+
+
+@functools.cache
+def _version(command):
+    return subprocess.run([command, "--version"], capture_output=True, text=True).stdout.splitlines()[0]
 
 
 @functools.cache

@@ -2,14 +2,13 @@
 
 import importlib.util
 import itertools
-import os
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 import cuda_emulator
 from cupy_syncbn.backends.cuda import kernels
 from support import nvrtc
+from support.ahead import start_pool
 from support.world import World
 
 POOL = pytest.StashKey()
@@ -35,8 +34,7 @@ def _wait(item):
 def pytest_collection_finish(session):
     if session.config.option.collectonly or World().size > 1:
         return
-    # On Linux, which both compilers are for here, a thread is nice by itself.
-    session.stash[POOL] = pool = ThreadPoolExecutor(os.cpu_count(), initializer=os.nice, initargs=[19])
+    session.stash[POOL] = pool = start_pool()
     for library in _emulators_libraries(session.items):
         pool.submit(cuda_emulator.build_all, [library])  # a test that needs one finds it, or the error
     session.stash[RESULTS] = {job: pool.submit(nvrtc.compile_job, job) for job in _nvrtcs_jobs(session.items)}
