@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
+from itertools import chain, repeat
+from operator import eq, getitem, is_, methodcaller
 from typing import Any, NamedTuple
 
 
@@ -29,14 +31,15 @@ class Tree:
         """Dotted name and node, of those that are within no other node, by each of their names."""
         self.named_leaves: list[tuple[str, Any]] = []
         """Dotted name and leaf, each once."""
-        self._root: _Seen | None = None
-        self._seen: list[_Seen] = []
-        """The values seen in all other nodes, and in the containers that hold nodes or leaves."""
+        self._seen: _Seen | None = None
+        """The attributes of all nodes, and the items of the containers that hold nodes or leaves."""
         if kinds is not None:
-            self._walk(root, kinds)
+            self._seen = _Seen(root, kinds)
+            self._walk(root, kinds, self._seen)
+            self._seen.complete(vars(root))
         self.leaves = [leaf for _, leaf in self.named_leaves]
 
-    def _walk(self, root: Any, kinds: Kinds) -> None:
+    def _walk(self, root: Any, kinds: Kinds, seen: _Seen) -> None:
         pending: list[tuple[str, Any]] = [("", root)]
         met: set[int] = set()
         named: dict[str, Any] = {}
@@ -46,7 +49,7 @@ class Tree:
                 continue
             met.add(id(node))
             own, nodes = [], []
-            for name, value in self._members(node, kinds):
+            for name, value in self._members(node, kinds, seen):
                 dotted = join(prefix, name)
                 if named.setdefault(dotted, value) is not value:
                     raise two_of_one_name(dotted)
@@ -58,15 +61,14 @@ class Tree:
                     met.add(id(value))
                     self.named_leaves.append((dotted, value))
             pending += nodes[::-1]
-            attributes = _Seen.of(vars(node), kinds)
             if node is root:
-                self.root_leaves, self._root = own, attributes._replace(values=None)
+                self.root_leaves = own
                 self.root_nodes = [each for each in nodes if each[1] is not root]
             else:
                 self.within.append((prefix, node, own))
-                self._seen.append(attributes)
+                seen.add(vars(node))
 
-    def _members(self, node: Any, kinds: Kinds) -> Iterator[tuple[str, Any]]:
+    def _members(self, node: Any, kinds: Kinds, seen: _Seen) -> Iterator[tuple[str, Any]]:
         """Yield the leaves and nodes of a node that are not within another one."""
         containers = [value for value in vars(node).values() if isinstance(value, _CONTAINERS)]
         pending = list(kinds.members(node))[::-1]
@@ -79,58 +81,108 @@ class Tree:
                 met.add(id(value))
                 containers.append(value)
                 pending += [(f"{name}.{key}", item) for key, item in items_of(value)][::-1]
-        self._seen += [_Seen.of(each, kinds) for each in containers if has_members(each, kinds)]
+        for each in containers:
+            if has_members(each, kinds):
+                seen.add(each)
 
     def is_current(self, root: Any) -> bool:
         """Tell whether nothing within has changed: a comparison, without a walk."""
-        if self._root is None or not self._root.is_same(vars(root)):
-            return False
-        return all(seen.is_same(seen.values) for seen in self._seen)
+        return self._seen is not None and self._seen.is_same(vars(root))
 
     def __reduce__(self) -> Any:
         """Let a copy see for itself."""
         return Tree, ()
 
 
-class _Seen(NamedTuple):
-    """The values that a node has as attributes, or a container as items, to be compared later.
+class _Seen:
+    """The values that nodes have as attributes, and containers as items, to be compared later.
 
     Kept are nodes, leaves and the containers that hold some. Of all others, which may be large arrays or
-    hold some, there are only the types: a comparison must not keep them alive.
+    hold some, there are only the types: a comparison must not keep them alive. Nor are the attributes of the
+    root kept, which come first.
+
+    Values of one sort stand in one list, so that a comparison is a few calls of functions written in C.
     """
 
-    values: Any
-    """A dict, list or tuple; None for the attributes of the root."""
-    types: list[type]
-    held: list[tuple[Any, Any]]
-    """(key, value) of those kept."""
-    plain: list[tuple[Any, Any]]
-    """(key, form) of other containers."""
+    def __init__(self, root: Any, kinds: Kinds) -> None:
+        self._kinds = kinds
+        self._dicts: list[dict[Any, Any]] = []
+        self._sequences: list[list[Any] | tuple[Any, ...]] = []
+        self._held, self._flat, self._nested = _Places(), _Places(), _Places()
+        self._forms: list[Any] = []
+        """Of those that `_nested` are."""
+        self._look(None, vars(root))
 
-    @classmethod
-    def of(cls, values: Any, kinds: Kinds) -> _Seen:
-        seen = cls(values, [], [], [])
+    def add(self, values: dict[Any, Any] | list[Any] | tuple[Any, ...]) -> None:
+        if isinstance(values, dict):
+            self._dicts.append(values)
+        else:
+            self._sequences.append(values)
+        self._look(values, values)
+
+    def _look(self, owner: Any, values: Any) -> None:
         for key, value in items_of(values):
-            seen.types.append(type(value))
-            if has_members(value, kinds):
-                seen.held.append((key, value))
+            if has_members(value, self._kinds):
+                self._held.add(owner, key)
             elif isinstance(value, _CONTAINERS):
-                seen.plain.append((key, _form(value)))
-        return seen
+                form = _form(value)
+                is_flat = not isinstance(value, dict) and form == (type(value), list(map(type, value)))
+                if is_flat:
+                    self._flat.add(owner, key)
+                else:
+                    self._nested.add(owner, key)
+                    self._forms.append(form)
 
-    def is_same(self, values: Any) -> bool:
-        if list(map(type, values.values() if isinstance(values, dict) else values)) != self.types:
-            return False
+    def complete(self, own: dict[str, Any]) -> None:
+        """Keep what a comparison has to find again; `own` are the attributes of the root."""
+        self._values = list(self._held.values(own))
+        self._all_types = self._types(own)
+        self._flat_types = _types_in(self._flat.values(own))
+
+    def _types(self, own: dict[str, Any]) -> tuple[list[int], list[type]]:
+        return _types_in([*map(_VALUES, [own, *self._dicts]), *self._sequences])
+
+    def is_same(self, own: dict[str, Any]) -> bool:
         try:
-            for key, value in self.held:
-                if values[key] is not value:
-                    return False
-            return not self.plain or all(_form(values[key]) == form for key, form in self.plain)
+            return (
+                self._types(own) == self._all_types
+                and all(map(is_, self._held.values(own), self._values))
+                and _types_in(self._flat.values(own)) == self._flat_types
+                and all(map(eq, map(_form, self._nested.values(own)), self._forms))
+            )
         except KeyError:
             return False
 
 
+class _Places:
+    """Where some values are: in a container or among a node's attributes, under a key."""
+
+    def __init__(self) -> None:
+        self._owners: list[Any] = []
+        self._keys: list[Any] = []
+        self._of_root = 0
+
+    def add(self, owner: Any, key: Any) -> None:
+        """Add one; None stands for the attributes of the root, which come before all others."""
+        self._keys.append(key)
+        if owner is None:
+            self._of_root += 1
+        else:
+            self._owners.append(owner)
+
+    def values(self, own: dict[str, Any]) -> Iterator[Any]:
+        """Return what is there; `own` are the attributes of the root."""
+        return map(getitem, chain(repeat(own, self._of_root), self._owners), self._keys)
+
+
+def _types_in(containers: Iterable[Collection[Any]]) -> tuple[list[int], list[type]]:
+    """Return the lengths of containers, and the types of all that they hold."""
+    containers = list(containers)
+    return list(map(len, containers)), list(map(type, chain.from_iterable(containers)))
+
+
 _CONTAINERS = (list, tuple, dict)
+_VALUES = methodcaller("values")
 
 
 def has_members(value: Any, kinds: Kinds, within: tuple[int, ...] = ()) -> bool:
