@@ -12,10 +12,14 @@ from concurrent.futures import ProcessPoolExecutor
 def start_pool():
     """Return a pool of as many processes as there are processors."""
     context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(os.cpu_count(), mp_context=context, initializer=_prepare)
+    return ProcessPoolExecutor(
+        os.cpu_count(), mp_context=context, initializer=_prepare, initargs=[dict(os.environ)]
+    )
 
 
-def _prepare():
+def _prepare(environment):
+    os.environ.clear()  # it is of the time when a process was needed, which may be late
+    os.environ.update(environment)
     os.nice(19)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

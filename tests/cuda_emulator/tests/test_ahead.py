@@ -7,8 +7,12 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from support.ahead import start_pool
 from support.launcher import REPOSITORY
+
+pytestmark = pytest.mark.mpi_skip
 
 KILLED = """
 import os, sys, time
