@@ -446,7 +446,7 @@ def forget_the_edges_in_the_mask(backend):
 
 
 def take_float32_for_16_bits(backend):
-    return "_float_types", lambda *arguments: 0
+    return "_flags", lambda *arguments: 0
 
 
 IN_LAUNCHES = [

@@ -315,9 +315,10 @@ const Passes& passes_of(Type type) { return *level->passes[type]; }
 
 // --- The record of a forward ---------------------------------------------------------------------------------------------------------
 
-// (saved, mask, has_residual, slope): float64 [mean (C) | invstd (C) | scale (C) | offset (C) | count]; bits or None; a bool; a
-// number or None. Scale and offset are rounded to the accumulator's type.
-constexpr Py_ssize_t RECORD = 4;
+// (saved, mask, has_residual, slope, in_place): float64 [mean (C) | invstd (C) | scale (C) | offset (C) | count]; bits or None;
+// a bool; a number or None; a bool. Scale and offset are rounded to the accumulator's type. In place, mean and invstd are those
+// of z, see formulas.h.
+constexpr Py_ssize_t RECORD = 5;
 
 struct Saved {
     double *mean, *invstd, *scale, *offset, *count;
@@ -363,6 +364,9 @@ struct Backward {
             task.mask = reinterpret_cast<uint8_t*>(mask.data());
         }
         if (has_residual && task.activation != IDENTITY && !mask) mask.wrong(PyExc_ValueError, "expected one");
+        if (item(record, 4, RECORD, "normalization") != Py_True) return;
+        if (has_residual || task.activation == RELU) saved.wrong(PyExc_ValueError, "expected neither residual nor ReLU in place");
+        if (task.activation == LEAKY_RELU) task.activation = INVERTED_LEAKY_RELU;
     }
     bool is_double() const { return x.type == FLOAT64; }
     // Whether dresidual is the gradient behind the activation, exactly: of leaky ReLU, 16 bits round the product with the slope.
@@ -482,7 +486,8 @@ Reference updates(PyObject* running, const Saved& saved, i64 C, const double* va
 Reference normalize(Arguments arguments)
 {
     PyObject *batch = arguments[2], *running = arguments[3], *affine = arguments[4], *epilogue = arguments[5];
-    const Tensor x("x", arguments[0]), y("y", arguments[1], x), residual("residual", item(epilogue, 0, 2, "epilogue"), x, true);
+    const Tensor x("x", arguments[0]), y("y", arguments[1], x), residual("residual", item(epilogue, 0, 3, "epilogue"), x, true);
+    const bool in_place = item(epilogue, 2, 3, "epilogue") == Py_True;
     const Array weight("weight", item(affine, 0, 3, "affine"), true), bias("bias", item(affine, 1, 3, "affine"), true);
     const double eps = number(item(affine, 2, 3, "affine"), "eps");
     y.check_output({&x, &residual}, &x);
@@ -493,6 +498,8 @@ Reference normalize(Arguments arguments)
     std::fill(biases, biases + C, 0.0);
     if (weight) read(weight, C, weights);
     if (bias) read(bias, C, biases);
+    if (in_place)
+        for (i64 c = 0; c < C; ++c) weights[c] = invertible(weights[c]);
     Reference array = new_vector(4 * C + 1, &values);
     const Saved saved(values, C);
     *saved.count = 0;
@@ -532,7 +539,7 @@ Reference normalize(Arguments arguments)
     task.scale = saved.scale;
     task.offset = saved.offset;
     task.streams = y.streams();
-    set_activation(task, item(epilogue, 1, 2, "epilogue"));
+    set_activation(task, item(epilogue, 1, 3, "epilogue"));
     npy_intp bytes[] = {Walk(x.shape).mask_bytes()};
     const bool has_mask = residual && task.activation != IDENTITY;
     Reference mask = has_mask ? Reference(PyArray_SimpleNew(1, bytes, NPY_UINT8)) : none();
@@ -540,7 +547,13 @@ Reference normalize(Arguments arguments)
         task.mask = static_cast<uint8_t*>(PyArray_DATA(reinterpret_cast<PyArrayObject*>(mask.get())));
     }
     run(passes_of(x.type).normalize, task);
-    Reference record(PyTuple_Pack(RECORD, array.get(), mask.get(), residual ? Py_True : Py_False, item(epilogue, 1, 2, "epilogue")));
+    if (in_place)
+        for (i64 c = 0; c < C; ++c) {
+            saved.mean[c] = biases[c];
+            saved.invstd[c] = 1 / weights[c];
+        }
+    Reference record(PyTuple_Pack(RECORD, array.get(), mask.get(), residual ? Py_True : Py_False, item(epilogue, 1, 3, "epilogue"),
+                                  in_place ? Py_True : Py_False));
     return Reference(PyTuple_Pack(2, record.get(), list.get()));
 }
 
@@ -588,7 +601,7 @@ Reference input_gradient(Arguments arguments)
     Backward backward(arguments[0], arguments[1], arguments[2]);
     const Tensor dx("dx", arguments[3], backward.x);
     const Array sums("sums", arguments[4], true);
-    dx.check_output({&backward.x, &backward.dy});
+    dx.check_output({&backward.x, &backward.dy}, &backward.dy);
     PyObject* parameters = arguments[5];
     const i64 C = backward.x.shape.C;
     const double* of_parameters = Array("parameters", item(parameters, 0, 4, "parameters")).vector(2 * C);
