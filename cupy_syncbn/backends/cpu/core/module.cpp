@@ -201,6 +201,12 @@ double number(PyObject* object, const char* name)
     return value;
 }
 
+bool flag(PyObject* object, const char* name)
+{
+    if (!PyBool_Check(object)) fail(PyExc_TypeError, std::string(name) + ": expected a bool");
+    return object == Py_True;
+}
+
 // Element i of a tuple of that many.
 PyObject* item(PyObject* tuple, Py_ssize_t i, Py_ssize_t length, const char* name)
 {
@@ -344,7 +350,7 @@ struct Backward {
 
     Backward(PyObject* dy_, PyObject* x_, PyObject* record)
         : x("x", x_), dy("dy", dy_, x), saved("saved", item(record, 0, RECORD, "normalization")),
-          mask("mask", item(record, 1, RECORD, "normalization"), true), has_residual(item(record, 2, RECORD, "normalization") == Py_True)
+          mask("mask", item(record, 1, RECORD, "normalization"), true), has_residual(flag(item(record, 2, RECORD, "normalization"), "has_residual"))
     {
         const i64 C = x.shape.C;
         const Saved values(const_cast<double*>(saved.vector(4 * C + 1)), C);
@@ -364,7 +370,7 @@ struct Backward {
             task.mask = reinterpret_cast<uint8_t*>(mask.data());
         }
         if (has_residual && task.activation != IDENTITY && !mask) mask.wrong(PyExc_ValueError, "expected one");
-        if (item(record, 4, RECORD, "normalization") != Py_True) return;
+        if (!flag(item(record, 4, RECORD, "normalization"), "in_place")) return;
         if (has_residual || task.activation == RELU) saved.wrong(PyExc_ValueError, "expected neither residual nor ReLU in place");
         if (task.activation == LEAKY_RELU) task.activation = INVERTED_LEAKY_RELU;
     }
@@ -487,7 +493,7 @@ Reference normalize(Arguments arguments)
 {
     PyObject *batch = arguments[2], *running = arguments[3], *affine = arguments[4], *epilogue = arguments[5];
     const Tensor x("x", arguments[0]), y("y", arguments[1], x), residual("residual", item(epilogue, 0, 3, "epilogue"), x, true);
-    const bool in_place = item(epilogue, 2, 3, "epilogue") == Py_True;
+    const bool in_place = flag(item(epilogue, 2, 3, "epilogue"), "in_place");
     const Array weight("weight", item(affine, 0, 3, "affine"), true), bias("bias", item(affine, 1, 3, "affine"), true);
     const double eps = number(item(affine, 2, 3, "affine"), "eps");
     y.check_output({&x, &residual}, &x);
