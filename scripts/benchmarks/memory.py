@@ -50,7 +50,7 @@ from cupy_syncbn import BatchNorm2d, Module, Parameter, Sequential
 LAYERS = 10
 SLOPE = 0.01
 KINDS = ("plain", "fused", "in place")
-TYPES = ("float32", "float16", "bfloat16", "float64")
+TYPES = ("float32", "float16", "float64")
 MAPS = ((8, 64, 112, 112), (8, 256, 56, 56), (8, 128, 28, 28), (8, 1024, 14, 14), (8, 512, 7, 7))
 """Some of ResNet-50's."""
 Peak = Callable[[], int]

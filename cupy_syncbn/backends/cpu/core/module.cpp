@@ -191,7 +191,8 @@ struct Tensor : Array {
                 wrong(PyExc_ValueError, std::string("expected memory apart from that of ") + other->name);
         }
     }
-    bool streams() const { return bytes() >= STREAMED; }
+    // Whether to write past the caches: not over an input, whose lines they hold already.
+    bool streams(const Tensor& input) const { return bytes() >= STREAMED && data() != input.data(); }
 };
 
 double number(PyObject* object, const char* name)
@@ -544,7 +545,7 @@ Reference normalize(Arguments arguments)
     task.mean = saved.mean;
     task.scale = saved.scale;
     task.offset = saved.offset;
-    task.streams = y.streams();
+    task.streams = y.streams(x);
     set_activation(task, item(epilogue, 1, 3, "epilogue"));
     npy_intp bytes[] = {Walk(x.shape).mask_bytes()};
     const bool has_mask = residual && task.activation != IDENTITY;
@@ -576,7 +577,7 @@ Reference reduce_gradients(Arguments arguments)
     std::fill(vector, vector + 2 * C, 0.0);
     Task& task = backward.task;
     task.out = dresidual.data();
-    task.streams = dresidual && dresidual.streams();
+    task.streams = dresidual && dresidual.streams(backward.x);
     task.sum = vector;
     task.product = vector + C;
     run(passes_of(backward.x.type).reduce_gradients, task);
@@ -638,7 +639,7 @@ Reference input_gradient(Arguments arguments)
     Reference of_weight = parameter_gradient(item(parameters, 2, 4, "parameters"), C, dweight);
     Reference of_bias = parameter_gradient(item(parameters, 3, 4, "parameters"), C, dbias);
     task.out = dx.data();
-    task.streams = dx.streams();
+    task.streams = dx.streams(backward.dy);
     if (backward.is_kept()) task.activation = IDENTITY;
     run(passes_of(backward.x.type).input_gradient, task);
     return Reference(PyTuple_Pack(2, of_weight.get(), of_bias.get()));
