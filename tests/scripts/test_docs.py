@@ -75,6 +75,7 @@ def test_figures_of_memory(column, where):
         words = (
             f"need {in_tensors['fused']:.0f} times",
             f"{in_tensors['in place']:.0f} times, {ratio:.2f} of that",
+            f"the layer takes {record['time']['float32']:.2f} of the time",
         )
         assert all(each in " ".join(section.split()) for each in words)
 
