@@ -246,10 +246,53 @@ def check_out(backend: Backend, out: Array, x: Array, residual: Array | None, tr
     check_writeable("out", out)
     if backend.overlaps(out, x) and (training or out is not x):
         raise ValueError(
-            "expected out to share no memory with the input (without training it may be the input)"
+            "expected out to share no memory with the input (without training it may be the input): call it "
+            "without out, or with inplace=True"
         )
     if residual is not None and backend.overlaps(out, residual):
         raise ValueError("expected out to share no memory with residual")
+
+
+def check_gradient_out(backend: Backend, out: Array, dy: Array, x: Array) -> None:
+    """Check that `out` of a backward can be written to while the other arrays are read."""
+    check_writeable("out", out)
+    if out is not dy and backend.overlaps(out, dy):
+        raise ValueError("expected out to be dy, or to share no memory with it")
+    if backend.overlaps(out, x):
+        raise ValueError("expected out to share no memory with what the forward has kept, its x or y")
+
+
+def check_no_overlap(name: str, array: Array) -> None:
+    """Check that each value of an array that is written to has memory of its own."""
+    span = array.itemsize if array.size else 0
+    for step, length in sorted((abs(s), n) for s, n in zip(array.strides, array.shape, strict=True) if n > 1):
+        if step < span:
+            raise ValueError(
+                f"expected {name} without values that share memory (got strides of {array.strides} bytes at "
+                f"a size of {array.shape}): use {name}.copy()"
+            )
+        span += step * (length - 1)
+
+
+def check_inplace(activation: Activation, has_residual: bool, out: object, x: object) -> None:
+    """Check that a normalization in place can be: its backward has to find x from y."""
+    if activation_slope(activation) == 0:
+        raise ValueError(
+            "expected activation None or 'leaky_relu' with inplace=True (got 'relu', which has no inverse): "
+            "use ('leaky_relu', slope)"
+        )
+    if has_residual:
+        raise ValueError(
+            "expected no residual with inplace=True (y alone does not tell x): add it to a copy of y, or use "
+            "inplace=False"
+        )
+    if out is not None and out is not x:
+        raise ValueError("expected no out with inplace=True, which writes y over x: call it without out")
+    if x is not None and not (is_array(x) or is_torch(x)):
+        raise TypeError(
+            f"expected x of NumPy, CuPy or torch with inplace=True (got {type_name(x)}, which may not be "
+            "written to): give a copy, such as numpy.array(x) or cupy.array(x)"
+        )
 
 
 def activation_slope(activation: Activation) -> float | None:

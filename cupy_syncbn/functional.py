@@ -30,16 +30,16 @@ class Saved:
     """The record of a forward, for its backward. `x` is kept as it is, not copied."""
 
     plan: Plan
-    x: Array
-    """(outer, C, inner), see `Layout`."""
+    x: Array | None
+    """(outer, C, inner), see `Layout`; of a forward in place y; None if y was written over it otherwise."""
     normalization: Any
     """The backend's record of its step at each element."""
     group: ProcessGroup | MPI.Intracomm | None
     peers: ProcessGroup
     """The ranks whose batches were one: in evaluation this one alone."""
     call: Call
-    input_kept: bool
-    """False if the output was written over `x`."""
+    sample: bytes | None
+    """Some of y, of a forward in place on a CPU: to notice if it is changed before the backward."""
     batch: BatchSums | None
     """The sums over all ranks; None with running statistics."""
     backward: Description
@@ -81,6 +81,7 @@ def sync_batch_norm(
     activation: Activation = None,
     residual: Array | None = None,
     out: Array | None = None,
+    inplace: bool = False,
     call: Call | None = None,
 ) -> tuple[Array, Saved]:
     """Normalize a batch by the mean and variance of each channel over all ranks.
@@ -120,6 +121,11 @@ def sync_batch_norm(
     out : array like `x`, optional
         The array to write y to, of NumPy or on the GPU. It must not overlap `x`, which the backward needs,
         or `residual`; but without training it may be `x`, if no backward follows.
+    inplace : bool
+        Write y over `x`, and find x from y in the backward: half the memory (Rota Bulò, Porzi and
+        Kontschieder 2018). Leave y unchanged until the backward; on a CPU it raises RuntimeError where it
+        notices a change. `activation` is None or leaky ReLU, there is no `residual`, and `x` is an array
+        that may be written to. See the notes.
     call : Call, optional
         The name of this call in errors, by which ranks compare their calls; layers give theirs.
 
@@ -147,6 +153,11 @@ def sync_batch_norm(
     **Collective** when training: every rank of the group must call it. One allreduce of 32C + 48 bytes; for
     float64 data a second, of 8C + 40.
 
+    **In place** a weight below 1e-5 in magnitude counts as 1e-5 with its sign, in y too, as y would tell
+    nothing of x otherwise; its gradient is that at this value. The rounding of y is multiplied on the way
+    back: the errors of the gradients are those of the ordinary forward times about
+    ``1 + |bias / weight|``, and in 16-bit types x has the precision of y.
+
     Examples
     --------
     >>> x = np.array([[1.0, 10.0], [3.0, 30.0]])
@@ -167,7 +178,7 @@ def sync_batch_norm(
     with Collective(describe=describe) as step:
         step.enter(*describe())
         arguments = Arguments(weight, bias, running_mean, running_var, num_batches_tracked, residual, out)
-        settings = Settings(training, momentum, eps, channels_last, activation)
+        settings = Settings(training, momentum, eps, channels_last, activation, inplace=inplace)
         result = forward(x, arguments, settings, process_group, step)
         commit(map(DO, result.writes))
     return result.y, result.saved
@@ -196,7 +207,8 @@ def forward(
 ) -> Forward:
     """See `sync_batch_norm`; the shapes are those of one rank's tensors and of the vectors."""
     call, peers = step.call, step.group
-    plan, x, y, residual, running, result, is_copy, input_kept = prepare(
+    given = x if settings.inplace else arguments.out
+    plan, x, y, residual, running, result, is_copy, kept = prepare(
         x, arguments, settings, call.channels, peers.size == 1
     )  # (N, C, *spatial) -> (outer, C, inner)
     backend, batch = plan.backend, None
@@ -215,17 +227,27 @@ def forward(
     length = 2 * call.channels + trailer.LENGTH
     backward_call = Call(call.name, call.channels, "backward", call.number, call.model)
     description = backward_call, peers, length, (x,)
-    saved = Saved(plan, x, None, group, peers, call, input_kept, batch, description)
+    saved = Saved(plan, kept, None, group, peers, call, None, batch, description)
     saved.normalization, writes = backend.normalize(
-        x, y, batch, running, affine, Epilogue(residual, plan.slope)
+        x, y, batch, running, affine, Epilogue(residual, plan.slope, plan.inplace)
     )
+    if plan.inplace and plan.on_host:
+        saved.sample = _sample(y)
     if is_copy:
         result[...] = plan.layout.as_batch(y)
     # An array of a subclass stays one.
-    return Forward(arguments.out if isinstance(arguments.out, np.ndarray) else result, saved, writes)
+    return Forward(given if isinstance(given, np.ndarray) else result, saved, writes)
 
 
-def sync_batch_norm_backward(dy: Array, saved: Saved, *, grad_reduction: str = "none") -> Gradients:
+def _sample(y: Array) -> bytes:
+    """Return some 64 values, spread over an array."""
+    sample: bytes = y.flat[:: y.size // 64 | 1].tobytes()
+    return sample
+
+
+def sync_batch_norm_backward(
+    dy: Array, saved: Saved, *, grad_reduction: str = "none", out: Array | None = None
+) -> Gradients:
     """Compute the gradients of `sync_batch_norm`.
 
     With g the gradient of the activation's input, and ``sum_dy = Σ g``, ``sum_dy_xmu = Σ g (x - mean)`` over
@@ -241,6 +263,8 @@ def sync_batch_norm_backward(dy: Array, saved: Saved, *, grad_reduction: str = "
     grad_reduction : {"none", "sum", "mean"}
         Whether the gradients of weight and bias are this rank's (as in torch, for a data-parallel wrapper
         to average), or summed or averaged over the ranks. That takes no further message when training.
+    out : array like `x`, optional
+        The array to write dx to. It may be `dy`; it must not overlap what the forward has kept.
 
     Returns
     -------
@@ -252,7 +276,7 @@ def sync_batch_norm_backward(dy: Array, saved: Saved, *, grad_reduction: str = "
     TypeError, ValueError
         If `dy` does not match y.
     RuntimeError
-        If y was written over x.
+        If y was written over x by ``out=``, or was changed after a forward in place.
     RemoteRankError, RankMismatchError, CollectiveTimeoutError
         As of `sync_batch_norm`.
 
@@ -262,7 +286,7 @@ def sync_batch_norm_backward(dy: Array, saved: Saved, *, grad_reduction: str = "
     """
     with Collective(describe=lambda: describe_backward(saved, grad_reduction)) as step:
         step.enter(*describe_backward(saved, grad_reduction))
-        return backward(dy, saved, grad_reduction, step)
+        return backward(dy, saved, grad_reduction, step, out)
 
 
 def describe_backward(saved: Saved, grad_reduction: str) -> Description:
@@ -274,14 +298,15 @@ def describe_backward(saved: Saved, grad_reduction: str) -> Description:
 
 
 @np.errstate(all="ignore")
-def backward(dy: Any, saved: Saved, grad_reduction: str, step: Collective) -> Gradients:
+def backward(
+    dy: Any, saved: Saved, grad_reduction: str, step: Collective, out: Array | None = None
+) -> Gradients:
     """See `sync_batch_norm_backward`."""
-    plan, x, normalization, peers = saved.plan, saved.x, saved.normalization, step.group
-    backend, layout = plan.backend, plan.layout
-    dy = prepare_gradient(dy, plan, grad_reduction)  # (N, C, *spatial) -> (outer, C, inner)
-    if not saved.input_kept:
-        raise RuntimeError("backward needs the input, but the forward wrote its result over it (out=)")
-    dx = backend.empty(layout.shape_3d, plan.dtype)
+    plan, normalization, peers = saved.plan, saved.normalization, step.group
+    backend, layout, x = plan.backend, plan.layout, _kept(saved)
+    dy, dx, result, is_copy = prepare_gradient(
+        dy, plan, grad_reduction, x, out
+    )  # (N, C, *spatial) -> (outer, C, inner)
     dresidual = backend.empty(layout.shape_3d, plan.dtype) if plan.has_residual else None
     global_sums, local_sums, gradient = backend.reduce_gradients(
         dy, x, normalization, dresidual, step.call.trailer(peers)
@@ -300,9 +325,24 @@ def backward(dy: Any, saved: Saved, grad_reduction: str, step: Collective) -> Gr
         parameters = ParameterSums(local_sums, 1.0, _summed(plan.weight_type), _summed(plan.bias_type))
         weight, bias = backend.input_gradient(gradient, x, normalization, dx, sums, parameters)
         weight, bias = _sum_parameters(global_sums, weight, bias, scale, plan, step)
-    return Gradients(
-        layout.as_batch(dx), weight, bias, None if dresidual is None else layout.as_batch(dresidual)
-    )
+    if is_copy:
+        result[...] = layout.as_batch(dx)
+    return Gradients(result, weight, bias, None if dresidual is None else layout.as_batch(dresidual))
+
+
+def _kept(saved: Saved) -> Array:
+    """Return what the backward takes for x, or raise RuntimeError if it is not there any more."""
+    if saved.x is None:
+        raise RuntimeError(
+            "backward needs the input, but the forward wrote its result over it (out=): call it without "
+            "out, or with inplace=True"
+        )
+    if saved.sample is not None and _sample(saved.x) != saved.sample:
+        raise RuntimeError(
+            "backward finds x from y, as the forward was in place, but y was changed since: change a copy of "
+            "y, or use inplace=False"
+        )
+    return saved.x
 
 
 def _summed(dtype: np.dtype[Any] | None) -> np.dtype[Any] | None:

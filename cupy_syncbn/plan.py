@@ -20,9 +20,12 @@ from cupy_syncbn.checks import (
     Model,
     activation_slope,
     check_grad_reduction,
+    check_gradient_out,
+    check_inplace,
     check_input,
     check_layer,
     check_like,
+    check_no_overlap,
     check_out,
     check_parameter,
     check_running,
@@ -52,7 +55,7 @@ _LAYER_ARRAYS = ("weight.data", "bias.data", "running_mean", "running_var")
 
 
 class Settings(NamedTuple):
-    """The settings of a forward; the last four are a layer's own."""
+    """The settings of a forward; those from `frozen` to `bias_trains` are a layer's own."""
 
     training: bool = True
     momentum: float | None = 0.1
@@ -67,14 +70,15 @@ class Settings(NamedTuple):
     weight_trains: bool = True
     """Whether the backward computes the gradient of the weight, if there is one; so `bias_trains`."""
     bias_trains: bool = True
+    inplace: bool = False
 
 
 class Plan:
     """All that follows from a kind of input."""
 
     __slots__ = (
-        "backend", "bias_type", "device", "dtype", "gradients", "has_residual", "has_squares", "layout",
-        "on_host", "slope", "training", "uses_batch", "weight_type",
+        "backend", "bias_type", "device", "dtype", "gradients", "has_residual", "has_squares", "inplace",
+        "layout", "on_host", "slope", "training", "uses_batch", "weight_type",
     )  # fmt: skip
 
     def __init__(
@@ -93,6 +97,7 @@ class Plan:
         self.has_squares = self.uses_batch and self.dtype.itemsize == 8
         """Whether there is a second sum: float64 data show the error of a single one."""
         self.slope = activation_slope(settings.activation)
+        self.inplace = settings.inplace
         self.has_residual = arguments.residual is not None
         self.weight_type = None if weight is None or not settings.weight_trains else weight.dtype
         """None if there is no gradient to compute; so `bias_type`."""
@@ -130,8 +135,8 @@ class Prepared(NamedTuple):
     """y in the shape of the batch."""
     is_copy: bool
     """Whether y is to be copied to the result, whose strides allow no such view."""
-    input_kept: bool
-    """Whether the result is not written over x."""
+    kept: Array | None
+    """What the backward takes: x, or y of a forward in place; None if y was written over x otherwise."""
 
 
 def prepare(x: Any, arguments: Arguments, settings: Settings, channels: int, alone: bool) -> Prepared:
@@ -140,6 +145,10 @@ def prepare(x: Any, arguments: Arguments, settings: Settings, channels: int, alo
     `channels` is the number that the other ranks expect, `alone` tells that there are none.
     """
     layer_array = arguments.running_mean if arguments.weight is None else arguments.weight
+    if settings.inplace:
+        check_inplace(settings.activation, arguments.residual is not None, arguments.out, x)
+        x = as_array(x, "x")
+        arguments = arguments._replace(out=x)
     x, arguments = _converted(x, arguments, settings.frozen)
     kind, plan = _look_up(x, arguments, settings, channels, alone)
     if plan is None:
@@ -160,11 +169,14 @@ def prepare(x: Any, arguments: Arguments, settings: Settings, channels: int, alo
     added = None if residual is None else plan.as_tensor(residual)
     if out is None:
         y = plan.backend.empty(plan.layout.shape_3d, plan.dtype)
-        return Prepared(plan, plan.as_tensor(x), y, added, running, plan.layout.as_batch(y), False, True)
-    check_out(plan.backend, out, x, residual, settings.training)
-    y = plan.as_tensor(out)
-    is_copy, input_kept = not plan.backend.overlaps(y, out), not plan.backend.overlaps(out, x)
-    return Prepared(plan, plan.as_tensor(x), y, added, running, out, is_copy, input_kept)
+        tensor = plan.as_tensor(x)
+        return Prepared(plan, tensor, y, added, running, plan.layout.as_batch(y), False, tensor)
+    check_out(plan.backend, out, x, residual, settings.training and not settings.inplace)
+    tensor = plan.as_tensor(x)
+    y = tensor if settings.inplace else plan.as_tensor(out)
+    is_copy = not plan.backend.overlaps(y, out)
+    kept = tensor if settings.inplace or not plan.backend.overlaps(out, x) else None
+    return Prepared(plan, tensor, y, added, running, out, is_copy, kept)
 
 
 def _converted(x: Any, arguments: Arguments, frozen: bool) -> tuple[Array, Arguments]:
@@ -228,13 +240,29 @@ def _checked(x: Any, arguments: Arguments, settings: Settings, channels: int, al
     for name, array in (("residual", residual), ("out", out)):
         if array is not None:
             check_like(name, array, plan.model_of("input", x.shape))
+    if out is not None:
+        check_no_overlap("x" if settings.inplace else "out", out)
     if plan.uses_batch and alone and layout.shape_3d[0] * layout.shape_3d[2] == 1:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
     return plan
 
 
-def prepare_gradient(dy: Any, plan: Plan, grad_reduction: str) -> Array:
-    """Check the arguments of a backward; return dy as a tensor."""
+class PreparedGradient(NamedTuple):
+    """A backward whose arguments are right. The tensors are (outer, C, inner)."""
+
+    dy: Array
+    dx: Array
+    result: Array
+    """dx in the shape of the batch."""
+    is_copy: bool
+    """Whether dx is to be copied to the result."""
+
+
+def prepare_gradient(
+    dy: Any, plan: Plan, grad_reduction: str, kept: Array, out: Array | None
+) -> PreparedGradient:
+    """Check the arguments of a backward, and make room for its result."""
+    out_is_dy = out is dy
     if type(dy) is not np.ndarray:
         dy = as_array(dy, "dy")
     try:
@@ -253,4 +281,13 @@ def prepare_gradient(dy: Any, plan: Plan, grad_reduction: str) -> Array:
         if len(plan.gradients) >= MOST_GRADIENTS:
             plan.gradients.clear()
         plan.gradients.add((kind, grad_reduction))
-    return plan.as_tensor(dy)
+    tensor = plan.as_tensor(dy)
+    if out is None:
+        dx = plan.backend.empty(plan.layout.shape_3d, plan.dtype)
+        return PreparedGradient(tensor, dx, plan.layout.as_batch(dx), False)
+    out = dy if out_is_dy else as_array(out, host=False)
+    check_like("out", out, plan.model_of("input", plan.layout.shape))
+    check_no_overlap("out", out)
+    check_gradient_out(plan.backend, out, dy, kept)
+    dx = tensor if out_is_dy else plan.as_tensor(out)
+    return PreparedGradient(tensor, dx, out, not plan.backend.overlaps(dx, out))

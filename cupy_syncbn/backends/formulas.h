@@ -105,7 +105,8 @@ template <typename V> FORMULA V affine(V x, V shift, V scale, V offset)
 
 // --- Activations --------------------------------------------------------------------------------------------------------
 
-enum Activation { IDENTITY, RELU, LEAKY_RELU };
+// The last is LEAKY_RELU where a backward has its output in place of its input.
+enum Activation { IDENTITY, RELU, LEAKY_RELU, INVERTED_LEAKY_RELU };
 
 // Whether the activation's slope below zero is that at `value`: as in torch, at NaN unless it is zero.
 template <Activation ACTIVATION, typename V> FORMULA auto is_blocked(V value)
@@ -126,6 +127,25 @@ template <Activation ACTIVATION, typename V, typename Mask> FORMULA V let_throug
         const V low = slope * value;
         return blocked ? low : value;
     }
+}
+
+// --- Normalization in place (Rota Bulò, Porzi and Kontschieder 2018) ------------------------------------------------------
+//
+// The backward has y alone, and z = (x - mean) invstd weight + bias from it. With z for x, bias for the mean and 1 / weight
+// for invstd its formulas are the same.
+
+// Return the weight that is used: with one closer to zero, y would tell nothing of x.
+FORMULA double invertible(double weight)
+{
+    const double least = 1e-5;
+    return fabs(weight) < least ? copysign(least, weight) : weight;
+}
+
+// Return the input of a leaky ReLU from its output.
+template <typename V> FORMULA V before_leaky_relu(V y, V inverse_slope)
+{
+    const V low = y * inverse_slope;
+    return y > 0 ? y : low;
 }
 
 // --- Gradients (Ioffe and Szegedy 2015, with the sums taken out) ----------------------------------------------------------

@@ -7,6 +7,9 @@ from typing import Any, NamedTuple, Protocol
 
 from cupy_syncbn.arrays import Array
 
+LEAST_WEIGHT = 1e-5
+"""In a normalization in place; as in formulas.h."""
+
 
 class Running(NamedTuple):
     """The running statistics: training updates them in place, evaluation takes them as given."""
@@ -36,11 +39,13 @@ class Affine(NamedTuple):
 
 
 class Epilogue(NamedTuple):
-    """The rest of the same pass: ``activation(y + residual)``."""
+    """The rest of the same pass: ``activation(y + residual)``, and what becomes of x."""
 
     residual: Array | None = None
     slope: float | None = None
     """Of the activation below zero: 0 for ReLU, None for no activation."""
+    in_place: bool = False
+    """Whether the backward gets y in place of x: then |weight| is at least `LEAST_WEIGHT`."""
 
 
 class Reduced(NamedTuple):
@@ -110,7 +115,10 @@ class Backend(Protocol):
     def reduce_gradients(
         self, dy: Array, x: Array, normalization: Any, dresidual: Array | None, trailer: tuple[float, ...]
     ) -> Reduced:
-        """Reduce `dy` and `x` to the vector of the backward, and write dresidual."""
+        """Reduce `dy` and `x` to the vector of the backward, and write dresidual.
+
+        Behind a normalization in place `x` is y, here and in `input_gradient`.
+        """
 
     def input_gradient(
         self,
@@ -121,7 +129,7 @@ class Backend(Protocol):
         sums: Array | None,
         parameters: ParameterSums,
     ) -> tuple[Array | None, Array | None]:
-        """Write dx by the vector `sums`, None where the statistics were constants.
+        """Write dx, which may be `gradient`, by the vector `sums`, None where the statistics were constants.
 
         Returns the gradients of weight and bias in the types asked for, None for None.
         """

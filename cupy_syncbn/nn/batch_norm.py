@@ -16,6 +16,7 @@ from cupy_syncbn.checks import (
     Activation,
     activation_slope,
     check_grad_reduction,
+    check_inplace,
     check_settings,
     data_type,
     number_of_channels,
@@ -37,8 +38,8 @@ if TYPE_CHECKING:
 
 _ATTRIBUTES = (
     "_calls_made", "_group", "_introduced", "_model", "activation", "affine", "bias", "channels_last",
-    "dtype", "eps", "grad_reduction", "momentum", "name", "num_features", "track_running_stats", "weight",
-    "_frozen", "_no_backward", "_observe", "_waiting",
+    "dtype", "eps", "grad_reduction", "inplace", "momentum", "name", "num_features", "track_running_stats",
+    "weight", "_frozen", "_no_backward", "_observe", "_waiting",
 )  # fmt: skip
 """Attributes of each layer. A forward leaves its record there alone; a subclass may add others."""
 
@@ -68,6 +69,7 @@ class BatchNormBase(Module):
     activation: Activation = None
     grad_reduction: str = "none"
     name: str | None = None
+    inplace: bool = False
     _group: ProcessGroup | None = None
     _calls_made: int = 0
     _introduced: bool = False
@@ -98,11 +100,15 @@ class BatchNormBase(Module):
         grad_reduction: str = "none",
         name: str | None = None,
         bias: bool = True,
+        inplace: bool = False,
     ) -> None:
         self.num_features = number_of_channels(num_features)
         check_settings(eps, momentum)
         check_grad_reduction(grad_reduction)
         activation_slope(activation)
+        if inplace:
+            check_inplace(activation, False, None, None)
+        self.inplace = inplace
         self.eps, self.momentum = eps, momentum
         self.affine, self.track_running_stats = affine, track_running_stats
         self.channels_last, self.activation = channels_last, activation
@@ -150,6 +156,7 @@ class BatchNormBase(Module):
                 self.dtype,
                 weight is None or weight.requires_grad,
                 bias is None or bias.requires_grad,
+                self.inplace,
             )
             y, saved, writes = functional.forward(x, arguments, settings, self._group, step)
             waiting = self._waiting if self._no_backward else self._waiting.after(saved)
@@ -171,6 +178,7 @@ class BatchNormBase(Module):
             f"with {self.dtype} parameters, eps={self.eps}, momentum={self.momentum}, "
             f"affine={self.affine}, tracking={self.track_running_stats}, activation={self.activation}, "
             f"grad_reduction={self.grad_reduction}, channels_last={self.channels_last}"
+            f"{', inplace' if self.inplace else ''}"
         )
         for attribute, parameter in ("weight", self.weight), ("bias", self.bias):
             if self.affine and parameter is None:
@@ -191,14 +199,15 @@ class BatchNormBase(Module):
         peers = as_group(self._group) if self.training else SINGLE
         return functional.describe_forward(self._call("forward"), peers, (*arrays, self.running_mean))
 
-    def backward(self, dy: Array) -> Array | tuple[Array, Array]:
+    def backward(self, dy: Array, out: Array | None = None) -> Array | tuple[Array, Array]:
         """Compute the gradient of the input of the forward that waits; see `sync_batch_norm_backward`.
 
         It adds the gradients of weight and bias to their ``grad``, and returns dx, or (dx, dresidual) if the
         forward was given a residual. It raises RuntimeError if no forward waits, or if another forward has
         come between: see `take_record`, `no_backward` and `forget`. If one forward in training mode and one
         in evaluation mode wait, a layer in training mode takes the former. After an error about `dy` or
-        ``grad`` the backward can be called again.
+        ``grad`` the backward can be called again. `out` is where to write dx: an array like the input, or
+        `dy` itself.
 
         **Collective** over the ranks of a SyncBatchNorm, if its forward was, or if `grad_reduction` is not
         "none".
@@ -215,7 +224,7 @@ class BatchNormBase(Module):
             for name, parameter in zip(("weight", "bias"), parameters, strict=True):
                 if parameter is not None and parameter.grad is not None:
                     check_gradient(name, parameter)
-            gradients = functional.backward(dy, saved, self.grad_reduction, step)
+            gradients = functional.backward(dy, saved, self.grad_reduction, step, out)
             writes = []
             for parameter, gradient in zip(parameters, (gradients.weight, gradients.bias), strict=True):
                 if parameter is not None and gradient is not None and parameter.requires_grad:
@@ -336,8 +345,15 @@ class BatchNormBase(Module):
             "activation": self.activation,
             "grad_reduction": self.grad_reduction,
             "name": self.name,
+            "inplace": self.inplace,
         }
-        usual = {"bias": True, "dtype": "float32", "channels_last": False, "grad_reduction": "none"}
+        usual = {
+            "bias": True,
+            "dtype": "float32",
+            "channels_last": False,
+            "grad_reduction": "none",
+            "inplace": False,
+        }
         return (
             f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, affine={self.affine}, "
             f"track_running_stats={self.track_running_stats}"
@@ -418,6 +434,9 @@ class SyncBatchNorm(BatchNormBase):
         none. By the names and the numbers of calls ranks notice that they call different layers of one size.
     bias : bool
         Whether there is a bias, if `affine`. Either parameter can be None, from the start or assigned.
+    inplace : bool
+        Write y over the input, which the backward finds from y: half the memory. See `sync_batch_norm` for
+        what that takes. No conversion sets it, as whoever holds the input would find y there.
 
     Attributes
     ----------
@@ -510,6 +529,7 @@ class LayerSettings(TypedDict, total=False):
     grad_reduction: str
     name: str | None
     bias: bool
+    inplace: bool
 
 
 class _LocalBatchNorm(BatchNormBase):

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import cuda_emulator
+from cupy_syncbn.backends.cpu import loading
 from support.launcher import REPOSITORY, clean_environment, launch
 
 pytestmark = pytest.mark.mpi_skip
@@ -113,6 +114,19 @@ def test_exchange(tmp_path):
     for times in record["model"]["us"].values():
         for modelled in times.values():
             assert 0 < modelled["2"] < modelled["16384"]
+
+
+@pytest.mark.parametrize("where", ["CPU", "emulated GPU"])
+def test_memory(tmp_path, where):
+    if where == "emulated GPU" and (reason := cuda_emulator.available()):
+        pytest.skip(reason)
+    output, record = run("memory.py", tmp_path, "--emulate" if where == "emulated GPU" else "--time")
+    assert headings(output, "normalization") == [["normalization", "peak, MiB", "in tensors", "of fused"]]
+    peaks = record["peak_bytes"]
+    most = 0.75 if where == "CPU" and loading.choice().core is None else 0.6  # NumPy works on whole arrays
+    assert 10 * record["tensor_bytes"] < peaks["in place"] <= most * peaks["fused"]
+    assert peaks["fused"] < 0.8 * peaks["plain"]
+    assert ("time" in record) == (where == "CPU")
 
 
 def test_accuracy(tmp_path):

@@ -59,6 +59,27 @@ def test_figures_of_speed():
             assert not cell or cell == f"{record['summary'][f'{kind}, {variant}']['ours/torch']:.2f}"
 
 
+@pytest.mark.parametrize(("column", "where"), [(0, "cpu"), (1, "emulated-gpu")])
+def test_figures_of_memory(column, where):
+    shown, record = figures("guide.md", f"memory-{where}")
+    in_tensors = {kind: peak / record["tensor_bytes"] for kind, peak in record["peak_bytes"].items()}
+    rows = dict(
+        zip(in_tensors, [row for row in shown if "normal" not in row and "---" not in row], strict=True)
+    )
+    for kind, row in rows.items():
+        assert shown[row][column] == f"{in_tensors[kind]:.1f}"
+    assert in_tensors["in place"] <= 0.6 * in_tensors["fused"]
+    if where == "cpu":
+        (section,) = re.findall(r"(?ms)^## Accuracy, .*?^## ", (REPOSITORY / "README.md").read_text())
+        ratio = in_tensors["in place"] / in_tensors["fused"]
+        words = (
+            f"need {in_tensors['fused']:.0f} times",
+            f"{in_tensors['in place']:.0f} times, {ratio:.2f} of that",
+            f"the layer takes {record['time']['float32']:.2f} of the time",
+        )
+        assert all(each in " ".join(section.split()) for each in words)
+
+
 @pytest.mark.parametrize("library", ["open-mpi", "mpich"])
 def test_figures_of_scaling(library):
     shown, record = figures("scaling.md", f"exchange-{library}")
@@ -74,7 +95,9 @@ def test_figures_of_scaling(library):
 
 
 def test_figures_of_the_readme_are_those_of_the_pages():
-    (section,) = re.findall(r"(?ms)^## Accuracy and speed$(.*?)^## ", (REPOSITORY / "README.md").read_text())
+    (section,) = re.findall(
+        r"(?ms)^## Accuracy, speed, memory$(.*?)^## ", (REPOSITORY / "README.md").read_text()
+    )
     pages = {name: (DOCS / f"{name}.md").read_text() for name in ("numerics", "speed", "scaling")}
     for page, cells in ("numerics", ("2e-7", "3e5", "1e-5")), ("speed", ("0.34", "0.73")):
         assert all(cell in section and f"| {cell} |" in pages[page] for cell in cells)

@@ -1,9 +1,12 @@
 """Comparisons: of arrays within a tolerance or by bits, of a layer with what it was before."""
 
+import ml_dtypes
 import numpy as np
 
 # Relative to the largest magnitude of the array.
 TOLERANCE = {np.dtype("float32"): 1e-6, np.dtype("float64"): 1e-12}
+IN_PLACE_TOLERANCE = TOLERANCE | {np.dtype("float16"): 2.0**-9, np.dtype(ml_dtypes.bfloat16): 2.0**-6}
+"""Of the gradients of a normalization in place, where 16-bit x has the precision of y: four units of it."""
 TORCH_TOLERANCE = {np.dtype("float32"): 3e-6, np.dtype("float64"): 1e-11}
 
 

@@ -95,6 +95,8 @@ class Case(NamedTuple):
     place: str = PLACES[0]
     shift: int = 0
     seed: int = 0
+    inplace: bool = False
+    """Whether the backward gets y, and writes dx over dy."""
 
 
 def draw_case(seed, dtype=None, most=300_000):
@@ -113,7 +115,7 @@ def draw_case(seed, dtype=None, most=300_000):
         N, C = (max(1, N // 2), C) if rng.random() < 0.5 else (N, max(1, C // 2))
         S = S if N * C > 1 else most
     offset = float(rng.choice([0, 0, 1, -3, 100, 1e4]))
-    return Case(
+    case = Case(
         dtype=str(dtype),
         shape=(N, C, S),
         slope=[None, 0.0, 0.01, 0.3, -0.5][rng.integers(5)],
@@ -128,6 +130,8 @@ def draw_case(seed, dtype=None, most=300_000):
         shift=int(rng.integers(64)),
         seed=seed,
     )  # fmt: skip
+    can_be = not case.residual and case.slope in (None, 0.01, 0.3)
+    return case._replace(inplace=bool(can_be and rng.random() < 0.5))
 
 
 SPECIAL = (np.nan, np.inf, -np.inf, 0.0, -0.0, 1e-45, 6e-8, 65504.0, 65520.0, 3.4e38)
@@ -163,6 +167,8 @@ def inputs_of(case):
     weight, bias, mean, var = (
         a.astype(of_channels) for a in (*(rng.standard_normal(C) for _ in range(3)), rng.uniform(0.5, 2, C))
     )
+    if case.inplace:
+        weight[::7] *= 1e-6  # closer to zero than is used
     if case.parameters is None:
         weight = bias = None
     return Inputs(x, dy, residual, weight, bias, mean, var)
@@ -192,7 +198,7 @@ def compute(operations, case, inputs, given=None):
         batch = BatchSums(of_ranks, squares)
     tracked = np.array(case.seed % 9)
     running = Running(mean, var, tracked, case.momentum)
-    affine, epilogue = Affine(weight, bias, 1e-5), Epilogue(residual, case.slope)
+    affine, epilogue = Affine(weight, bias, 1e-5), Epilogue(residual, case.slope, case.inplace)
 
     y = memory.empty(x.shape, x.dtype)
     normalization, writes = operations.normalize(x, y, batch, running, affine, epilogue)
@@ -204,17 +210,18 @@ def compute(operations, case, inputs, given=None):
     results |= {"running_mean": mean, "running_var": var, "num_batches_tracked": tracked}
 
     dresidual = memory.empty(x.shape, x.dtype) if case.residual else None
-    sums, own, gradient = operations.reduce_gradients(dy, x, normalization, dresidual, TRAILER)
+    kept, given_dy = (same, memory.put(dy)) if case.inplace else (x, dy)
+    sums, own, gradient = operations.reduce_gradients(given_dy, kept, normalization, dresidual, TRAILER)
     assert own.tobytes() == sums[: own.size].tobytes()
     results["sums"] = sums
     if dresidual is not None:
         results["dresidual"] = dresidual
     of_ranks = (given or results)["sums"].copy()
     types = (None, None) if weight is None else (weight.dtype, bias.dtype)
-    dx = memory.empty(x.shape, x.dtype)
+    dx = given_dy if case.inplace else memory.empty(x.shape, x.dtype)
     dweight, dbias = operations.input_gradient(
         gradient,
-        x,
+        kept,
         normalization,
         dx,
         of_ranks if case.training else None,
@@ -282,6 +289,10 @@ def check_sums(actual, expected, case, inputs):
         assert_within(actual["squares"][:C], expected["squares"][:C], variance, "squares", case)
     x, dy = inputs.x.astype("f8"), np.abs(inputs.dy.astype("f8"))
     center = inputs.mean.astype("f8") if not case.training else mean2
+    if case.inplace:  # of what the activation had
+        x = expected["y"].astype("f8")
+        x = x if case.slope is None else np.where(x > 0, x, x / case.slope)
+        center = np.zeros(C) if inputs.bias is None else inputs.bias.astype("f8")
     of_dy = dy.sum(axis=(0, 2))
     of_products = (dy * np.abs(x - center[:, None])).sum(axis=(0, 2)) + 1e-7 * np.abs(center) * of_dy
     step = 1e-12 if is_double else 1e-6

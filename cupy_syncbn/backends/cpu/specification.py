@@ -18,7 +18,15 @@ import numpy as np
 
 from cupy_syncbn.arrays import Array
 from cupy_syncbn.backends.cpu.memory import output
-from cupy_syncbn.backends.interface import Affine, BatchSums, Epilogue, ParameterSums, Reduced, Running
+from cupy_syncbn.backends.interface import (
+    LEAST_WEIGHT,
+    Affine,
+    BatchSums,
+    Epilogue,
+    ParameterSums,
+    Reduced,
+    Running,
+)
 from cupy_syncbn.backends.vector import moments, round_to_12_bits
 
 empty = output
@@ -100,7 +108,11 @@ def centered_squares(local_sums: _LocalSums, vector: Array, trailer: tuple[float
 
 @dataclass(slots=True)
 class _Normalization:
-    """The step of a forward at each element: ``activation((x - shift) * scale + offset + residual)``."""
+    """The step of a forward at each element: ``activation((x - shift) * scale + offset + residual)``.
+
+    In place, the backward has z = (x - mean) * invstd * weight + bias for x, and finds it from y (Rota Bulò,
+    Porzi and Kontschieder 2018). Mean and invstd are then those of z: bias and 1 / weight.
+    """
 
     mean: Array
     """(C,) in float64, as are `invstd` and `distance`."""
@@ -117,6 +129,7 @@ class _Normalization:
     """Values per channel over all ranks; 0 where running statistics are used."""
     blocked: Array | None = None
     """A bit for each element: whether the activation multiplies it by the slope."""
+    in_place: bool = False
 
 
 def normalize(
@@ -132,8 +145,13 @@ def normalize(
     else:
         assert running is not None  # so says `prepare`
         mean, var = running.mean.astype(np.float64), running.var.astype(np.float64)
-    normalization = _normalization(mean, var, count, affine, epilogue.slope, _accumulator(x.dtype))
-    _apply(x, y, epilogue.residual, normalization)
+    residual, slope, in_place = epilogue
+    if in_place:
+        affine = affine._replace(weight=_invertible(affine.weight))
+    normalization = _normalization(mean, var, count, affine, slope, _accumulator(x.dtype))
+    _apply(x, y, residual, normalization)
+    if in_place:
+        _invert(normalization, affine)
     if batch is None or running is None or not count:
         return normalization, []
     return normalization, _update(running, mean, var * (count / max(count - 1, 1)))
@@ -152,6 +170,33 @@ def _normalization(
     return _Normalization(
         mean, invstd, distance, shift, factor.astype(dtype), offset.astype(dtype), in_type, count
     )
+
+
+def _invertible(weight: Array | None) -> Array | None:
+    """Return the weight that is used in place: with one closer to zero, y would tell nothing of x."""
+    if weight is None:
+        return None
+    weight = weight.astype(np.float64)
+    return np.where(abs(weight) < LEAST_WEIGHT, np.copysign(LEAST_WEIGHT, weight), weight)
+
+
+def _invert(normalization: _Normalization, affine: Affine) -> None:
+    """Turn the record of a forward into that of a normalization in place."""
+    C, dtype = normalization.mean.size, normalization.shift.dtype
+    bias = np.zeros(C) if affine.bias is None else affine.bias.astype(np.float64)
+    normalization.mean, normalization.shift = bias, bias.astype(dtype)
+    normalization.distance = bias - normalization.shift
+    normalization.invstd = np.ones(C) if affine.weight is None else 1 / affine.weight
+    normalization.blocked, normalization.in_place = None, True
+
+
+def _input(x: Array, normalization: _Normalization) -> Array:
+    """Return what the backward takes for x: behind a normalization in place z, for which y is given."""
+    slope = normalization.slope
+    if not normalization.in_place or slope is None:
+        return x
+    y = x.astype(normalization.shift.dtype)
+    return np.where(y > 0, y, y * (1 / slope))
 
 
 def _update(running: Running, mean: Array, unbiased_var: Array) -> list[Callable[[], object]]:
@@ -211,11 +256,12 @@ def reduce_gradients(
 
     Both are of the gradient behind the activation, which is returned for `input_gradient` too.
     """
-    shift, blocked = normalization.shift, normalization.blocked
-    g = dy.astype(shift.dtype, copy=blocked is not None)
-    if blocked is not None:
-        bits = np.unpackbits(blocked, count=g.size).view(bool)
-        _multiply_by_slope(g, bits.reshape(g.shape), normalization.slope)
+    shift, slope = normalization.shift, normalization.slope
+    x, blocked = _input(x, normalization), normalization.blocked
+    g = dy.astype(shift.dtype, copy=slope is not None)
+    if slope is not None:
+        bits = ~(x > 0) if blocked is None else np.unpackbits(blocked, count=g.size).view(bool)
+        _multiply_by_slope(g, bits.reshape(g.shape), slope)
     if dresidual is not None:
         dresidual[...] = g
     sum_dy = _sum(g)
@@ -240,12 +286,12 @@ def input_gradient(
     C = x.shape[1]
     invstd, shift, count = normalization.invstd, normalization.shift, normalization.count
     dtype = shift.dtype
-    values = _room(dx, dtype)
+    values = np.empty(dx.shape, dtype) if np.may_share_memory(dx, gradient) else _room(dx, dtype)
     if sums is not None:
         sum_dy, sum_dy_xmu = sums[: 2 * C].reshape(2, C)
         factor = invstd * invstd * sum_dy_xmu / -count
         constant = sum_dy / -count - normalization.distance * factor
-        np.subtract(x, _column(shift), out=values)
+        np.subtract(_input(x, normalization), _column(shift), out=values)
         values *= _column(factor.astype(dtype))
         values += _column(constant.astype(dtype))
         values += gradient

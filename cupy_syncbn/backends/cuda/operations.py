@@ -164,8 +164,8 @@ def _kernel_of(kernel: Callable[..., tuple[str, str]], passes: _Passes, *rest: b
 
 
 @functools.lru_cache(maxsize=256)
-def _float_types(x_type: Any, *types: Any) -> int:
-    """Return the bits of float_types in common.cuh: which of weight, bias, mean and var are float32."""
+def _flags(x_type: Any, *types: Any) -> int:
+    """Return the bits of Flags in common.cuh that tell which of weight, bias, mean and var are float32."""
     return sum(
         1 << bit
         for bit, dtype in enumerate(types)
@@ -238,6 +238,8 @@ class _Normalization:
     residual: bool
     slope: float | None
     """Slope of the activation below zero; None for no activation."""
+    activation: str
+    """The one of the backward's kernels."""
 
 
 def _contiguous(values: Array | None) -> Any:
@@ -281,7 +283,7 @@ def normalize(
             means,
             variances,
             NULL if tracked is None else tracked,
-            _float_types(x.dtype, *types),
+            _flags(x.dtype, *types) | (kernels.IN_PLACE if epilogue.in_place else 0),
             -1.0 if momentum is None else float(momentum),
             ranks if running else 0,
             float(eps),
@@ -290,7 +292,8 @@ def normalize(
             counters,
         ),
     )
-    normalization = _Normalization(passes, saved, mask, residual is not None, slope)
+    activation = kernels.activation_of(slope, inverted=epilogue.in_place)
+    normalization = _Normalization(passes, saved, mask, residual is not None, slope, activation)
     if not batch or not running:
         return normalization, []
     pairs = (running.mean, means), (running.var, variances)
@@ -309,7 +312,7 @@ def reduce_gradients(
     global_sums = cupy.empty(2 * C + len(trailer), "float64")
     local_sums = cupy.empty(2 * C, "float64")
     partials, counters = _workspaces.current().reserve(passes.launch, C)
-    _kernel_of(kernels.reduce_gradients, passes, dresidual is not None, kernels.activation_of(slope))(
+    _kernel_of(kernels.reduce_gradients, passes, dresidual is not None, normalization.activation)(
         passes.blocks,
         _BLOCK,
         (
@@ -345,7 +348,7 @@ def input_gradient(
     vector, scale, weight_type, bias_type = parameters
     dweight = None if weight_type is None else cupy.empty(C, weight_type)
     dbias = None if bias_type is None else cupy.empty(C, bias_type)
-    _kernel_of(kernels.input_gradient, passes, normalization.residual, kernels.activation_of(slope))(
+    _kernel_of(kernels.input_gradient, passes, normalization.residual, normalization.activation)(
         passes.blocks,
         _BLOCK,
         (
@@ -361,7 +364,7 @@ def input_gradient(
             float(scale),
             NULL if dweight is None else dweight,
             NULL if dbias is None else dbias,
-            _float_types(x.dtype, weight_type, bias_type),
+            _flags(x.dtype, weight_type, bias_type),
         ),
     )
     return dweight, dbias

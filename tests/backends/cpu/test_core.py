@@ -148,6 +148,17 @@ def test_squares_beyond_float32(dtype, shape):
     check_case(native, Case(dtype, shape, 0.3, scale=1e25))
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
+@pytest.mark.parametrize("slope", [None, 0.3])
+@pytest.mark.parametrize("shape", ZERO_SHAPES, ids=str)
+def test_products_beyond_float32(dtype, slope, shape):
+    """In place: of gradients with what the activation had."""
+    case = Case(dtype, shape, slope, inplace=True)
+    inputs = inputs_of(case)
+    weight, dy = inputs.weight * np.float32(1e18), inputs.dy * np.float32(1e25)
+    check_case(native, case, weight=weight.astype(inputs.x.dtype), dy=dy.astype(inputs.x.dtype))
+
+
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("shape", [(40, 3, 49), (40, 9, 1), (9, 64, 2)], ids=str)
 def test_a_guess_of_the_pivot_that_is_far_off(dtype, shape):
@@ -283,23 +294,28 @@ def test_use_refuses_other_levels():
 # ---- The CUDA kernels, on the emulator, which contracts nothing ----
 
 
-@sweep(
-    ("dtype", "shape", "slope", "residual", "training"),
-    TYPES,
-    [(5, 3, 37), (40, 9, 1)],
-    [None, 0.0, 0.3],
-    [False, True],
-    [True, False],
-)
+EPILOGUES = [
+    *itertools.product([None, 0.0, 0.3], [False, True], [False]),
+    (None, False, True),
+    (0.3, False, True),
+]
+"""Slope, residual, and whether it is in place."""
+
+
+@sweep(("dtype", "shape", "epilogue", "training"), TYPES, [(5, 3, 37), (40, 9, 1)], EPILOGUES, [True, False])
 @np.errstate(all="ignore")
-def test_bits_of_the_cuda_kernels(cupy, dtype, shape, slope, residual, training):
+def test_bits_of_the_cuda_kernels(cupy, dtype, shape, epilogue, training):
     """Given the same sums, both engines compute the same: their formulas are common."""
     if not hasattr(cupy.RawModule, "prebuild"):
         pytest.skip("a GPU contracts products and sums")
     from cupy_syncbn.backends.cuda import operations as cuda
 
     trailer = (0.0, 7.0, 49.0, 5.0, 25.0)  # of a sound sum
-    case = Case(dtype, shape, slope, residual, training, offset=3.0, special=True, parameters="wide", seed=5)
+    slope, residual, inplace = epilogue
+    case = Case(
+        dtype, shape, slope, residual, training, offset=3.0, special=True, parameters="wide", seed=5,
+        inplace=inplace,
+    )  # fmt: skip
     inputs = inputs_of(case)
     C = shape[1]
     vector, local = native.statistics(inputs.x, trailer)
@@ -312,11 +328,13 @@ def test_bits_of_the_cuda_kernels(cupy, dtype, shape, slope, residual, training)
         y, dx = (operations.empty(shape, x.dtype) for _ in "12")
         running = Running(mean, var, tracked, 0.1)
         normalization, writes = operations.normalize(
-            x, y, batch, running, Affine(weight, bias), Epilogue(added, slope)
+            x, y, batch, running, Affine(weight, bias), Epilogue(added, slope, inplace)
         )
         for write in writes:
             write()
         dresidual = operations.empty(shape, x.dtype) if residual else None
+        if inplace:
+            x, dx = y, dy
         sums, _, gradient = operations.reduce_gradients(dy, x, normalization, dresidual, trailer)
         given = host(sums) if given is None else given
         parameters = ParameterSums(take(given), 1 / 3, weight.dtype, bias.dtype)
@@ -423,6 +441,7 @@ def wrong_masks(a):
 
 
 WRONG_TRAILERS = (None, [1.0], 1.0, ("a",), (None,), (1.0, 1j), (object(),), {1.0: 2})
+WRONG_FLAGS = (None, 0, 1, "True", (), np.True_)
 WRONG_NUMBERS = (None, "1", 1j, object(), [1.0], np.zeros(2), 10**400)
 WRONG_TYPES = (
     "f2,f2",
@@ -456,7 +475,7 @@ def calls_of(dtype):
     tracked = np.array(3)
     y, dresidual, dx = (np.full_like(x, 7) for _ in "123")
     batch, running = (vector, squares, 1), (mean, var, tracked, 0.1)
-    affine, epilogue = (weight, bias, 1e-5), (residual, 0.0)
+    affine, epilogue = (weight, bias, 1e-5), (residual, 0.0, False)
     record, _ = _core.normalize(x, np.empty_like(x), batch, running, affine, epilogue)
     sums, _, gradient = _core.reduce_gradients(dy, x, record, np.empty_like(x), TRAILER)
     parameters = (sums, 1.0, np.dtype("f4"), np.dtype("f8"))
@@ -473,6 +492,8 @@ def calls_of(dtype):
         (0,): saved,
         (1,): [None, *wrong_masks(record[1])],
         (3,): [wrong for wrong in WRONG_NUMBERS if wrong is not None],
+        (2,): WRONG_FLAGS,
+        (4,): [*WRONG_FLAGS, True],  # in place there is neither residual nor ReLU
     }
     of_trailer = {(): WRONG_TRAILERS}
     overlapping_y = np.concatenate([x.ravel(), x.ravel()])
@@ -511,6 +532,7 @@ def calls_of(dtype):
                     (): [None, [*epilogue], epilogue[:1], (*epilogue, 1)],
                     (0,): [*others(residual, False), y],
                     (1,): [wrong for wrong in WRONG_NUMBERS if wrong is not None],
+                    (2,): WRONG_FLAGS,
                 },
             },
         ),
@@ -530,7 +552,7 @@ def calls_of(dtype):
                 0: {(): tensor(gradient)},
                 1: {(): tensor(x)},
                 2: of_record,
-                3: {(): [*tensor(dx, True), x, gradient]},
+                3: {(): [*tensor(dx, True), x]},
                 4: {(): [a for a in wrong_vectors(sums) if a is not None]},
                 5: {
                     (): [None, [*parameters], parameters[:3], (*parameters, 1)],
@@ -555,10 +577,10 @@ def calls_of(dtype):
     }
     overlaps = [
         ("normalize", (front, y, batch, running, affine, epilogue), 1, shifted),
-        ("normalize", (x, y, batch, running, affine, (front, 0.0)), 1, [front, *shifted]),
+        ("normalize", (x, y, batch, running, affine, (front, 0.0, False)), 1, [front, *shifted]),
         ("reduce_gradients", (front, x, record, dresidual, TRAILER), 3, [front, *shifted]),
         ("reduce_gradients", (dy, front, record, dresidual, TRAILER), 3, [front, *shifted]),
-        ("input_gradient", (front, x, record, dx, sums, parameters), 3, [front, *shifted]),
+        ("input_gradient", (front, x, record, dx, sums, parameters), 3, shifted),
         ("input_gradient", (gradient, front, record, dx, sums, parameters), 3, [front, *shifted]),
     ]
     return calls, overlaps
@@ -680,9 +702,9 @@ def test_sizes_beyond_memory(shape):
     vector = np.zeros(20)
     for call in (
         lambda: _core.statistics(x, TRAILER),
-        lambda: _core.normalize(x, x, None, running, (None, None, 0.0), (None, 0.0)),
-        lambda: _core.normalize(x, x, (vector, None, 1), None, (None, None, 0.0), (x[:], 0.0)),
-        lambda: _core.reduce_gradients(x, x, (vector, None, False, None), None, TRAILER),
+        lambda: _core.normalize(x, x, None, running, (None, None, 0.0), (None, 0.0, False)),
+        lambda: _core.normalize(x, x, (vector, None, 1), None, (None, None, 0.0), (x[:], 0.0, False)),
+        lambda: _core.reduce_gradients(x, x, (vector, None, False, None, False), None, TRAILER),
     ):
         try:
             call()
@@ -724,11 +746,11 @@ def test_the_lock_is_released():
         y = np.empty_like(x)
         vector, _ = _core.statistics(x, TRAILER)
         batch, affine = (vector, None, 1), (None, None, 1e-5)
-        record, _ = _core.normalize(x, y, batch, None, affine, (None, 0.0))
+        record, _ = _core.normalize(x, y, batch, None, affine, (None, 0.0, False))
         sums, _, g = _core.reduce_gradients(x, x, record, None, TRAILER)
         passes = {
             "statistics": lambda: _core.statistics(x, TRAILER),
-            "normalize": lambda: _core.normalize(x, y, batch, None, affine, (None, 0.0)),
+            "normalize": lambda: _core.normalize(x, y, batch, None, affine, (None, 0.0, False)),
             "reduce_gradients": lambda: _core.reduce_gradients(x, x, record, None, TRAILER),
             "input_gradient": lambda: _core.input_gradient(g, x, record, y, sums, (sums, 1.0, None, None)),
         }
@@ -814,14 +836,14 @@ def test_calls_leave_no_memory_behind():
 
     def call_all():
         vector, _ = _core.statistics(x, TRAILER)
-        record, _ = _core.normalize(x, y, (vector, None, 1), running, (None, None, 0.1), (None, None))
+        record, _ = _core.normalize(x, y, (vector, None, 1), running, (None, None, 0.1), (None, None, False))
         sums, _, g = _core.reduce_gradients(x, x, record, None, TRAILER)
         _core.input_gradient(g, x, record, y, sums, (sums, 1.0, None, None))
         for wrong in ("i4", "O"):
             with pytest.raises(TypeError):
                 _core.input_gradient(g, x, record, y, sums, (sums, 1.0, wrong, None))
             with pytest.raises(TypeError):
-                _core.normalize(x, y, (vector, None, 1), running, (None, None, 0.1), (None, wrong))
+                _core.normalize(x, y, (vector, None, 1), running, (None, None, 0.1), (None, wrong, False))
 
     for _ in range(50):
         call_all()

@@ -54,6 +54,7 @@ PIECES = "test_edges_of_pieces"
 ONE_WAY = "test_sums_of_what_rounds_one_way"
 ZEROS = "test_zeros_before_the_activation"
 SQUARES = "test_squares_beyond_float32"
+PRODUCTS = "test_products_beyond_float32"
 FAR_OFF = "test_a_guess_of_the_pivot_that_is_far_off"
 NOT_FINITE = "test_running_statistics_that_are_not_finite"
 LEAKS = "test_calls_leave_nothing_behind"
@@ -215,6 +216,18 @@ BUGS = {
     ),
     "16 bits round the product with the slope twice": Bug(
         "module.cpp", "PyArray_ITEMSIZE(x.array) > 2", "PyArray_ITEMSIZE(x.array) > 1", "float16"
+    ),
+    # In place
+    "a weight close to zero is used": Bug("module.cpp", "weights[c] = invertible(weights[c]);", "(void)c;"),
+    "a weight close to zero loses its sign": Bug("formulas.h", "copysign(least, weight)", "least", "float64"),
+    "y is not inverted": Bug("formulas.h", "const V low = y * inverse_slope;", "const V low = y;", "float16"),
+    "the mean of z is that of x": Bug("module.cpp", "saved.mean[c] = biases[c];", "(void)c;"),
+    "the weight of z is that of x": Bug("module.cpp", "saved.invstd[c] = 1 / weights[c];", "", "bfloat16"),
+    "dx over dy: the last vector is read after it was written": Bug(
+        "kernels.cpp", " : last[k], value{};", " : load(dy + k * stride + i, All{}), value{};"
+    ),
+    "products beyond float32 are of y": Bug(
+        "kernels.cpp", "value = before_leaky_relu(value, 1 / slope);", "", check=PRODUCTS
     ),
     # Channels' values
     "the variance of running_var is biased": Bug(

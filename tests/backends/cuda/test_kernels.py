@@ -23,7 +23,7 @@ from cupy_syncbn.backends.cuda.launch import THREADS, launch_for
 from cupy_syncbn.backends.interface import Affine, BatchSums, Epilogue, ParameterSums, Running
 from support.arrays import DTYPES, random_array, random_batch, random_channels
 from support.cases import sweep
-from support.compare import TOLERANCE, assert_close, assert_identical, relative_error
+from support.compare import IN_PLACE_TOLERANCE, TOLERANCE, assert_close, assert_identical, relative_error
 from support.reference import BatchNorm
 
 pytestmark = pytest.mark.mpi_skip
@@ -78,6 +78,8 @@ class Step(NamedTuple):
     training: bool = True
     momentum: float | None = 0.1
     eps: float = 1e-5
+    inplace: bool = False
+    """Whether y is written over x, and dx over dy."""
 
     @property
     def channel_axis(self):
@@ -122,13 +124,19 @@ def compute(module, step, put=aligned):
     arrays = {name: getattr(step, name) for name in ("weight", "bias", "running_mean", "running_var")}
     arrays = {name: None if array is None else module.array(array) for name, array in arrays.items()}
     tracked = module.array(np.int64(0))
+    x, dy = put(step.x), put(step.dy)
+    if module is np and step.inplace:
+        x, dy = x.copy(), dy.copy()
     y, saved = sync_batch_norm(
-        put(step.x),
+        x,
         num_batches_tracked=tracked,
         process_group=ALONE,
         **as_is | arrays | ({} if step.residual is None else {"residual": put(step.residual)}),
     )
-    gradients = sync_batch_norm_backward(put(step.dy), saved)
+    gradients = sync_batch_norm_backward(dy, saved, out=dy if step.inplace else None)
+    if step.inplace:
+        assert y is x
+        assert gradients.x is dy
     names = "dx", "dweight", "dbias", "dresidual"
     results = {"y": y} | {name: g for name, g in zip(names, gradients, strict=True) if g is not None}
     results |= {name: arrays[name] for name in ("running_mean", "running_var")} | {"tracked": tracked}
@@ -161,20 +169,26 @@ def expected_of(step):
     return {name: array for name, array in results.items() if array is not None}
 
 
-def assert_results(actual, expected):
+def assert_results(actual, expected, inplace):
     assert actual.keys() == expected.keys()
     assert actual["tracked"] == expected["tracked"]
     for name in actual.keys() - {"tracked", "dweight", "dbias"}:
-        assert_close(actual[name], expected[name])
+        assert_close(actual[name], expected[name], tolerance=in_place_tolerance(actual[name], inplace, name))
     count = expected["y"].size / max(expected["running_mean"].size, 1)
     for name in actual.keys() & {"dweight", "dbias"}:
-        assert_sums_close(actual[name], expected[name], count)
+        tolerance = in_place_tolerance(actual["y"], inplace, name)
+        assert_sums_close(actual[name], expected[name], count, tolerance)
 
 
-def assert_sums_close(actual, expected, count):
+def in_place_tolerance(array, inplace, name):
+    """Return what a gradient of 16-bit data may be off by: in place x has the precision of y."""
+    is_coarse = inplace and array.dtype.itemsize == 2 and name in ("dx", "dweight", "dbias")
+    return IN_PLACE_TOLERANCE[array.dtype] if is_coarse else None
+
+
+def assert_sums_close(actual, expected, count, tolerance=None):
     """Check sums of `count` values of both signs, which may be small by chance where their terms are not."""
-    tolerance = None
-    if actual.dtype.itemsize > 2:
+    if tolerance is None and actual.dtype.itemsize > 2:
         largest = np.max(np.abs(expected), initial=1e-9)
         tolerance = TOLERANCE[actual.dtype] * max(1, np.sqrt(count) / largest)
     assert_close(actual, expected, tolerance=tolerance)
@@ -189,7 +203,7 @@ def assert_step(cupy, step, put=aligned, number=None):
         with emulator.schedule(schedule):
             actual = compute(cupy, step, put)
         if first is None:
-            assert_results(actual, expected)
+            assert_results(actual, expected, step.inplace)
             first = actual
         for name, array in actual.items():
             assert_identical(array, first[name])
@@ -293,14 +307,19 @@ class Combination(NamedTuple):
         """The kernels of a training step."""
         rest = self.dtype, self.width, self.columns
         found = [kernels.statistics(*rest)] + [kernels.centered_squares()] * (self.dtype == "float64")
-        for kernel in kernels.normalize, kernels.reduce_gradients, kernels.input_gradient:
+        forward = "LEAKY_RELU" if self.activation == kernels.INVERTED else self.activation
+        found.append(kernels.normalize(*rest, self.residual, forward))
+        for kernel in kernels.reduce_gradients, kernels.input_gradient:
             found.append(kernel(*rest, self.residual, self.activation))
         return [name for _, name in found]
 
 
 COMBINATIONS = [
     Combination(*values)
-    for values in itertools.product(kernels.TYPES, *[(True, False)] * 3, kernels.ACTIVATIONS)
+    for values in [
+        *itertools.product(kernels.TYPES, *[(True, False)] * 3, kernels.ACTIVATIONS),
+        *itertools.product(kernels.TYPES, *[(True, False)] * 2, [False], [kernels.INVERTED]),
+    ]
 ]
 
 # (outer, C, inner) that all types of data walk in this way; channels-last data has an inner size of 1.
@@ -333,6 +352,7 @@ def steps_of(combination):
         "IDENTITY": (None,),
         "RELU": ("relu",),
         "LEAKY_RELU": ("leaky_relu", ("leaky_relu", 0.25)),
+        kernels.INVERTED: ("leaky_relu", ("leaky_relu", 0.25)),
     }[combination.activation]
     for i, shape in enumerate(SHAPES[walk], COMBINATIONS.index(combination)):
         step = make_step(
@@ -342,6 +362,7 @@ def steps_of(combination):
             activation=activations[i % len(activations)],
             channels_last=shape[2] == 1 and i % 2 == 1,
             seed=i,
+            inplace=combination.activation == kernels.INVERTED,
         )
         yield i, step, list(LAUNCHES)[i % len(LAUNCHES)]
 
@@ -365,6 +386,16 @@ def test_instance(cupy, combination):
             # The order of the threads matters most where many blocks add up together.
             assert_step(cupy, step, put, None if name == "many_splits" else number)
         assert {launch.name for launch in done} == set(combination.instances)
+
+
+@pytest.mark.parametrize("shape", [(41, 264, 1), (40, 8, 3), (5, 3, 257)], ids=str)
+@pytest.mark.parametrize("dtypes", DTYPES)
+def test_in_place(cupy, dtypes, shape):
+    """Without an activation, by the instances of the ordinary backward; and by running statistics."""
+    for number, training in enumerate((True, False)):
+        assert_step(cupy, make_step(shape, dtypes, inplace=True, training=training), number=number)
+        step = make_step(shape, dtypes, inplace=True, training=training, activation="leaky_relu")
+        assert_step(cupy, step, misaligned, number=number)
 
 
 # ---- Sizes, layouts, settings ----

@@ -76,6 +76,16 @@ def check_large_values(cupy):
         assert_close(compute(cupy, step)["y"], expected_of(step)["y"])
 
 
+def check_weights_close_to_zero(cupy):
+    """They count as 1e-5 with their sign."""
+    weight = np.array([0, -0.0, 1e-7, -1e-9])
+    used = np.copysign(1e-5, weight)
+    steps = [make_step((40, 4, 9), "float64", inplace=True, weight=each) for each in (weight, used)]
+    results, expected = (compute(cupy, step) for step in steps)
+    for name, array in expected.items():
+        assert array.tobytes() == results[name].tobytes(), name
+
+
 CHECKS = {
     "rows": functools.partial(check_statistics, shape=(3, 3, 1025)),
     "columns": functools.partial(check_statistics, shape=(56, 36, 1)),
@@ -97,6 +107,13 @@ CHECKS = {
     "columns beyond 32 bits": functools.partial(assert_walk, name="columns"),
     "rows beyond 32 bits": functools.partial(assert_walk, name="many_rows"),
     "a wide step": functools.partial(assert_walk, name="short_rows"),
+    "in place": functools.partial(
+        check_step, shape=(40, 8, 3), inplace=True, activation=("leaky_relu", 0.25)
+    ),
+    "in place evaluation": functools.partial(
+        check_step, shape=(40, 8, 3), inplace=True, activation="leaky_relu", training=False
+    ),
+    "weights close to zero": check_weights_close_to_zero,
     "offset": check_offset,
     "large values": check_large_values,
     "outliers first": check_outliers_first,
@@ -314,6 +331,29 @@ IN_KERNELS = {
     "no second look at large values": Bug(
         "statistics.cu", "sizeof(Accumulator<T>) == 4 && !finite", "false", "large values"
     ),
+    # In place
+    "a weight close to zero is used": Bug(
+        "normalize.cu", "if (flags & IN_PLACE) factor = invertible(factor);", "", "weights close to zero"
+    ),
+    "a weight close to zero loses its sign": Bug(
+        "normalize.cu", "copysign(least, weight)", "least", "weights close to zero"
+    ),
+    "the mean of z is that of x": Bug(
+        "normalize.cu", "saved[c] = flags & IN_PLACE ? constant : mean;", "saved[c] = mean;", "in place"
+    ),
+    "the weight of z is that of x": Bug(
+        "normalize.cu", "flags & IN_PLACE ? 1 / factor : step.invstd", "step.invstd", "in place"
+    ),
+    "y is not inverted": Bug(
+        "gradients.cu", "if constexpr (INVERTS) return before_leaky_relu", "if (false) return", "in place"
+    ),
+    "y is not read where there are no sums": Bug(
+        "gradients.cu",
+        "body.reads_x = sums || body.COMPUTES_MASK || body.INVERTS;",
+        "body.reads_x = sums || body.COMPUTES_MASK;",
+        "in place evaluation",
+        "uninitialised",
+    ),
     # Elements
     "the residual is dropped": Bug(
         "normalize.cu", "value += static_cast<A>(loaded.residual.values[e]);", ";", "masked columns"
@@ -446,7 +486,7 @@ def forget_the_edges_in_the_mask(backend):
 
 
 def take_float32_for_16_bits(backend):
-    return "_float_types", lambda *arguments: 0
+    return "_flags", lambda *arguments: 0
 
 
 IN_LAUNCHES = [

@@ -6,6 +6,7 @@
 //   input_gradient     dy, x, mask     -> dx = (g + ((x - shift) * factor + constant)) * scale
 //
 // g is dy behind the activation, whose sign is computed again from x, to the same bits; with a residual the mask tells.
+// Behind a normalization in place, x is its output: see formulas.h.
 #include <cmath>
 #include <type_traits>
 #include "walk.hpp"
@@ -208,16 +209,27 @@ template <bool BY_COLUMNS, Activation ACTIVATION, Gate GATE> struct Gradient : J
     using Base = Gradient;
     using Job<BY_COLUMNS>::Job;
     typename Job<BY_COLUMNS>::Constants scale, offset;
+    V inverse_slope = all_lanes<V>(1 / static_cast<A>(this->task.slope));  // is used where the slope is not 0
 
     template <class... Where> INLINE void constants(Where... where)
     {
         this->set(this->shift, this->task.mean, where...);
         this->set(scale, this->task.scale, where...);
-        if constexpr (ACTIVATION != IDENTITY && GATE == FROM_X) this->set(offset, this->task.offset, where...);
+        if constexpr (ACTIVATION != IDENTITY && ACTIVATION != INVERTED_LEAKY_RELU && GATE == FROM_X)
+            this->set(offset, this->task.offset, where...);
+    }
+    // What was normalized, or its z.
+    template <class Which> INLINE V input(const T* from, Which which) const
+    {
+        const V value = load(from, which);
+        if constexpr (ACTIVATION == INVERTED_LEAKY_RELU) return before_leaky_relu(value, inverse_slope);
+        return value;
     }
     INLINE V behind(V g, V value, i64 i, const uint8_t* mask) const
     {
-        if constexpr (ACTIVATION != IDENTITY && GATE == FROM_X)
+        if constexpr (ACTIVATION == INVERTED_LEAKY_RELU)
+            return let_through<ACTIVATION>(g, is_blocked<ACTIVATION>(value), this->slope);
+        else if constexpr (ACTIVATION != IDENTITY && GATE == FROM_X)
             return let_through<ACTIVATION>(
                 g, is_blocked<ACTIVATION>(affine(value, this->shift.at(i), scale.at(i), offset.at(i))), this->slope);
         else if constexpr (ACTIVATION != IDENTITY)
@@ -237,7 +249,7 @@ struct Reduce : Gradient<BY_COLUMNS, ACTIVATION, DRESIDUAL ? FROM_MASK : FROM_X>
     }
     template <class Which> INLINE void pair(i64 at, i64 i, i64 mask, i64 line, V& a, V& b, Which which)
     {
-        const V value = load(this->x + at + i, which);
+        const V value = this->input(this->x + at + i, which);
         const V g = this->behind(load(static_cast<const T*>(this->task.dy) + at + i, which), value, i, this->task.mask + mask);
         if constexpr (DRESIDUAL) store(dresidual + line + i, g, which);
         a = counted(g, which);
@@ -277,11 +289,13 @@ private:
     template <int R>
     void vectors(const T* from, const T* dy, T* to, const uint8_t* bits, i64 n, i64 stride, i64 mask_stride) const
     {
+        V last[R] = {};  // dx may be dy
+        for (int k = 0; k < R && n % W; ++k) last[k] = load(dy + k * stride + n - W, All{});
         each_vector<W>(n, [&](i64 i, auto which) __attribute__((always_inline)) {
 #pragma GCC unroll 4
             for (int k = 0; k < R; ++k) {
-                V g = load(dy + k * stride + i, which), value{};
-                if constexpr (SUMS || (ACTIVATION != IDENTITY && GATE == FROM_X)) value = load(from + k * stride + i, which);
+                V g = std::is_same_v<decltype(which), All> ? load(dy + k * stride + i, which) : last[k], value{};
+                if constexpr (SUMS || (ACTIVATION != IDENTITY && GATE == FROM_X)) value = this->input(from + k * stride + i, which);
                 g = this->behind(g, value, i, bits + k * mask_stride);
                 if constexpr (SUMS)
                     g = input_gradient_of(g, value, this->shift.at(i), factor.at(i), constant.at(i), this->scale.at(i));
@@ -325,9 +339,11 @@ template <Activation ACTIVATION> void sum_gradients_again(const Task& task, i64 
     for (i64 n = 0; n < N; ++n)
         for (i64 s = 0; s < S; ++s) {
             const i64 i = (n * C + c) * S + s, column = i % walk.width;
-            const A value = value_of(x[i]);
-            A g = value_of(dy[i]);
-            if constexpr (ACTIVATION != IDENTITY) {
+            A value = value_of(x[i]), g = value_of(dy[i]);
+            if constexpr (ACTIVATION == INVERTED_LEAKY_RELU) {
+                value = before_leaky_relu(value, 1 / slope);
+                g = let_through<ACTIVATION>(g, is_blocked<ACTIVATION>(value), slope);
+            } else if constexpr (ACTIVATION != IDENTITY) {
                 const bool blocked = task.mask ? task.mask[i / walk.width * walk.mask_width + column / 8] >> column % 8 & 1
                                                : is_blocked<ACTIVATION>(affine(value, shift, scale, offset));
                 g = let_through<ACTIVATION>(g, blocked, slope);
@@ -341,8 +357,8 @@ template <Activation ACTIVATION> void sum_gradients_again(const Task& task, i64 
 
 template <Activation ACTIVATION> void reduce_by(const Task& task)
 {
-    if (task.out)
-        sum<Reduces<ACTIVATION, true>::template Of>(task);
+    if (ACTIVATION != INVERTED_LEAKY_RELU && task.out)  // that has no residual
+        sum<Reduces<ACTIVATION, ACTIVATION != INVERTED_LEAKY_RELU>::template Of>(task);
     else
         sum<Reduces<ACTIVATION, false>::template Of>(task);
     if constexpr (sizeof(A) == 4)
@@ -363,7 +379,7 @@ void normalize(const Task& task)
     switch (task.activation) {
     case IDENTITY: return normalize_by<IDENTITY>(task);
     case RELU: return normalize_by<RELU>(task);
-    case LEAKY_RELU: return normalize_by<LEAKY_RELU>(task);
+    default: return normalize_by<LEAKY_RELU>(task);
     }
 }
 
@@ -373,6 +389,7 @@ void reduce_gradients(const Task& task)
     case IDENTITY: return reduce_by<IDENTITY>(task);
     case RELU: return reduce_by<RELU>(task);
     case LEAKY_RELU: return reduce_by<LEAKY_RELU>(task);
+    case INVERTED_LEAKY_RELU: return reduce_by<INVERTED_LEAKY_RELU>(task);
     }
 }
 
@@ -382,6 +399,7 @@ void input_gradient(const Task& task)
     case IDENTITY: return input_gradient_by<IDENTITY, FROM_X>(task);
     case RELU: return input_gradient_by<RELU, FROM_X>(task);  // with a residual, dresidual is behind it
     case LEAKY_RELU: return task.mask ? input_gradient_by<LEAKY_RELU, FROM_MASK>(task) : input_gradient_by<LEAKY_RELU, FROM_X>(task);
+    case INVERTED_LEAKY_RELU: return input_gradient_by<INVERTED_LEAKY_RELU, FROM_X>(task);
     }
 }
 

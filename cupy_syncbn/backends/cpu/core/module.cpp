@@ -191,7 +191,8 @@ struct Tensor : Array {
                 wrong(PyExc_ValueError, std::string("expected memory apart from that of ") + other->name);
         }
     }
-    bool streams() const { return bytes() >= STREAMED; }
+    // Whether to write past the caches: not over an input, whose lines they hold already.
+    bool streams(const Tensor& input) const { return bytes() >= STREAMED && data() != input.data(); }
 };
 
 double number(PyObject* object, const char* name)
@@ -199,6 +200,12 @@ double number(PyObject* object, const char* name)
     const double value = PyFloat_AsDouble(object);
     if (value == -1 && PyErr_Occurred()) fail(PyExc_TypeError, std::string(name) + ": expected a number");
     return value;
+}
+
+bool flag(PyObject* object, const char* name)
+{
+    if (!PyBool_Check(object)) fail(PyExc_TypeError, std::string(name) + ": expected a bool");
+    return object == Py_True;
 }
 
 // Element i of a tuple of that many.
@@ -315,9 +322,10 @@ const Passes& passes_of(Type type) { return *level->passes[type]; }
 
 // --- The record of a forward ---------------------------------------------------------------------------------------------------------
 
-// (saved, mask, has_residual, slope): float64 [mean (C) | invstd (C) | scale (C) | offset (C) | count]; bits or None; a bool; a
-// number or None. Scale and offset are rounded to the accumulator's type.
-constexpr Py_ssize_t RECORD = 4;
+// (saved, mask, has_residual, slope, in_place): float64 [mean (C) | invstd (C) | scale (C) | offset (C) | count]; bits or None;
+// a bool; a number or None; a bool. Scale and offset are rounded to the accumulator's type. In place, mean and invstd are those
+// of z, see formulas.h.
+constexpr Py_ssize_t RECORD = 5;
 
 struct Saved {
     double *mean, *invstd, *scale, *offset, *count;
@@ -343,7 +351,7 @@ struct Backward {
 
     Backward(PyObject* dy_, PyObject* x_, PyObject* record)
         : x("x", x_), dy("dy", dy_, x), saved("saved", item(record, 0, RECORD, "normalization")),
-          mask("mask", item(record, 1, RECORD, "normalization"), true), has_residual(item(record, 2, RECORD, "normalization") == Py_True)
+          mask("mask", item(record, 1, RECORD, "normalization"), true), has_residual(flag(item(record, 2, RECORD, "normalization"), "has_residual"))
     {
         const i64 C = x.shape.C;
         const Saved values(const_cast<double*>(saved.vector(4 * C + 1)), C);
@@ -363,6 +371,9 @@ struct Backward {
             task.mask = reinterpret_cast<uint8_t*>(mask.data());
         }
         if (has_residual && task.activation != IDENTITY && !mask) mask.wrong(PyExc_ValueError, "expected one");
+        if (!flag(item(record, 4, RECORD, "normalization"), "in_place")) return;
+        if (has_residual || task.activation == RELU) saved.wrong(PyExc_ValueError, "expected neither residual nor ReLU in place");
+        if (task.activation == LEAKY_RELU) task.activation = INVERTED_LEAKY_RELU;
     }
     bool is_double() const { return x.type == FLOAT64; }
     // Whether dresidual is the gradient behind the activation, exactly: of leaky ReLU, 16 bits round the product with the slope.
@@ -482,7 +493,8 @@ Reference updates(PyObject* running, const Saved& saved, i64 C, const double* va
 Reference normalize(Arguments arguments)
 {
     PyObject *batch = arguments[2], *running = arguments[3], *affine = arguments[4], *epilogue = arguments[5];
-    const Tensor x("x", arguments[0]), y("y", arguments[1], x), residual("residual", item(epilogue, 0, 2, "epilogue"), x, true);
+    const Tensor x("x", arguments[0]), y("y", arguments[1], x), residual("residual", item(epilogue, 0, 3, "epilogue"), x, true);
+    const bool in_place = flag(item(epilogue, 2, 3, "epilogue"), "in_place");
     const Array weight("weight", item(affine, 0, 3, "affine"), true), bias("bias", item(affine, 1, 3, "affine"), true);
     const double eps = number(item(affine, 2, 3, "affine"), "eps");
     y.check_output({&x, &residual}, &x);
@@ -493,6 +505,8 @@ Reference normalize(Arguments arguments)
     std::fill(biases, biases + C, 0.0);
     if (weight) read(weight, C, weights);
     if (bias) read(bias, C, biases);
+    if (in_place)
+        for (i64 c = 0; c < C; ++c) weights[c] = invertible(weights[c]);
     Reference array = new_vector(4 * C + 1, &values);
     const Saved saved(values, C);
     *saved.count = 0;
@@ -531,8 +545,8 @@ Reference normalize(Arguments arguments)
     task.mean = saved.mean;
     task.scale = saved.scale;
     task.offset = saved.offset;
-    task.streams = y.streams();
-    set_activation(task, item(epilogue, 1, 2, "epilogue"));
+    task.streams = y.streams(x);
+    set_activation(task, item(epilogue, 1, 3, "epilogue"));
     npy_intp bytes[] = {Walk(x.shape).mask_bytes()};
     const bool has_mask = residual && task.activation != IDENTITY;
     Reference mask = has_mask ? Reference(PyArray_SimpleNew(1, bytes, NPY_UINT8)) : none();
@@ -540,7 +554,13 @@ Reference normalize(Arguments arguments)
         task.mask = static_cast<uint8_t*>(PyArray_DATA(reinterpret_cast<PyArrayObject*>(mask.get())));
     }
     run(passes_of(x.type).normalize, task);
-    Reference record(PyTuple_Pack(RECORD, array.get(), mask.get(), residual ? Py_True : Py_False, item(epilogue, 1, 2, "epilogue")));
+    if (in_place)
+        for (i64 c = 0; c < C; ++c) {
+            saved.mean[c] = biases[c];
+            saved.invstd[c] = 1 / weights[c];
+        }
+    Reference record(PyTuple_Pack(RECORD, array.get(), mask.get(), residual ? Py_True : Py_False, item(epilogue, 1, 3, "epilogue"),
+                                  in_place ? Py_True : Py_False));
     return Reference(PyTuple_Pack(2, record.get(), list.get()));
 }
 
@@ -557,7 +577,7 @@ Reference reduce_gradients(Arguments arguments)
     std::fill(vector, vector + 2 * C, 0.0);
     Task& task = backward.task;
     task.out = dresidual.data();
-    task.streams = dresidual && dresidual.streams();
+    task.streams = dresidual && dresidual.streams(backward.x);
     task.sum = vector;
     task.product = vector + C;
     run(passes_of(backward.x.type).reduce_gradients, task);
@@ -588,7 +608,7 @@ Reference input_gradient(Arguments arguments)
     Backward backward(arguments[0], arguments[1], arguments[2]);
     const Tensor dx("dx", arguments[3], backward.x);
     const Array sums("sums", arguments[4], true);
-    dx.check_output({&backward.x, &backward.dy});
+    dx.check_output({&backward.x, &backward.dy}, &backward.dy);
     PyObject* parameters = arguments[5];
     const i64 C = backward.x.shape.C;
     const double* of_parameters = Array("parameters", item(parameters, 0, 4, "parameters")).vector(2 * C);
@@ -619,7 +639,7 @@ Reference input_gradient(Arguments arguments)
     Reference of_weight = parameter_gradient(item(parameters, 2, 4, "parameters"), C, dweight);
     Reference of_bias = parameter_gradient(item(parameters, 3, 4, "parameters"), C, dbias);
     task.out = dx.data();
-    task.streams = dx.streams();
+    task.streams = dx.streams(backward.dy);
     if (backward.is_kept()) task.activation = IDENTITY;
     run(passes_of(backward.x.type).input_gradient, task);
     return Reference(PyTuple_Pack(2, of_weight.get(), of_bias.get()));

@@ -17,7 +17,12 @@ TYPES = {"float16": "__half", "bfloat16": "__nv_bfloat16", "float32": "float", "
 """C++ names of the types of data."""
 
 ACTIVATIONS = ("IDENTITY", "RELU", "LEAKY_RELU")
-"""The enumeration Activation of formulas.h."""
+"""Those of the enumeration Activation of formulas.h that a forward has."""
+INVERTED = "INVERTED_LEAKY_RELU"
+"""The one that only a backward has."""
+
+IN_PLACE = 16
+"""That of the enumeration Flags of common.cuh."""
 
 _FOLDER = Path(__file__).parent
 
@@ -63,8 +68,13 @@ def centered_squares() -> tuple[str, str]:
     return "statistics.cu", "centered_squares"
 
 
-def activation_of(slope: float | None) -> str:
-    """Return the activation that has a slope below zero; None is that of none."""
+def activation_of(slope: float | None, inverted: bool = False) -> str:
+    """Return the activation that has a slope below zero; None is that of none.
+
+    `inverted` is for the backward of a normalization in place.
+    """
+    if slope and inverted:
+        return INVERTED
     return "IDENTITY" if slope is None else "LEAKY_RELU" if slope else "RELU"
 
 
@@ -102,6 +112,8 @@ def instances(file: str, dtype: str) -> tuple[str, ...]:
         for residual, activation in itertools.product(both, ACTIVATIONS):
             for kernel in (normalize, reduce_gradients, input_gradient):
                 found.append(kernel(dtype, width, columns, residual, activation))
+        for kernel in (reduce_gradients, input_gradient):
+            found.append(kernel(dtype, width, columns, False, INVERTED))
     return tuple(dict.fromkeys(name for where, name in found if where == file))
 
 

@@ -65,8 +65,9 @@ __device__ __forceinline__ void write_parameter(void* values, bool is_float, lon
         static_cast<T*>(values)[i] = static_cast<T>(static_cast<Accumulator<T>>(value));
 }
 
-// The bits of an argument `float_types`: which of these arrays are float32 though the data has 16 bits.
-enum FloatTypes { WEIGHT_IS_FLOAT = 1, BIAS_IS_FLOAT = 2, MEAN_IS_FLOAT = 4, VAR_IS_FLOAT = 8 };
+// The bits of an argument `flags`: which of these arrays are float32 though the data has 16 bits; and whether the
+// normalization is in place, see formulas.h.
+enum Flags { WEIGHT_IS_FLOAT = 1, BIAS_IS_FLOAT = 2, MEAN_IS_FLOAT = 4, VAR_IS_FLOAT = 8, IN_PLACE = 16 };
 
 // The tensor's shape and how blocks share it. The host passes the fields one by one: see `GEOMETRY`.
 struct Geometry {

@@ -6,7 +6,7 @@
 //
 // (Ioffe and Szegedy 2015, with the sums taken out.) The activation's input is computed again from x, to the same
 // bits, unless a residual was added: then a mask of the forward tells. `input_gradient` also writes the gradients of
-// weight and bias.
+// weight and bias. Behind a normalization in place, x is its output: see formulas.h.
 //
 // Traffic: dy and x once each, then dy and x once more and dx; dresidual once, and the mask, if there are any. The
 // blocks of the second kernel go through memory in the reverse order of the first, whose last reads may be in L2.
@@ -17,7 +17,8 @@
 template <typename T, int V, bool COLUMNS, bool RESIDUAL, Activation ACTIVATION> struct Gradient {
     using A = Accumulator<T>;
     static constexpr int W = CHANNELS<V, COLUMNS>;
-    static constexpr bool COMPUTES_MASK = ACTIVATION != IDENTITY && !RESIDUAL;
+    static constexpr bool INVERTS = ACTIVATION == INVERTED_LEAKY_RELU;
+    static constexpr bool COMPUTES_MASK = ACTIVATION != IDENTITY && !RESIDUAL && !INVERTS;
     template <int WIDTH> struct Loaded {
         Vector<T, WIDTH> dy, x;
         unsigned int blocked;
@@ -26,7 +27,7 @@ template <typename T, int V, bool COLUMNS, bool RESIDUAL, Activation ACTIVATION>
     const T *dy, *x;
     const unsigned char* mask;
     bool reads_x;
-    A shift[W], scale[W], offset[W], slope;
+    A shift[W], scale[W], offset[W], slope, inverse_slope;
 
     template <int WIDTH> __device__ __forceinline__ Loaded<WIDTH> load(const Place& place) const
     {
@@ -39,6 +40,14 @@ template <typename T, int V, bool COLUMNS, bool RESIDUAL, Activation ACTIVATION>
 
     template <typename L, typename B> __device__ __forceinline__ void begin(const L&, const B&) const {}
 
+    // What was normalized, or its z.
+    template <int WIDTH> __device__ __forceinline__ A input(const Loaded<WIDTH>& loaded, int e) const
+    {
+        const A value = static_cast<A>(loaded.x.values[e]);
+        if constexpr (INVERTS) return before_leaky_relu(value, inverse_slope);
+        return value;
+    }
+
     template <int WIDTH> __device__ __forceinline__ A gradient(const Loaded<WIDTH>& loaded, int e) const
     {
         const A value = static_cast<A>(loaded.dy.values[e]);
@@ -47,6 +56,8 @@ template <typename T, int V, bool COLUMNS, bool RESIDUAL, Activation ACTIVATION>
             bool blocked;
             if constexpr (RESIDUAL)
                 blocked = loaded.blocked >> e & 1;
+            else if constexpr (INVERTS)
+                blocked = is_blocked<ACTIVATION>(static_cast<A>(loaded.x.values[e]));  // it keeps the sign
             else
                 blocked = is_blocked<ACTIVATION>(
                     affine(static_cast<A>(loaded.x.values[e]), shift[w], scale[w], offset[w]));
@@ -101,7 +112,7 @@ struct Reduce : Gradient<T, V, COLUMNS, RESIDUAL, ACTIVATION> {
         for (int e = 0; e < WIDTH; ++e) {
             const A g = this->gradient(loaded, e);
             sum[e] += g;
-            product[e] += g * (static_cast<A>(loaded.x.values[e]) - this->shift[COLUMNS ? e : 0]);
+            product[e] += g * (this->input(loaded, e) - this->shift[COLUMNS ? e : 0]);
             result.values[e] = static_cast<T>(g);
         }
         if constexpr (RESIDUAL) store(dresidual + place.element, result);
@@ -153,6 +164,7 @@ __global__ void __launch_bounds__(THREADS, MIN_BLOCKS<V>)
     body.dresidual = dresidual;
     body.mask = mask;
     body.slope = slope;
+    if (body.INVERTS) body.inverse_slope = 1 / slope;
     body.stage(g, part, saved, staged);
     if (COLUMNS) __syncthreads();  // publishes what was staged
     int channels[body.W];
@@ -191,8 +203,7 @@ struct Apply : Gradient<T, V, COLUMNS, RESIDUAL, ACTIVATION> {
             const int w = COLUMNS ? e : 0;
             A g = this->gradient(loaded, e);
             if (sums)
-                g = input_gradient_of(g, static_cast<A>(loaded.x.values[e]), this->shift[w], factor[w], constant[w],
-                                      this->scale[w]);
+                g = input_gradient_of(g, this->input(loaded, e), this->shift[w], factor[w], constant[w], this->scale[w]);
             else
                 g *= this->scale[w];
             result.values[e] = static_cast<T>(g);
@@ -201,18 +212,18 @@ struct Apply : Gradient<T, V, COLUMNS, RESIDUAL, ACTIVATION> {
     }
 };
 
-// dy, x, dx        [N, C, S]; behind a ReLU of a sum with a residual, dy is its dresidual
+// dy, x, dx        [N, C, S]; dx may be dy; behind a ReLU of a sum with a residual, dy is its dresidual
 // mask             from `normalize`; null unless RESIDUAL and an ACTIVATION
 // saved            [4 * C + 1] from `normalize`
 // sums             [2 * C] sum_dy and sum_dy_xmu over the batch of the statistics; null if they were constants
 // parameter_sums   [2 * C] those that the gradients of weight and bias are of; these are scaled by parameter_scale
-// dweight, dbias   [C] or null, of the types told by float_types
+// dweight, dbias   [C] or null, of the types told by flags
 template <typename T, int V, bool COLUMNS, bool RESIDUAL, Activation ACTIVATION>
 __global__ void __launch_bounds__(THREADS, MIN_BLOCKS<V>)
-    input_gradient(const T* __restrict__ dy, const T* __restrict__ x, T* __restrict__ dx,
+    input_gradient(const T* dy, const T* __restrict__ x, T* dx,
                    const unsigned char* __restrict__ mask, GEOMETRY, const double* __restrict__ saved, Accumulator<T> slope,
                    const double* sums, const double* parameter_sums, double parameter_scale,
-                   void* __restrict__ dweight, void* __restrict__ dbias, long long float_types)
+                   void* __restrict__ dweight, void* __restrict__ dbias, long long flags)
 {
     using A = Accumulator<T>;
     const Geometry g = {N, C, S, lanes, group, per_split, groups, splits};
@@ -233,9 +244,9 @@ __global__ void __launch_bounds__(THREADS, MIN_BLOCKS<V>)
         }
         if (part.split > 0) continue;
         if (dweight)
-            write_parameter<T>(dweight, float_types & WEIGHT_IS_FLOAT, c,
+            write_parameter<T>(dweight, flags & WEIGHT_IS_FLOAT, c,
                                parameter_sums[g.C + c] * invstd * parameter_scale);
-        if (dbias) write_parameter<T>(dbias, float_types & BIAS_IS_FLOAT, c, parameter_sums[c] * parameter_scale);
+        if (dbias) write_parameter<T>(dbias, flags & BIAS_IS_FLOAT, c, parameter_sums[c] * parameter_scale);
     }
     __syncthreads();  // publishes the constants
 
@@ -244,8 +255,9 @@ __global__ void __launch_bounds__(THREADS, MIN_BLOCKS<V>)
     body.dx = dx;
     body.mask = mask;
     body.sums = sums;
-    body.reads_x = sums || body.COMPUTES_MASK;
+    body.reads_x = sums || body.COMPUTES_MASK || body.INVERTS;
     body.slope = slope;
+    if (body.INVERTS) body.inverse_slope = 1 / slope;
     int channels[body.W];
     channels_of<V, COLUMNS>(g, part, channels);
     body.take(g, part, saved, staged, channels);

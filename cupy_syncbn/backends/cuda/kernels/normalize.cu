@@ -60,18 +60,19 @@ template <typename T, int V, bool COLUMNS, bool RESIDUAL, Activation ACTIVATION>
 //                  and an ACTIVATION, as without a residual the backward computes it again
 // vector           [4 * C + 6] of all ranks; null to normalize by the running statistics
 // squares          [C + 5] of all ranks, for float64 data; null for others
-// weight, bias, running_mean, running_var   [C] or null, of the types told by float_types
+// weight, bias, running_mean, running_var   [C] or null, of the types told by flags
 // num_batches_tracked   [1] or null
 // momentum         share of the batch in the running statistics; negative for 1 / num_batches_tracked
 // ranks            how many have been added up, if the running statistics are to be updated; else 0
-// saved            [4 * C + 1]: mean, invstd, scale, offset, and the count over all ranks
+// saved            [4 * C + 1]: mean, invstd, scale, offset, and the count over all ranks; in place mean and invstd are
+//                  those of z, see formulas.h
 // counter          [1]: zero before the launch and after it
 template <typename T, int V, bool COLUMNS, bool RESIDUAL, Activation ACTIVATION>
 __global__ void __launch_bounds__(THREADS, MIN_BLOCKS<V>)
     normalize(const T* x, T* y, const T* __restrict__ residual, unsigned char* __restrict__ mask, GEOMETRY,
               const double* __restrict__ vector, const double* __restrict__ squares, const void* __restrict__ weight,
               const void* __restrict__ bias, void* running_mean, void* running_var, long long* num_batches_tracked,
-              long long float_types, double momentum, long long ranks, double eps, Accumulator<T> slope,
+              long long flags, double momentum, long long ranks, double eps, Accumulator<T> slope,
               double* __restrict__ saved, unsigned int* counter)
 {
     using A = Accumulator<T>;
@@ -92,26 +93,27 @@ __global__ void __launch_bounds__(THREADS, MIN_BLOCKS<V>)
             count = moments.count;
             var = variance_of(squares ? squares[c] : moments.m2, count);
         } else {
-            mean = read_parameter<T>(running_mean, float_types & MEAN_IS_FLOAT, c);
-            var = read_parameter<T>(running_var, float_types & VAR_IS_FLOAT, c);
+            mean = read_parameter<T>(running_mean, flags & MEAN_IS_FLOAT, c);
+            var = read_parameter<T>(running_var, flags & VAR_IS_FLOAT, c);
         }
-        const double factor = weight ? read_parameter<T>(weight, float_types & WEIGHT_IS_FLOAT, c) : 1;
-        const double constant = bias ? read_parameter<T>(bias, float_types & BIAS_IS_FLOAT, c) : 0;
+        double factor = weight ? read_parameter<T>(weight, flags & WEIGHT_IS_FLOAT, c) : 1;
+        if (flags & IN_PLACE) factor = invertible(factor);
+        const double constant = bias ? read_parameter<T>(bias, flags & BIAS_IS_FLOAT, c) : 0;
         const Step<A> step = step_of<A>(mean, var, eps, factor, constant);
         shifts[k] = step.shift;
         scales[k] = step.scale;
         offsets[k] = step.offset;
         if (part.split > 0) continue;
-        saved[c] = mean;
-        saved[g.C + c] = step.invstd;
+        saved[c] = flags & IN_PLACE ? constant : mean;
+        saved[g.C + c] = flags & IN_PLACE ? 1 / factor : step.invstd;
         saved[2 * g.C + c] = step.scale;
         saved[3 * g.C + c] = step.offset;
         if (c == 0) saved[4 * g.C] = count;
         if (update && count > 0) {
-            const double old_mean = read_parameter<T>(running_mean, float_types & MEAN_IS_FLOAT, c);
-            const double old_var = read_parameter<T>(running_var, float_types & VAR_IS_FLOAT, c);
-            write_parameter<T>(running_mean, float_types & MEAN_IS_FLOAT, c, updated(old_mean, mean, momentum));
-            write_parameter<T>(running_var, float_types & VAR_IS_FLOAT, c,
+            const double old_mean = read_parameter<T>(running_mean, flags & MEAN_IS_FLOAT, c);
+            const double old_var = read_parameter<T>(running_var, flags & VAR_IS_FLOAT, c);
+            write_parameter<T>(running_mean, flags & MEAN_IS_FLOAT, c, updated(old_mean, mean, momentum));
+            write_parameter<T>(running_var, flags & VAR_IS_FLOAT, c,
                                updated(old_var, unbiased(var, count), momentum));
         }
     }
