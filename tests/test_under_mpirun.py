@@ -34,6 +34,8 @@ NO_KERNELS = (
     "--deselect=tests/test_fuzz.py::test_drawn_cases[cupy]",
 )
 NO_LIBRARIES = ("--ignore=tests/test_arrays.py", "--ignore=tests/test_torch_parity.py")
+INTEROP = "tests/interop"
+NO_INTEROP = f"--ignore={INTEROP}"  # which has launches of its own, as it takes long
 GRADIENTS = "tests/nn/test_gradcheck.py"
 NO_SWEEPS = (
     "--ignore=tests/test_checks.py",
@@ -62,7 +64,7 @@ def launch_tests(python, ranks, *arguments):
 
 @pytest.mark.parametrize(
     ("ranks", "chosen"),
-    [(2, (*NO_KERNELS, "tests")), (3, (*NO_LIBRARIES, *NO_NCCL, "tests")), (4, FOUR)],
+    [(2, (*NO_KERNELS, NO_INTEROP, "tests")), (3, (*NO_LIBRARIES, NO_INTEROP, *NO_NCCL, "tests")), (4, FOUR)],
     ids=["2", "3", "4"],
 )
 def test_ranks(ranks, chosen):
@@ -76,13 +78,30 @@ def test_one_rank():
 @pytest.mark.parametrize(
     ("ranks", "chosen"),
     [
-        pytest.param(2, (*NO_KERNELS, *NO_LIBRARIES, *NO_SWEEPS, "tests"), id="2"),
+        pytest.param(2, (*NO_KERNELS, *NO_LIBRARIES, NO_INTEROP, *NO_SWEEPS, "tests"), id="2"),
         pytest.param(3, (*NO_NCCL, *FOUR), id="3"),
         pytest.param(2, (GRADIENTS,), id="2-gradients", marks=pytest.mark.long),
     ],
 )
 def test_ranks_of_other_mpi(ranks, chosen):
     launch_tests(other_python(), ranks, *chosen)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "name", "library"),
+    [
+        *((ranks, "torch", library) for ranks in (2, 3) for library in ("this", "other")),
+        (3, "jax", "this"),
+        (2, "jax", "other"),
+        pytest.param(2, "jax", "this", marks=pytest.mark.long),  # it compiles for most of its time
+        pytest.param(3, "jax", "other", marks=pytest.mark.long),
+    ],
+)
+def test_ranks_within_other_libraries(ranks, name, library):
+    python = sys.executable if library == "this" else other_python()
+    if run([python, "-c", f"import {name}"], clean_environment(), 60)[0]:
+        pytest.skip(f"{name} is not installed beside {vendor_of(python)}")
+    launch_tests(python, ranks, f"{INTEROP}/test_{name}.py")
 
 
 def test_deadline_ends_all_descendants(tmp_path):
