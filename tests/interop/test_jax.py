@@ -194,8 +194,6 @@ def test_evaluation_needs_nobody_else(world):
 
 
 def test_no_samples_on_all_ranks_leave_the_state(world):
-    if world.size == 1:
-        return  # one process without samples is refused, as by torch
     y, state = sync_batch_norm(jnp.zeros((0, 3), "float32"), state=init_state(3))
     assert y.shape == (0, 3)
     assert state.num_batches_tracked == 0
