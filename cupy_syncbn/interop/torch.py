@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -288,10 +288,11 @@ class _Last(torch.autograd.Function):
 
 def _array_of(tensor: Tensor) -> Array:
     """Return a tensor as an array of NumPy or CuPy that shares its memory."""
-    if tensor.is_cpu and tensor.dtype != torch.bfloat16 and not tensor.is_neg():
-        result: Array = tensor.detach().numpy()  # a quarter of the time of the next line
-        return result
-    return cast("Array", as_array(tensor))
+    try:
+        result: Array = tensor.detach().numpy()
+    except (RuntimeError, TypeError):  # of a GPU, bfloat16, or with a lazy sign
+        result = as_array(tensor)
+    return result
 
 
 def _arrays_of(layer: SyncBatchNorm) -> list[Array | None]:
