@@ -133,7 +133,8 @@ class SyncBatchNorm(_BatchNorm):
         if not bias:
             self.register_parameter("bias", None)
         self.process_group = _group_of(process_group)
-        self.activation, self.grad_reduction, self.name = activation, grad_reduction, name
+        self.activation = tuple(activation) if isinstance(activation, list) else activation
+        self.grad_reduction, self.name = grad_reduction, name
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:  # noqa: A002, torch's name
         """Normalize a batch.
@@ -182,7 +183,7 @@ class SyncBatchNorm(_BatchNorm):
         return convert_sync_batchnorm(module, process_group)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=1024)  # more than a model has layers
 def _name_of(name: str, *settings: Any) -> str:
     """Return the name of a layer's calls, in which ranks with other settings differ."""
     eps, momentum, affine, tracking, activation, grad_reduction, is_double = settings
@@ -202,7 +203,8 @@ def _description_of(layer: SyncBatchNorm, x: Any) -> functional.Description:
     )  # fmt: skip
     call = Call(name, layer.num_features, "forward", layer._calls_made)
     known = layer.running_mean if layer.weight is None else layer.weight
-    return functional.describe_forward(call, peers, (None if known is None else _array_of(known),))
+    on_gpu = (as_array(known),) if known is not None and known.is_cuda else ()
+    return functional.describe_forward(call, peers, on_gpu)
 
 
 class _Normalize(torch.autograd.Function):
@@ -221,7 +223,6 @@ class _Normalize(torch.autograd.Function):
         describe = partial(_description_of, layer, x)
         with _on_device_of(x), Collective(describe=describe) as step:
             step.enter(*describe())
-            weight_array, bias_array, mean, var, tracked = _arrays_of(layer)
             for name, value in ("input", x), ("residual", residual):
                 if value is not None and not isinstance(value, Tensor):
                     raise TypeError(f"expected {name} to be a torch tensor (got {type_name(value)})")
@@ -237,8 +238,8 @@ class _Normalize(torch.autograd.Function):
                 weight_trains=weight is None or weight.requires_grad,
                 bias_trains=bias is None or bias.requires_grad,
             )
-            added = None if residual is None else _array_of(residual)
-            arguments = Arguments(weight_array, bias_array, mean, var, tracked, added)
+            running = layer.running_mean, layer.running_var, layer.num_batches_tracked
+            arguments = Arguments(*_arrays_of(weight, bias, *running, residual))
             y, saved, writes = functional.forward(array, arguments, settings, layer.process_group, step)
             result = _as_tensor(y)
             call, peers, length, _ = saved.backward
@@ -289,15 +290,13 @@ class _Last(torch.autograd.Function):
 def _array_of(tensor: Tensor) -> Array:
     """Return a tensor as an array of NumPy or CuPy that shares its memory."""
     try:
-        result: Array = tensor.detach().numpy()
+        result: Array = (tensor.detach() if tensor.requires_grad else tensor).numpy()
     except (RuntimeError, TypeError):  # of a GPU, bfloat16, or with a lazy sign
         result = as_array(tensor)
     return result
 
 
-def _arrays_of(layer: SyncBatchNorm) -> list[Array | None]:
-    """Return weight, bias, running mean and variance, and counter as arrays."""
-    tensors = layer.weight, layer.bias, layer.running_mean, layer.running_var, layer.num_batches_tracked
+def _arrays_of(*tensors: Tensor | None) -> list[Array | None]:
     return [None if tensor is None else _array_of(tensor) for tensor in tensors]
 
 
@@ -315,12 +314,16 @@ def _is_within_backward() -> bool:
     return _current_graph_task_id() != -1
 
 
+_HERE = contextlib.nullcontext()
+
+
+def _on_device_of(x: Any) -> contextlib.AbstractContextManager[None]:
+    """Return a context in which CuPy computes where a tensor is, on torch's current stream."""
+    return _on_gpu_of(x) if getattr(x, "is_cuda", False) else _HERE
+
+
 @contextlib.contextmanager
-def _on_device_of(x: Any) -> Iterator[None]:
-    """Let CuPy compute where a tensor is, on torch's current stream."""
-    if not getattr(x, "is_cuda", False):
-        yield
-        return
+def _on_gpu_of(x: Tensor) -> Iterator[None]:
     cupy = import_cupy()
     stream = torch.cuda.current_stream(x.device).cuda_stream
     with cupy.cuda.Device(x.device.index), cupy.cuda.ExternalStream(stream, x.device.index):

@@ -2,8 +2,8 @@
 
     mpirun -n 4 python -m mpi4py scripts/examples/jax_jit.py
 
-The running statistics go in and come out, as flax and equinox keep them. Rank 0 compares with jax.grad through a
-batch normalization in jax.numpy, on the whole batch.
+The running statistics go in and come out, as flax and equinox keep them. Rank 0 compares with jax.grad
+through a batch normalization in jax.numpy, on the whole batch.
 """
 
 import sys
