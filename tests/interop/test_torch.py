@@ -5,6 +5,7 @@ import pickle
 import threading
 import weakref
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ torch = pytest.importorskip("torch", reason="torch is not installed")
 
 from torch.utils.checkpoint import checkpoint  # noqa: E402
 
+from cupy_syncbn.interop import torch as interop  # noqa: E402
 from cupy_syncbn.interop.torch import SyncBatchNorm, convert_sync_batchnorm  # noqa: E402
 
 nn, F = torch.nn, torch.nn.functional
@@ -467,3 +469,14 @@ def test_process_group_of_torch_is_refused(torch_ranks):
 def test_ranks_of_torch_are_those_of_mpi(world, torch_ranks):
     assert (torch_ranks.get_rank(), torch_ranks.get_world_size()) == (world.rank, world.size)
     assert default_group().size == world.size
+
+
+@pytest.mark.mpi(min_size=2)
+def test_fault_of_the_rank_where_torch_is_to_meet(world, monkeypatch):
+    def no_port(*arguments, **settings):
+        raise OSError("no port")
+
+    if world.rank == 0:
+        monkeypatch.setattr(interop, "_distributed", SimpleNamespace(TCPStore=no_port))
+    with pytest.raises(OSError if world.rank == 0 else RemoteRankError, match="no port"):
+        interop.init_process_group()

@@ -67,6 +67,15 @@ def test_figures_of_speed():
             assert not cell or cell == f"{record['summary'][f'{kind}, {variant}']['ours/torch']:.2f}"
 
 
+def test_figures_of_torch_and_jax():
+    shown, record = figures("torch_and_jax.md", "cpu-torch")
+    for row, kind in ("float32", "float32"), ("float32, channels-last", "float32-nhwc"):
+        measured = [record["summary"][f"{kind}, {variant}"] for variant in ("plain", "relu", "add+relu")]
+        assert shown[row] == [f"{means['ours/torch']:.2f}" for means in measured]
+    dense = [f"{each['ratio']:.2f}" for each in record["results"] if len(each["shape"]) == 2]
+    assert shown["dense layers (8, 64), (64, 128), (256, 1024)"] == [", ".join(dense), "", ""]
+
+
 @pytest.mark.parametrize("library", ["open-mpi", "mpich"])
 def test_figures_of_scaling(library):
     shown, record = figures("scaling.md", f"exchange-{library}")
