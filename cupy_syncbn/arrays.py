@@ -47,8 +47,8 @@ def as_array(array: Any, name: str = "", *, host: bool = True) -> Any:
         if name and array.requires_grad and sys.modules["torch"].is_grad_enabled():
             raise TypeError(
                 f"expected {name} without a graph (got a torch tensor that requires grad, and torch takes no "
-                f"gradient through this call): use {name}.detach(), or call it in a torch.autograd.Function, "
-                "as in scripts/examples/torch_autograd.py"
+                f"gradient through this call): use {name}.detach(), or the layer for torch, "
+                "cupy_syncbn.interop.torch.SyncBatchNorm"
             )
         array = array.detach()  # torch exports none that require gradients
     try:

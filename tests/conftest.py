@@ -27,7 +27,7 @@ os.environ["CUPY_SYNCBN_DEVICE"] = "cpu"
 # JAX would make its arrays on a GPU, most of whose memory it takes for itself.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-OF_LAYERS = {"nn", "test_plan.py"}
+OF_LAYERS = {"interop", "nn", "test_plan.py"}
 
 REQUIRE_GPU = os.environ.get("CUPY_SYNCBN_REQUIRE_GPU") == "1"
 

@@ -25,6 +25,7 @@ ALLOWED = {
     "plan": {"checks", "backends", "arrays"},
     "functional": {"plan", "checks", "comm", "backends", "arrays"},
     "nn": {"functional", "plan", "checks", "comm", "backends", "arrays"},
+    "interop": {"nn", "functional", "plan", "checks", "comm", "backends", "arrays"},
     "diagnosis": {"nn", "comm", "backends", "arrays", "_version"},
     "__main__": {"diagnosis"},
 }
@@ -135,7 +136,7 @@ def functions_in(package):
 
 
 # Public signatures: torch's, and those that grew from it.
-MANY_PARAMETERS = {"sync_batch_norm", "BatchNormBase.__init__"}
+MANY_PARAMETERS = {"sync_batch_norm", "BatchNormBase.__init__", "SyncBatchNorm.__init__"}
 
 
 def long_parameter_lists(package):
@@ -193,9 +194,10 @@ def test_a_planted_fault_is_found(tmp_path, rule, file, line):
 
 @pytest.mark.parametrize("module", MODULES)
 def test_optional_packages_are_imported_late(module):
-    late = {"mpi4py", "torch", "ml_dtypes", "cupy", "cupyx", "cupy_backends", "nccl"}
+    late = {"mpi4py", "torch", "jax", "ml_dtypes", "cupy", "cupyx", "cupy_backends", "nccl"}
     if module == "backends.cuda.operations":
         late -= {"cupy", "cupyx", "cupy_backends"}
+    late -= {module.removeprefix("interop.")}  # which nobody imports without the library
     at_start = {name.split(".")[0] for name in imports(MODULES[module], at_start=True)}
     assert not at_start & late
 
@@ -207,7 +209,7 @@ def test_neither_cupy_nor_mpi_is_imported(use):
     code = f"""
 import sys, numpy, cupy_syncbn
 {use}
-loaded = {{"cupy", "mpi4py", "torch", "ml_dtypes"}} & set(sys.modules)
+loaded = {{"cupy", "mpi4py", "torch", "jax", "ml_dtypes"}} & set(sys.modules)
 assert not loaded, loaded
 """
     environment = clean_environment(PYTHONPATH=str(PACKAGE.parent))

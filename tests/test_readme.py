@@ -23,8 +23,14 @@ TEXT = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL)
 
 
+def skip_without_its_library(code):
+    for library in re.findall(r"(?m)^import (torch|jax)$", code):
+        pytest.importorskip(library, reason=f"a program within {library}, which is not installed")
+
+
 @pytest.mark.parametrize("code", [code for language, code in BLOCKS if language == "python"])
 def test_python_blocks_run(code, tmp_path):
+    skip_without_its_library(code)
     process = subprocess.run(
         [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=120,
         env=clean_environment(PYTHONPATH=str(REPOSITORY)), cwd=tmp_path,
@@ -41,8 +47,6 @@ ELSEWHERE = {
     ". .venv/bin/activate": CI,
     "pip install . mpich": CI,
     "pip install '.[cuda13]' mpich": "test_extras_exist",  # takes gigabytes, and a GPU
-    "pip install -e '.[docs]'": "test_extras_exist",  # CI has it with other extras
-    "bash scripts/docs/build.sh": CI,
     "sbatch scripts/slurm/cpu.sh": "test_slurm.py",
     "sbatch --nodes=4 scripts/slurm/gpu.sh": "test_slurm.py",
     "qsub scripts/pbs/job.sh": "test_slurm.py",
@@ -87,6 +91,7 @@ LAUNCHED = [c for c in dict.fromkeys(COMMANDS + SPOKEN) if c.startswith("mpirun"
 @pytest.mark.launch
 @pytest.mark.parametrize("code", [code for language, code in BLOCKS if language == "python"])
 def test_python_blocks_run_on_ranks(code, tmp_path):
+    skip_without_its_library(code)
     (tmp_path / "program.py").write_text(f"import os\nos.chdir({str(tmp_path)!r})\n{code}")
     arguments = ["-W", "error", "-m", "mpi4py", str(tmp_path / "program.py")]
     told, status, output = launch(sys.executable, 3, arguments, 120)

@@ -34,6 +34,8 @@ NO_KERNELS = (
     "--deselect=tests/test_fuzz.py::test_drawn_cases[cupy]",
 )
 NO_LIBRARIES = ("--ignore=tests/test_arrays.py", "--ignore=tests/test_torch_parity.py")
+INTEROP = "tests/interop"
+NO_INTEROP = f"--ignore={INTEROP}"  # which has launches of its own, as it takes long
 GRADIENTS = "tests/nn/test_gradcheck.py"
 NO_SWEEPS = (
     "--ignore=tests/test_checks.py",
@@ -44,25 +46,25 @@ NO_SWEEPS = (
 NO_NCCL = ("--ignore-glob=tests/comm/transports/test_nccl*",)
 
 
-def launch_tests(python, ranks, *arguments):
+def launch_tests(python, ranks, *arguments, deadline=DEADLINE):
     # mpi4py's runner ends all ranks when one fails; pytest fails at the first failure, before ranks part.
     command, status, output = launch(
         python,
         ranks,
         ["-m", "mpi4py", "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider",
          "--with-mpi", "-m", "not mpi_skip and not long", *arguments],
-        DEADLINE,
+        deadline,
         CUPY_SYNCBN_TEST_WORLD_SIZE=str(ranks),
         CUPY_SYNCBN_TIMEOUT="60",
     )  # fmt: skip
     if status != 0:
-        ended = f"did not end within {DEADLINE} s" if status is None else f"ended with status {status}"
+        ended = f"did not end within {deadline} s" if status is None else f"ended with status {status}"
         pytest.fail(f"{ranks} ranks of {vendor_of(python)} {ended}: {command}\n{output}", pytrace=False)
 
 
 @pytest.mark.parametrize(
     ("ranks", "chosen"),
-    [(2, (*NO_KERNELS, "tests")), (3, (*NO_LIBRARIES, *NO_NCCL, "tests")), (4, FOUR)],
+    [(2, (*NO_KERNELS, NO_INTEROP, "tests")), (3, (*NO_LIBRARIES, NO_INTEROP, *NO_NCCL, "tests")), (4, FOUR)],
     ids=["2", "3", "4"],
 )
 def test_ranks(ranks, chosen):
@@ -76,13 +78,30 @@ def test_one_rank():
 @pytest.mark.parametrize(
     ("ranks", "chosen"),
     [
-        pytest.param(2, (*NO_KERNELS, *NO_LIBRARIES, *NO_SWEEPS, "tests"), id="2"),
+        pytest.param(2, (*NO_KERNELS, *NO_LIBRARIES, NO_INTEROP, *NO_SWEEPS, "tests"), id="2"),
         pytest.param(3, (*NO_NCCL, *FOUR), id="3"),
         pytest.param(2, (GRADIENTS,), id="2-gradients", marks=pytest.mark.long),
     ],
 )
 def test_ranks_of_other_mpi(ranks, chosen):
     launch_tests(other_python(), ranks, *chosen)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "name", "library"),
+    [
+        *((ranks, "torch", library) for ranks in (2, 3) for library in ("this", "other")),
+        (3, "jax", "this"),
+        (2, "jax", "other"),
+        pytest.param(2, "jax", "this", marks=pytest.mark.long),  # it compiles for most of its time
+        pytest.param(3, "jax", "other", marks=pytest.mark.long),
+    ],
+)
+def test_ranks_within_other_libraries(ranks, name, library):
+    python = sys.executable if library == "this" else other_python()
+    if run([python, "-c", f"import {name}"], clean_environment(), 60)[0]:
+        pytest.skip(f"{name} is not installed beside {vendor_of(python)}")
+    launch_tests(python, ranks, f"{INTEROP}/test_{name}.py", deadline=400)  # compilers keep the cores busy
 
 
 def test_deadline_ends_all_descendants(tmp_path):

@@ -43,8 +43,7 @@ def _check_torch(nn: Any, found: list[Held], has_layers: bool) -> None:
         where = f" at {theirs.name.replace('_modules.', '')}" if theirs.holder else ""
         raise TypeError(
             f"expected layers of cupy_syncbn (got {type_name(theirs.value)}{where}): torch's are converted "
-            "by torch.nn.SyncBatchNorm.convert_sync_batchnorm; to use cupy_syncbn within torch, see "
-            "scripts/examples/torch_autograd.py"
+            "by cupy_syncbn.interop.torch.convert_sync_batchnorm"
         )
 
 

@@ -22,6 +22,7 @@ the in-place add_ and relu_ that torchvision's ResNet uses: the fastest of its i
 
     python scripts/benchmarks/cpu.py                    # about four minutes
     python scripts/benchmarks/cpu.py --isa numpy        # without the compiled core
+    python scripts/benchmarks/cpu.py --torch-layer      # ours is the layer of interop.torch
     mpirun -n 2 python -m mpi4py scripts/benchmarks/cpu.py --kinds dense  # with sums over ranks: says which
                                                         # variables go before mpirun
     python scripts/benchmarks/cpu.py --quick            # seconds; says that it works, not how fast it is
@@ -162,18 +163,47 @@ class Case:
 
         return run
 
-    def torch(self, torch: Any) -> Callable[[], tuple[float, float]]:
-        """Return a function that does the same in PyTorch."""
-        batch_norm, grad = torch.nn.functional.batch_norm, torch.autograd.grad
-        channels = self.shape[1]
+    def ours_within_torch(self, torch: Any) -> Callable[[], tuple[float, float]]:
+        """Return a function that runs our layer of torch's, by autograd."""
+        from cupy_syncbn.interop.torch import SyncBatchNorm as Layer
+
+        grad = torch.autograd.grad
+        bn = Layer(
+            self.shape[1],
+            eps=EPS,
+            momentum=MOMENTUM,
+            dtype=torch.float64 if self.dtype == "float64" else torch.float32,
+            activation=None if self.variant == "plain" else "relu",
+        )
+        x, dy, residual = self._tensors(torch)
+        inputs = [x, *bn.parameters(), *([] if residual is None else [residual])]
+
+        def run() -> tuple[float, float]:
+            start = clock()
+            y = bn(x, residual)
+            between = clock()
+            gradients = grad(y, inputs, dy)
+            del y, gradients
+            return between - start, clock() - between
+
+        return run
+
+    def _tensors(self, torch: Any) -> list[Any]:
+        """Return x, dy and the residual as tensors of the same memory."""
 
         def tensor(array: np.ndarray) -> Any:
             if self.dtype == "bfloat16":
                 return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
             return torch.from_numpy(array)
 
-        x, dy = tensor(self.x).requires_grad_(), tensor(self.dy)
         residual = tensor(self.residual).requires_grad_() if self.variant == "add+relu" else None
+        return [tensor(self.x).requires_grad_(), tensor(self.dy), residual]
+
+    def torch(self, torch: Any) -> Callable[[], tuple[float, float]]:
+        """Return a function that does the same in PyTorch."""
+        batch_norm, grad = torch.nn.functional.batch_norm, torch.autograd.grad
+        channels = self.shape[1]
+        x, dy, residual = self._tensors(torch)
         dtype = torch.float64 if self.dtype == "float64" else torch.float32  # of the parameters, as ours
         weight = torch.ones(channels, dtype=dtype, requires_grad=True)
         bias = torch.zeros(channels, dtype=dtype, requires_grad=True)
@@ -232,7 +262,7 @@ def _agreed(count: int) -> int:
     return int(agreed[0])
 
 
-def measure(case: Case, torch: Any | None, repeats: int) -> dict[str, Any]:
+def measure(case: Case, torch: Any | None, repeats: int, torch_layer: bool) -> dict[str, Any]:
     """Measure one case; times are in milliseconds."""
     result: dict[str, Any] = {
         "name": case.name,
@@ -243,7 +273,8 @@ def measure(case: Case, torch: Any | None, repeats: int) -> dict[str, Any]:
         "nbytes": case.x.nbytes,
         "peak": case.peak(),
     }
-    contenders = {"ours": case.ours(), "copy": case.copy()}
+    ours = case.ours_within_torch(torch) if torch_layer else case.ours()
+    contenders = {"ours": ours, "copy": case.copy()}
     if torch is not None:
         contenders["torch"] = case.torch(torch)
     seconds = interleaved(contenders, repeats, agreed=_agreed)
@@ -396,12 +427,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="LEVEL",
         help="instruction set of the core, or numpy: see CUPY_SYNCBN_ISA in scripts/docs/install.md",
     )
+    parser.add_argument("--torch-layer", action="store_true", help="measure cupy_syncbn.interop.torch")
     parser.add_argument("--output", type=Path, default=RESULTS, metavar="DIR", help="where the results go")
     options = parser.parse_args(arguments)
     if options.isa:
         restart_with({"CUPY_SYNCBN_ISA": options.isa})
     pin_threads(options.threads)
     torch = import_torch(options.threads)
+    if torch is None and options.torch_layer:
+        return 1
     repeats = options.repeats or (3 if options.quick else 31)
     if options.threads == 1:
         global clock
@@ -420,7 +454,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         dtype, channels_last, variants = KINDS[kind]
         shapes = DENSE if kind == "dense" else maps if kind == "float32" else five
         for variant in variants:
-            rows = [measure(Case(shape, variant, dtype, channels_last), torch, repeats) for shape in shapes]
+            cases = [Case(shape, variant, dtype, channels_last) for shape in shapes]
+            rows = [measure(case, torch, repeats, options.torch_layer) for case in cases]
             print_rows(f"{kind}, {variant}: forward + backward", rows)
             results += rows
     print()
@@ -434,7 +469,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"\n{caption(facts)}")
     if default_group().rank == 0:
         record = {**facts, "repeats": repeats, "summary": summary, "results": results}
-        name = "cpu" + f"-{options.isa}" * bool(options.isa) + "-ranks" * (default_group().size > 1)
+        name = (
+            "cpu"
+            + f"-{options.isa}" * bool(options.isa)
+            + "-torch" * options.torch_layer
+            + "-ranks" * (default_group().size > 1)
+        )
         save(options.output, name + "-quick" * options.quick, record, plot(results, facts))
     return 0
 

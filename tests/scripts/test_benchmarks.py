@@ -73,6 +73,14 @@ def test_cpu_without_the_core(tmp_path):
     assert [result["shape"] for result in record["results"]] == [[8, 64], [64, 128], [256, 1024]]
 
 
+@pytest.mark.skipif(not TORCH, reason="measures a layer of torch, which is not installed")
+def test_cpu_of_the_torch_layer(tmp_path):
+    output, record = run("cpu.py", tmp_path, "--repeats", "2", "--kinds", "float32", "--torch-layer")
+    assert len(headings(output, "shape")) == 3
+    assert "--torch-layer" in record["command"]
+    assert all(result["ratio"] > 0 for result in record["results"])
+
+
 @pytest.mark.launch
 def test_cpu_on_ranks(tmp_path):
     """A rank cannot restart with other threads, as its MPI has started: it says what goes before mpirun."""
@@ -80,7 +88,7 @@ def test_cpu_on_ranks(tmp_path):
     arguments = ["-m", "mpi4py", script, "--quick", "--kinds", "dense", "--output", str(tmp_path)]
     _, status, output = launch(sys.executable, 2, arguments, 120)
     assert status == 1
-    (words,) = set(re.findall(r"put env (.*) before mpirun", output))
+    (words,) = set(re.findall(r"put env (.*?) before mpirun", output))
     variables = dict(word.split("=") for word in words.split())
     for name in variables.keys() & {"OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"}:
         assert variables.pop(name) == "1"  # as `launch` has it

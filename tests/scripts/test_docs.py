@@ -16,11 +16,19 @@ DOCS = REPOSITORY / "scripts" / "docs"
 
 
 def test_every_public_name_has_a_page():
-    text = (DOCS / "api.rst").read_text()
-    lists = re.findall(
-        r"(?m)^\.\. autosummary::\n   :toctree: api\n   :nosignatures:\n\n((?:   \w+\n)+)", text
-    )
-    assert sorted(" ".join(lists).split()) == sorted(cupy_syncbn.__all__)
+    parts = re.split(r"(?m)^\.\. currentmodule:: (\S+)\n", (DOCS / "api.rst").read_text())
+    pages = {}
+    for module, text in zip(parts[1::2], parts[2::2], strict=True):
+        lists = re.findall(
+            r"(?m)^\.\. autosummary::\n   :toctree: api\n   :nosignatures:\n\n((?:   \w+\n)+)", text
+        )
+        pages[module] = sorted(" ".join(lists).split())
+    modules = {"cupy_syncbn": cupy_syncbn.__all__}
+    for library in "torch", "jax":
+        path = REPOSITORY / "cupy_syncbn" / "interop" / f"{library}.py"  # not imported: it may be missing
+        (names,) = re.findall(r"(?m)^__all__ = \[(.*)\]$", path.read_text())
+        modules[f"cupy_syncbn.interop.{library}"] = re.findall(r'"(\w+)"', names)
+    assert pages == {module: sorted(names) for module, names in modules.items()}
 
 
 def test_every_page_is_in_the_contents():
@@ -78,6 +86,15 @@ def test_figures_of_memory(column, where):
             f"the layer takes {record['time']['float32']:.2f} of the time",
         )
         assert all(each in " ".join(section.split()) for each in words)
+
+
+def test_figures_of_torch_and_jax():
+    shown, record = figures("torch_and_jax.md", "cpu-torch")
+    for row, kind in ("float32", "float32"), ("float32, channels-last", "float32-nhwc"):
+        measured = [record["summary"][f"{kind}, {variant}"] for variant in ("plain", "relu", "add+relu")]
+        assert shown[row] == [f"{means['ours/torch']:.2f}" for means in measured]
+    dense = [f"{each['ratio']:.2f}" for each in record["results"] if len(each["shape"]) == 2]
+    assert shown["dense layers (8, 64), (64, 128), (256, 1024)"] == [", ".join(dense), "", ""]
 
 
 @pytest.mark.parametrize("library", ["open-mpi", "mpich"])

@@ -1,0 +1,1 @@
+"""Synchronized batch normalization within other libraries; each is imported only when asked for."""
