@@ -452,7 +452,7 @@ class MPIProcessGroup(ProcessGroup):
     def _opened(self) -> PrivateComm:
         """Return the private communicator, made at its first use (**collective**)."""
         if self._private_comm is None:
-            self._private_comm = self.counter = private_comm_of(self._comm, self.timeout)
+            self._private_comm = self.counter = private_comm_of(self._comm, self.timeout, self.host)
         return self._private_comm
 
     def _taken(self) -> PrivateComm:
