@@ -27,16 +27,18 @@ from cupy_syncbn.arrays import Array
 
 WHOLE = slice(None)
 
-# Of the choice among schedules: a network of 200 Gb/s for each node, and steps that Python makes, with the
-# messages and the additions in them (2.2 to 2.9 us were measured, and a network's 1.2 us come on top). Where
-# messages are slower, so is a step: the choice is the same on a network of 25 Gb/s and 10 us.
-_STEP = 2.9e-6
-_NETWORK = 1.2e-6
+# Of the choice among schedules: a network of 200 Gb/s for each node, and steps that Python makes, as measured
+# and as scripts/benchmarks/scaling.py simulates them. Where messages are slower than that, so are steps: the
+# choice is nearly the same on a network of 25 Gb/s and 10 us.
+_STEP, _SLICED = 2.5e-6, 0.5e-6
+"""Seconds of a step, and how much longer one of slices takes."""
+_WIRE, _ROUND_TRIP, _RENDEZVOUS = 1.2e-6, 2.4e-6, 16384
+"""Seconds between nodes, and those of a round trip, which messages of so many bytes wait for."""
 _CARD = 25e9
 """Bytes per second that a node's network card sends."""
-_NEARLY, _FEW = 1.05, 2
-_MEMORY = 6e9
-"""Bytes per second between two ranks of a node: two copies, in and out of shared memory."""
+_MEMORY, _ADDITION = 6e9, 17.5e9
+"""Bytes per second between ranks of a node, which take two copies, and those copied and added by NumPy."""
+_NEARLY, _FEW = 1.03, 2
 
 
 class Step(NamedTuple):
@@ -86,9 +88,9 @@ class Schedule:
         """Return how often a vector of some bytes is halved, which is fastest by a simple model.
 
         A halving takes another step at the end. It pays where many ranks of a node send through its network
-        card: from 1 KB at 64 per node (256 ranks), and from 5 KB at 8 per node (64 ranks). Within one node
-        nothing is gained. Of choices that are nearly as fast it is one by which at most two vectors leave a
-        node in a step, if there is any: others use the network too.
+        card: from some 2 KB at 64 per node, and 10 KB at 8. Within one node vectors are never halved. Of
+        choices that are nearly as fast it is one by which at most two vectors leave a node in a step, if
+        there is any: others use the network too.
         """
         if not any(self.crossing):
             return 0
@@ -106,8 +108,16 @@ class Schedule:
         seconds = 0.0
         for step, crossing in enumerate(self.crossing):
             sent = nbytes / 2 ** min(step + 1, halvings)
-            network = _NETWORK + crossing * sent / _CARD if crossing else sent / _MEMORY
-            seconds += (_STEP + network) * (2 if step < halvings else 1)
+            alone = _STEP + (_SLICED if halvings else 0) + sent / _ADDITION
+            if crossing:
+                alone += _WIRE + sent / _CARD + (_ROUND_TRIP if sent > _RENDEZVOUS else 0)
+                queue = crossing * sent / _CARD
+                # While the card sends for some ranks, others make their next step: the times overlap mostly.
+                alone, queue = max(alone, queue), min(alone, queue)
+                alone += queue / 3
+            else:
+                alone += sent / _MEMORY
+            seconds += alone * (2 if step < halvings else 1)
         return seconds
 
     def steps(self, rank: int, length: int = 0, halvings: int = 0) -> Iterator[Step]:
