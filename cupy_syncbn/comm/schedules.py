@@ -38,7 +38,7 @@ _CARD = 25e9
 """Bytes per second that a node's network card sends."""
 _MEMORY, _ADDITION = 6e9, 17.5e9
 """Bytes per second between ranks of a node, which take two copies, and those copied and added by NumPy."""
-_NEARLY, _FEW = 1.03, 2
+_NEARLY, _FEW = 1.07, 2
 
 
 class Step(NamedTuple):
@@ -88,15 +88,14 @@ class Schedule:
         """Return how often a vector of some bytes is halved, which is fastest by a simple model.
 
         A halving takes another step at the end. It pays where many ranks of a node send through its network
-        card: from some 2 KB at 64 per node, and 10 KB at 8. Within one node vectors are never halved. Of
-        choices that are nearly as fast it is one by which at most two vectors leave a node in a step, if
-        there is any: others use the network too.
+        card: from some 2 KB at 64 per node, and 10 KB at 8. Within one node vectors are never halved. If
+        it is nearly as fast, at most two vectors leave a node in a step: others use the network too.
         """
         if not any(self.crossing):
             return 0
         costs = [self._seconds(nbytes, halvings) for halvings in range(len(self.crossing) + 1)]
-        fast = [halvings for halvings, cost in enumerate(costs) if cost < _NEARLY * min(costs)]
-        return next((each for each in fast if self._leaving(each) <= _FEW), costs.index(min(costs)))
+        least = min(cost for halvings, cost in enumerate(costs) if self._leaving(halvings) <= _FEW)
+        return costs.index(least if least < _NEARLY * min(costs) else min(costs))
 
     def _leaving(self, halvings: int) -> float:
         """Return how many vectors leave a node in a step, at most."""
