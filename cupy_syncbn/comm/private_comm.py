@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import math
 import os
 import sys
@@ -22,6 +21,7 @@ from cupy_syncbn.comm.clock import LONGEST_LOOK, RunningClock
 from cupy_syncbn.comm.errors import CollectiveTimeoutError, RemoteRankError
 from cupy_syncbn.comm.launcher import FINALIZED, initialized_mpi
 from cupy_syncbn.comm.schedules import Schedule
+from cupy_syncbn.comm.small_objects import number_of
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -99,8 +99,7 @@ class PrivateComm:
 
         with self.take(timeout):
             if self._opening is None:
-                name = hashlib.sha256(host.encode()).digest()[:8]
-                self._host, self._hosts = np.frombuffer(name, np.int64), np.empty(self.size, np.int64)
+                self._host, self._hosts = np.array([number_of(host)]), np.empty(self.size, np.int64)
                 # Not Dup, which would wait for ever for a rank that never comes to its first sum.
                 self.comm, self._opening = comm.Idup()
             try:

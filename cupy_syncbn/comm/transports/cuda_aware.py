@@ -144,6 +144,8 @@ class _Arrival:
 def why_no_cupy(group: HostGroup) -> str:
     """Tell why a rank of a group cannot use CuPy, or nothing if all can (**collective**)."""
     missing, _ = missing_for_cupy()
-    everyones: list[str] = group.gather_objects(missing[: SIZE // 4])
-    rank = next((rank for rank, reason in enumerate(everyones) if reason), None)
-    return "" if rank is None else f"rank {rank} cannot take part, as {everyones[rank]}"
+    is_missing = group.gather_numbers(bool(missing))
+    if not is_missing.any():
+        return ""
+    rank = int(is_missing.argmax())
+    return f"rank {rank} cannot take part, as {group.broadcast_object(missing[: SIZE // 4], rank)}"
