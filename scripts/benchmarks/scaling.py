@@ -14,6 +14,7 @@ unless there is jitter: one step in 1,000 then takes 50 us more. The vector is t
 
     python scripts/benchmarks/scaling.py                # the whole table, some 15 minutes
     python scripts/benchmarks/scaling.py --quick        # 64 and 256 ranks, seconds
+    python scripts/benchmarks/scaling.py --resnet50     # the 106 sums of a step of ResNet-50
     python scripts/benchmarks/scaling.py --validate     # messages and bytes of real ranks, 2 to 8
 """
 
@@ -282,9 +283,30 @@ def blocks(ranks: int, per_node: int) -> list[int]:
     return [rank // per_node for rank in range(ranks)]
 
 
-def length_of(channels: int) -> int:
-    """Return the numbers in the vector that was simulated by the earlier program."""
-    return 4 * channels + 4
+def length_of(channels: int, is_backward: bool = False) -> int:
+    """Return the numbers in a vector, as the earlier program had them."""
+    return 2 * channels + 3 if is_backward else 4 * channels + 4
+
+
+# How many batch norms of ResNet-50 have so many channels, and where its sums are simulated.
+RESNET50 = {64: 7, 128: 8, 256: 16, 512: 11, 1024: 7, 2048: 4}
+RESNET50_RANKS = (
+    (8, 8), (32, 8), (64, 8), (64, 64), (512, 8), (512, 64), (4096, 8), (4096, 64),
+)  # fmt: skip
+
+
+def resnet50(ranks: int, per_node: int) -> dict[str, float]:
+    """Return the milliseconds of all sums of a step, by ours and by doubling."""
+    schedule, nodes = Schedule(blocks(ranks, per_node)), blocks(ranks, per_node)
+    found = {"ours": 0.0, "doubling": 0.0}
+    for channels, layers in RESNET50.items():
+        for is_backward in False, True:
+            length = length_of(channels, is_backward)
+            for name in found:
+                halvings = schedule.halvings(8 * length) if name == "ours" else 0
+                seconds = simulate(ours(schedule, length, halvings, PYTHON), nodes).seconds + PYTHON.fixed
+                found[name] += 1e3 * layers * seconds
+    return found
 
 
 def seconds_of(algorithm: str, ranks: int, per_node: int, channels: int, seed: int | None = None) -> float:
@@ -442,6 +464,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="64 and 256 ranks")
     parser.add_argument("--validate", action="store_true", help="count messages of real ranks, and no more")
+    parser.add_argument("--resnet50", action="store_true", help="the sums of a step, and no more")
     parser.add_argument("--output", type=Path, default=RESULTS, metavar="DIR", help="where the results go")
     parser.add_argument("--worker", metavar="NODES", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -452,6 +475,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         validate(FEW_PLACES if options.quick else PLACES)
         return 0
     pin_threads(1)
+    if options.resnet50:
+        steps = [
+            {"ranks": ranks, "per_node": per_node, "ms": resnet50(ranks, per_node)}
+            for ranks, per_node in RESNET50_RANKS[: 3 if options.quick else None]
+        ]
+        print("\nMilliseconds of the 106 sums of a step of ResNet-50, simulated\n")
+        lines = [
+            [f"{each['ranks']}/{each['per_node']}", *(f"{ms:.1f}" for ms in each["ms"].values())]
+            for each in steps
+        ]
+        print(table(["ranks/per node", "ours", "doubling"], lines))
+        name = "scaling-resnet" + "-quick" * options.quick
+        save(options.output, name, circumstances(arguments, 1, ["numpy"]) | {"steps": steps}, None)
+        return 0
     print(f"Assumptions: {Network()}\n  of the package: {PYTHON}\n  of MPI's own: {IN_C}")
     print(f"  merge {MERGE} s a number; ranks in blocks; jitter {JITTER}, the mean of {SEEDS} runs")
     counts = RANKS[:2] if options.quick else RANKS
