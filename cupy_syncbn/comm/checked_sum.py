@@ -202,10 +202,12 @@ class Notices(AnySum):
             self._add(step, trailer.LENGTH, _IN_NOTICE)
 
     def sum(self, vector: Array, wait: Callable[..., MPI.Status]) -> int:
-        self.relay(0, vector, 0, wait)
+        self.relay(0, vector, 0, wait, True)
         return 1
 
-    def relay(self, first: int, notice: Array, length: int, wait: Callable[..., MPI.Status]) -> None:
+    def relay(
+        self, first: int, notice: Array, length: int, wait: Callable[..., MPI.Status], is_last: bool = False
+    ) -> None:
         """Take the steps of a sum from one on, for a rank whose vector has some length, 0 if it has none."""
         self._length = length
         for number in range(first, len(self._messages)):
@@ -217,7 +219,7 @@ class Notices(AnySum):
             if message.incoming is not None:
                 nbytes = wait(message.incoming, message.partner).count
                 self._take_other(notice, message, nbytes, wait)
-        self._see_off(wait)
+        self._see_off(wait, is_last)
         self.begun = 0
 
 
@@ -295,7 +297,7 @@ class SlicedSum(AnySum):
                 notice = vector[FAULT:]
                 notice[:] = 0
                 self._take_other(notice, message, nbytes, wait)
-                self._notices.relay(number + 1, notice, length, wait)
+                self._notices.relay(number + 1, notice, length, wait, True)
                 break
             target = vector[receives]
             if replaces:
