@@ -71,13 +71,13 @@ _INTERNAL_TO_GROUPS = (
     "abandon", "allreduce_checked", "allreduce_owned", "broadcast_owned", "defer", "is_given_up",
     "next_model", "tell_fault",
 )  # fmt: skip
+_INTERNAL_TO_MPI = (
+    "allreduce_into", "broadcast_into", "gather_numbers", "gather_objects", "broadcast_object", "messages",
+)  # fmt: skip
 # Methods of public classes that only the package itself calls: a sentence is enough.
 INTERNAL = {
     *(f"ProcessGroup.{name}" for name in _INTERNAL_TO_GROUPS),
-    *(
-        f"MPIProcessGroup.{name}"
-        for name in ("allreduce_into", "broadcast_into", "gather_objects", "broadcast_object", "messages")
-    ),
+    *(f"MPIProcessGroup.{name}" for name in _INTERNAL_TO_MPI),
 }
 
 

@@ -7,8 +7,11 @@ import socket
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from cupy_syncbn.arrays import array_module
 from cupy_syncbn.comm.groups import MPIProcessGroup, as_group
+from cupy_syncbn.comm.small_objects import number_of
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -43,7 +46,8 @@ def local_rank(comm: MPI.Intracomm | None = None) -> int:
 
 def local_rank_in(group: MPIProcessGroup) -> int:
     """Return this process's number among those of a group on the same node (**collective**)."""
-    return group.gather_objects(_node())[: group.rank].count(_node())
+    own = number_of(_node())
+    return int(np.count_nonzero(group.gather_numbers(own)[: group.rank] == own))
 
 
 def _node() -> str:

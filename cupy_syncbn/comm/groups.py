@@ -370,17 +370,27 @@ class MPIProcessGroup(ProcessGroup):
             private.complete(private.comm.Ibcast(data, root), data)
 
     def gather_objects(self, value: Any) -> list[Any]:
-        """Return the objects of all ranks, of at most 1024 bytes as pickles (**collective**)."""
+        """Return the objects of all ranks, of at most 1024 bytes as pickles (**collective**).
+
+        That is much on thousands of ranks: it is for reports.
+        """
         data = pack(value)
         everyones = np.empty((self.size, data.size), np.uint8)
         with self._taken() as private:
             private.complete(private.comm.Iallgather(data, everyones), data, everyones)
         return [unpack(row) for row in everyones]
 
-    def broadcast_object(self, value: Any) -> Any:
-        """Return the object of rank 0, of at most 1024 bytes as a pickle (**collective**)."""
+    def gather_numbers(self, number: int) -> Array:
+        """Return a number of each rank, which takes eight bytes (**collective**)."""
+        data, everyones = np.array([number], np.int64), np.empty(self.size, np.int64)
+        with self._taken() as private:
+            private.complete(private.comm.Iallgather(data, everyones), data, everyones)
+        return everyones
+
+    def broadcast_object(self, value: Any, root: int = 0) -> Any:
+        """Return the object of rank `root`, of at most 1024 bytes as a pickle (**collective**)."""
         data = pack(value)
-        self.broadcast_into(data, 0)
+        self.broadcast_into(data, root)
         return unpack(data)
 
     @contextlib.contextmanager
@@ -452,7 +462,7 @@ class MPIProcessGroup(ProcessGroup):
     def _opened(self) -> PrivateComm:
         """Return the private communicator, made at its first use (**collective**)."""
         if self._private_comm is None:
-            self._private_comm = self.counter = private_comm_of(self._comm, self.timeout)
+            self._private_comm = self.counter = private_comm_of(self._comm, self.timeout, self.host)
         return self._private_comm
 
     def _taken(self) -> PrivateComm:

@@ -66,7 +66,12 @@ def new_group(
     -----
     **Collective** over `comm`: each of its processes calls it, with the same ranks. MPI has only so many
     communicators, MPICH 2048, and a group takes up to two. Make groups once, not in each step, and free those
-    that are not needed any more, by `group.free()` or `with`.
+    that are not needed any more, by `group.free()` or `with`. To make many groups call `split_group`, which
+    makes all at once: a `new_group` for each of 500 nodes is 500 rounds of messages among all ranks.
+
+    It takes a sum of 13 numbers and MPI_Comm_split. The first sum of the group and its choice of a transport
+    take eight bytes from each of its ranks to each, 128 KB at 16,384 ranks. Of these four bytes per rank are
+    kept, and none where the ranks of a node are neighbours.
 
     A thread calls MPI_Comm_split, so a rank that is lost in it is a CollectiveTimeoutError too. MPI cannot be
     finalized afterwards: if the thread still waits when this process ends, MPI_Abort ends all ranks. Where

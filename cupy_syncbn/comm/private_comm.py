@@ -16,11 +16,12 @@ import numpy as np
 
 from cupy_syncbn.arrays import Array
 from cupy_syncbn.comm import trailer
-from cupy_syncbn.comm.checked_sum import LONGEST, CheckedSum
+from cupy_syncbn.comm.checked_sum import LONGEST, AnySum, Notices, sum_of
 from cupy_syncbn.comm.clock import LONGEST_LOOK, RunningClock
 from cupy_syncbn.comm.errors import CollectiveTimeoutError, RemoteRankError
 from cupy_syncbn.comm.launcher import FINALIZED, initialized_mpi
-from cupy_syncbn.comm.schedules import steps
+from cupy_syncbn.comm.schedules import Schedule
+from cupy_syncbn.comm.small_objects import number_of
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -36,6 +37,9 @@ GO_ON = (
     "This communicator is used no more: to go on, all ranks make a group on a new one, such as "
     "new_group(comm=MPI.COMM_WORLD.Dup())"
 )
+
+_NOTICES = 0
+"""The length under which sums of trailers alone are kept: no vector has it."""
 
 _LEAVING = 3  # tag of what a rank tells its partners when it leaves its messages
 _TIMED_OUT, _FAILED = 0, 1  # the reason
@@ -59,6 +63,8 @@ class PrivateComm:
     """
 
     comm: MPI.Comm
+    schedule: Schedule
+    """Known when it is open."""
     _receive_buffer: Array
 
     def __init__(self, rank: int, size: int) -> None:
@@ -75,24 +81,33 @@ class PrivateComm:
         self._waited = 0.0
         self._status = MPI.Status()
         self._opening: Any = None  # the request, once there is one
+        self._placing: Any = None  # that for the nodes
         self._is_open = False
         self._notice = np.zeros(trailer.LENGTH)
-        self._sums: dict[int, CheckedSum] = {}  # by the length of the vector
-        self._late: list[CheckedSum] = []  # whose messages a partner had not taken when they were used last
+        self._sums: dict[int, AnySum] = {}  # by the length of the vector
+        self._late: list[AnySum] = []  # whose messages a partner had not taken when they were used last
         self.users = 0
         """Groups that have opened it and are not freed: equally many on all ranks, as both are collective."""
         _private_comms.add(self)
 
-    def open(self, comm: MPI.Comm, timeout: float) -> None:
-        """Make the duplicate, or go on where an error has ended an earlier attempt (**collective**)."""
+    def open(self, comm: MPI.Comm, timeout: float, host: str) -> None:
+        """Make the duplicate, or go on where an error has ended an earlier attempt (**collective**).
+
+        The ranks tell each other the names of their hosts, as numbers of eight bytes.
+        """
         from mpi4py import MPI
 
         with self.take(timeout):
             if self._opening is None:
+                self._host, self._hosts = np.array([number_of(host)]), np.empty(self.size, np.int64)
                 # Not Dup, which would wait for ever for a rank that never comes to its first sum.
                 self.comm, self._opening = comm.Idup()
             try:
                 self.wait(self._opening)
+                if self._placing is None:
+                    self._placing = self.comm.Iallgather(self._host, self._hosts)
+                self.wait(self._placing)
+                self.schedule = Schedule(self._hosts)
             except BaseException as error:
                 if _ends_all(error):  # after another one it can be gone on with
                     self.leave(error)
@@ -105,9 +120,9 @@ class PrivateComm:
                 self._is_open = True
                 self.leave(error)
                 raise
-            if trailer.LENGTH not in self._sums:
-                self._sum_of(trailer.LENGTH)
+            self._sum_of(_NOTICES)
             self._is_open = True
+            del self._hosts
 
     @property
     def is_open(self) -> bool:
@@ -136,8 +151,8 @@ class PrivateComm:
     def __exit__(self, *error: object) -> None:
         self._lock.release()
 
-    def sum(self, vector: Array, timeout: float) -> None:
-        """Replace a NumPy vector by its sum over the ranks, as an operation of its own; see `CheckedSum`.
+    def sum(self, vector: Array, timeout: float, kind: int | None = None) -> None:
+        """Replace a NumPy vector by its sum over the ranks, as an operation of its own; see `checked_sum`.
 
         After an error here the other ranks are told, unless that would have to wait.
         """
@@ -146,7 +161,8 @@ class PrivateComm:
         checked_sum = None
         try:
             self._timeout, self._waited = timeout, 0.0
-            checked_sum = self._sums.get(vector.size) or self._sum_of(vector.size)
+            length = vector.size if kind is None else kind
+            checked_sum = self._sums.get(length) or self._sum_of(length)
             self.sums, checked_sum.begun = self.sums + checked_sum.sum(vector, self.wait), 0
         except BaseException as error:
             if checked_sum is None:
@@ -156,15 +172,18 @@ class PrivateComm:
         finally:
             self._lock.release()
 
-    def _sum_of(self, length: int) -> CheckedSum:
-        notices = None
-        if length != trailer.LENGTH:
-            notices = self._sums.get(trailer.LENGTH) or self._sum_of(trailer.LENGTH)
-        made = CheckedSum(self.comm, self.rank, self.size, length, self._receive_buffer, notices)
-        self._sums[length] = made
-        return made
+    def _sum_of(self, length: int) -> AnySum:
+        messages = self.comm, self.rank, self.schedule, self._receive_buffer
+        if length == _NOTICES:
+            self._sums[length] = Notices(*messages)
+        else:
+            self._sums[length] = sum_of(length, *messages, self._notices())
+        return self._sums[length]
 
-    def _finish(self, checked_sum: CheckedSum, vector: Array, error: BaseException) -> None:
+    def _notices(self) -> Notices:
+        return cast("Notices", self._sums.get(_NOTICES) or self._sum_of(_NOTICES))
+
+    def _finish(self, checked_sum: AnySum, vector: Array, error: BaseException) -> None:
         """After an error in the middle of a sum, end it with a fault flag, or give up."""
         if _ends_all(error):
             self.leave(error)
@@ -172,7 +191,7 @@ class PrivateComm:
         try:
             self._notice[:] = vector[trailer.FAULT :]
             self._notice[trailer.FAULT] = trailer.fault_code(self.rank, self.size)
-            checked_sum.finish(self._notice, self.wait)
+            checked_sum.finish(self._notices(), self._notice, self.wait)
             self.sums, checked_sum.begun = self.sums + 1, 0
         except BaseException as late:
             self.leave(late)
@@ -180,7 +199,7 @@ class PrivateComm:
     def tell(self, ending: tuple[float, ...], timeout: float) -> Array:
         """Take part in a sum of any length with the trailer of a fault alone; return its sum."""
         self._notice[:] = ending
-        self.sum(self._notice, timeout)
+        self.sum(self._notice, timeout, _NOTICES)
         return self._notice
 
     def complete(self, request: MPI.Request, *needed: Any) -> None:
@@ -285,11 +304,11 @@ class PrivateComm:
         if told != waiting:
             self._tell_partners(_TIMED_OUT, self.rank, waiting)
         silent = {
-            step.partner
+            partner
             for rank in range(self.size)
             if waiting >> rank & 1
-            for step in steps(rank, self.size)
-            if not waiting >> step.partner & 1
+            for partner in self.schedule.partners(rank)
+            if not waiting >> partner & 1
         }
         return sorted(silent)
 
@@ -302,7 +321,7 @@ class PrivateComm:
 
         bits = waiting.to_bytes(-(-self.size // 64) * 8, sys.byteorder)
         message = np.concatenate([[reason, origin], np.frombuffer(bits, np.int64)])
-        for partner in {step.partner for step in steps(self.rank, self.size)}:
+        for partner in self.schedule.partners(self.rank):
             with contextlib.suppress(MPI.Exception):  # of a rank that MPI knows to be dead
                 request = self.comm.Isend(message, partner, _LEAVING)
                 _left_to_mpi.append((self, (request, message)))
@@ -350,8 +369,11 @@ class PrivateComm:
             self.comm.Free()
 
 
-def private_comm_of(comm: MPI.Comm, timeout: float) -> PrivateComm:
-    """Return the duplicate that a communicator keeps as an attribute, made at first use (**collective**)."""
+def private_comm_of(comm: MPI.Comm, timeout: float, host: str) -> PrivateComm:
+    """Return the duplicate that a communicator keeps as an attribute, made at first use (**collective**).
+
+    Ranks with the same name of their `host` are on one node.
+    """
     from mpi4py import MPI
 
     if comm == MPI.COMM_NULL:
@@ -366,7 +388,7 @@ def private_comm_of(comm: MPI.Comm, timeout: float) -> PrivateComm:
             comm.Set_attr(_keyval(), private)
     if not private.is_open:
         try:
-            private.open(comm, timeout)
+            private.open(comm, timeout, host)
         except MPI.Exception as error:
             comm.Delete_attr(_keyval())  # so that the next use tries again
             raise no_communicator(error) from error

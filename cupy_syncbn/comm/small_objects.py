@@ -1,7 +1,8 @@
-"""Small Python objects as messages of one size: a receiver knows the size in advance."""
+"""Small Python objects as messages of one size, which a receiver knows in advance; texts as eight bytes."""
 
 from __future__ import annotations
 
+import hashlib
 import pickle
 from typing import Any
 
@@ -24,3 +25,11 @@ def pack(value: Any) -> Array:
 def unpack(data: Array) -> Any:
     """Return the object that `pack` was given."""
     return pickle.loads(data.data)
+
+
+def number_of(text: str) -> int:
+    """Return a positive int64 that stands for a text: what all ranks know of each other takes eight bytes.
+
+    Of two texts it is the same with a probability of 2^-63.
+    """
+    return (int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1) or 1

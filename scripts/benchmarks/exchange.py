@@ -48,7 +48,7 @@ from measure import RESULTS, caption, circumstances, new_figure, pin_threads, sa
 from cupy_syncbn import default_group
 from cupy_syncbn.comm import trailer
 from cupy_syncbn.comm.call import Call, Collective
-from cupy_syncbn.comm.schedules import steps
+from cupy_syncbn.comm.schedules import Schedule
 
 CHANNELS = (64, 256, 1024, 4096)
 RANKS = (2, 4, 8, 16, 32)
@@ -98,7 +98,7 @@ def merge_seconds(ranks: int, channels: int, repeats: int) -> float:
 def unchecked_sum(comm: Any, vector: np.ndarray) -> Callable[[], None]:
     """Return what adds up a vector by the messages of `checked_sum`, and nothing else."""
     messages = []
-    for partner, sends, receives, replaces in steps(comm.rank, comm.size):
+    for partner, sends, receives, replaces in Schedule([0] * comm.size).steps(comm.rank):
         place, sent = np.empty_like(vector), np.empty_like(vector)
         incoming = comm.Recv_init(place, partner) if receives else None
         messages.append((incoming, comm.Send_init(sent, partner) if sends else None, place, sent, replaces))

@@ -17,9 +17,16 @@
 # What squeue shows, and the log is called; %j is the number of the job.
 #SBATCH --job-name=cupy_syncbn
 #SBATCH --output=%x-%j.out
+# A job that Slurm ends and starts again, since a node failed or another job came first, goes on in that log. The program
+# has to save what it has and take it up, as scripts/examples/training_loop.py does with --checkpoint.
+#SBATCH --requeue
+#SBATCH --open-mode=append
 # Nodes times ranks per node, rather than --ntasks: Slurm may spread --ntasks unevenly over more nodes than needed.
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=4
+# Ranks that follow each other are neighbours: on one node, where they add up before anything leaves it, and on one
+# socket.
+#SBATCH --distribution=block:block
 # Ranks are the parallelism. More cores per rank serve the BLAS of a program with large matrices.
 #SBATCH --cpus-per-task=1
 # Physical cores only: two ranks on the hardware threads of one core would share its floating-point units.

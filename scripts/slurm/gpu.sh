@@ -17,12 +17,19 @@
 # What squeue shows, and the log is called; %j is the number of the job.
 #SBATCH --job-name=cupy_syncbn
 #SBATCH --output=%x-%j.out
+# A job that Slurm ends and starts again, since a node failed or another job came first, goes on in that log. The program
+# has to save what it has and take it up, as scripts/examples/training_loop.py does with --checkpoint.
+#SBATCH --requeue
+#SBATCH --open-mode=append
 # As many ranks as GPUs on each node: NCCL wants one GPU per rank.
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=4
 # Not --gpus-per-task, which shows each rank its own GPU only. That works too, as bind_device() counts the GPUs that a
 # rank sees; but GPUs that do not see each other may have to copy through memory of the host, not over NVLink.
 #SBATCH --gpus-per-node=4
+# Ranks that follow each other are neighbours: on one node, where they add up before anything leaves it, and on one
+# socket next to the GPUs of their numbers, as most nodes number them.
+#SBATCH --distribution=block:block
 # For the threads that read the data; take the cores of a node divided by its GPUs.
 #SBATCH --cpus-per-task=8
 # Physical cores only: the thread that launches kernels shares its core with no other.

@@ -13,6 +13,7 @@ import numpy as np
 from mpi4py import MPI
 
 from cupy_syncbn import SyncBatchNorm, sync_batch_norm
+from support.nodes import pretend
 
 SIZES = [1, 2, 3, 5, 8, 13, 64, 100, 256, 1000, 1024, 4096, 33_000]
 
@@ -46,4 +47,5 @@ def main(calls):
 
 
 if __name__ == "__main__":
+    pretend()
     main(int(sys.argv[1]))

@@ -3,7 +3,7 @@
 fault_cases.py does what is wrong, on real ranks, and says what every rank must raise. Here that is compared
 with what they raised, how soon, and with what left unchanged. Mostly the ranks go on afterwards, and train as
 if nothing had happened, or in a new group. Then all cases share one launch for each MPI library and number of
-ranks.
+ranks, and for each way to place them on nodes, where all sums go by lanes.
 """
 
 import functools
@@ -21,10 +21,13 @@ import pytest
 from fault_cases import CASES, FATAL, GIVEN_UP, timeout
 
 from support.launcher import launch, other_python, vendor_of
+from support.nodes import NODES
 
 pytestmark = [pytest.mark.launch, pytest.mark.mpi_skip]
 
 PROGRAM = fault_cases.__file__
+PLACES = {"lanes": "0011", "lanes, 3 + 1": "0001", "lanes, round robin": "0101"}
+"""The nodes of four ranks of this library."""
 DEADLINE = 120
 MARGIN = 2.0
 """Seconds that an error may come after the timeout, or after the fault where no rank is late."""
@@ -74,7 +77,11 @@ def world_of(request):
     with ThreadPoolExecutor(2) as pool:
         runs = {
             (library, ranks): pool.submit(
-                run_cases, python_of(library), ranks, "pairs" if (library, ranks) == ("other", 2) else None
+                run_cases,
+                python_of(library),
+                ranks,
+                "pairs" if (library, ranks) == ("other", 2) else None,
+                **variables_of(library),
             )
             for library, ranks in needed
         }
@@ -82,7 +89,11 @@ def world_of(request):
 
 
 def python_of(library):
-    return sys.executable if library == "this" else other_python()
+    return other_python() if library == "other" else sys.executable
+
+
+def variables_of(library):
+    return {NODES: PLACES[library]} if library in PLACES else {}
 
 
 def assert_error(error, expected, last):
@@ -104,6 +115,9 @@ def limit(report, expected):
     return MARGIN + (report["timeout"] if waits else 0)
 
 
+COLUMNS = [*((library, ranks) for library in ("this", "other") for ranks in (2, 4)), ("lanes", 4)]
+
+
 def is_tried(case, ranks, library):
     """Tell whether a case is run on some ranks: on two of the other library only if it is for two alone."""
     return ranks in case.ranks and (library == "this" or ranks > 2 or case.is_for_two_alone)
@@ -113,14 +127,20 @@ def is_tried(case, ranks, library):
     ("ranks", "case", "library"),
     [
         (ranks, name, library)
-        for library in ("this", "other")
-        for ranks in (2, 4)
+        for library, ranks in COLUMNS
         for name, case in CASES.items()
         if is_tried(case, ranks, library)
     ],
 )
 def test_every_rank_hears_of_it(world_of, case, ranks, library):
     check_case(world_of(library, ranks), case, ranks)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("library", [place for place in PLACES if place != "lanes"])
+@pytest.mark.parametrize("case", [name for name, case in CASES.items() if 4 in case.ranks])
+def test_every_rank_hears_of_it_wherever_it_is(world_of, case, library):
+    check_case(world_of(library, 4), case, 4)
 
 
 def check_case(run, case, ranks):
@@ -138,7 +158,7 @@ def check_case(run, case, ranks):
         assert reports[-1]["new_group"] == "fine"
 
 
-@pytest.mark.parametrize("library", ["this", "other"])
+@pytest.mark.parametrize("library", ["this", "other", "lanes"])
 def test_one_exchange_has_one_timeout(world_of, library):
     """A rank that waits for one rank, which is late, and then for another waits no longer in all."""
     run = world_of(library, 4)
@@ -152,8 +172,7 @@ def test_one_exchange_has_one_timeout(world_of, library):
     assert max(waits) < 1.6
 
 
-@pytest.mark.parametrize("library", ["this", "other"])
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize(("library", "ranks"), COLUMNS)
 def test_world_ends_in_peace(world_of, ranks, library):
     """What was given up does not keep MPI from ending, and every case was run."""
     run = world_of(library, ranks)
@@ -173,6 +192,8 @@ MPI_Finalize may wait for ever for the dead one, as Open MPI's does at times."""
 
 def is_run(ending, ranks, library):
     """Tell whether an ending is run on some ranks: on four of the other library only if it takes four."""
+    if library in PLACES:
+        return ranks == 4 and ending.runner
     return ranks >= ending.ranks and (library == "this" or ranks in (2, ending.ranks))
 
 
@@ -187,7 +208,7 @@ def run_fatal_cases(library, ranks):
             if is_run(ending, ranks, library):
                 options = lets_live if ending.other is ... else ()
                 runs[name, runner] = pool.submit(
-                    run_cases, python, ranks, name, runner=runner, options=options
+                    run_cases, python, ranks, name, runner=runner, options=options, **variables_of(library)
                 )
         return {key: run.result() for key, run in runs.items()}
 
@@ -196,8 +217,7 @@ def run_fatal_cases(library, ranks):
     ("ranks", "case", "runner", "library"),
     [
         (ranks, *key, library)
-        for library in ("this", "other")
-        for ranks in (2, 4)
+        for library, ranks in COLUMNS
         for key, ending in ENDINGS.items()
         if is_run(ending, ranks, library)
     ],
@@ -238,11 +258,12 @@ def test_nothing_changes_for_long_after_a_timeout(library):
 
 @pytest.mark.long
 @pytest.mark.parametrize(
-    "columns", [[(each, ranks) for each in ("this", "other") for ranks in (2, 4)]], ids=["all"]
+    "columns", [[*COLUMNS, *((place, 4) for place in PLACES if place != "lanes")]], ids=["all"]
 )
 def test_table_of_what_came_of_each_case(world_of, columns):
     """Print it, kind by kind: whether every rank raised what it should, by library and number of ranks."""
-    print("", *(f"{vendor_of(python_of(library))} {ranks}" for library, ranks in columns), sep=" | ")
+    names = {"this": vendor_of(sys.executable), "other": vendor_of(python_of("other"))}
+    print("", *(f"{names.get(library, library)} {ranks}" for library, ranks in columns), sep=" | ")
     wrong = []
     for name, case in CASES.items():
         row = []

@@ -1,26 +1,22 @@
-"""Hosts of their own: network namespaces, joined by a cable that is pulled out and put back.
-
-A rank sees no other way to the ranks of the other host: each host has a name, a loopback and one end of a
-pair of virtual Ethernet devices, and MPI goes over TCP. It takes root, and iproute2.
-"""
+"""Two hosts, joined by a cable that is pulled out and put back."""
 
 import functools
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
-from support.launcher import OTHER_PYTHON, REPOSITORY, TESTS, clean_environment, find_launcher, vendor_of
+from support.hosts import CABLE, command_on, ip, skip_without_hosts, two_hosts
+from support.launcher import OTHER_PYTHON, REPOSITORY
 
 pytestmark = [pytest.mark.launch, pytest.mark.mpi_skip]
 
@@ -32,23 +28,8 @@ PATIENCE = 40.0
 """Seconds until the ranks have started, and until they go on."""
 STEPS = 20
 
-CABLE = "cable"
-ADDRESSES = "10.77.0.1", "10.77.0.2"
-RANKS = 3  # two on the first host, one on the second
-
-# By vendor: the launcher's options, {agent} being what it calls instead of ssh, and variables.
-OPTIONS = {
-    "MPICH": ("-launcher ssh -launcher-exec {agent} -hosts {0}:2,{1}:1", {"UCX_TLS": "tcp,self"}),
-    "Open MPI": ("--prtemca plm_ssh_agent {agent} --mca pml ob1 --mca btl tcp,self --host {0}:2,{1}:1", {}),
-}
-
-AGENT = """#!/bin/sh
-# Called as ssh is: options, the host, a command.
-while case $1 in -*) true ;; *) false ;; esac; do shift; done
-case $1 in {0}) host={hosts[0]} ;; *) host={hosts[1]} ;; esac
-shift
-exec ip netns exec $host unshare --uts sh -c "hostname $host; $*"
-"""
+RANKS = 2, 1
+"""On the first host, and on the second."""
 
 PROGRAM = """
 import json, socket, sys, time
@@ -83,53 +64,6 @@ time.sleep(1000)  # the test ends it: what launchers do without the other host i
 """
 
 
-def ip(*arguments):
-    command = ["ip", *arguments]
-    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=30).stdout
-
-
-@functools.cache
-def why_no_hosts():
-    """Return the reason why this machine lets no test make hosts, or an empty text."""
-    for tool in "ip", "unshare", "hostname":
-        if not shutil.which(tool):
-            return f"there is no {tool} (Debian: iproute2, util-linux, hostname)"
-    try:
-        with two_hosts("try"):
-            return ""
-    except subprocess.CalledProcessError as error:
-        return f"network namespaces are not allowed here: {error.stderr.strip()}"
-
-
-@contextmanager
-def two_hosts(label):
-    """Make two hosts and the link, and remove them with all processes that are left there."""
-    names = [f"syncbn-{os.getpid()}-{label}-{number}" for number in (1, 2)]
-    made = []
-    try:
-        for name in names:
-            ip("netns", "add", name)
-            made.append(name)
-        ends = [("name", CABLE, "netns", name) for name in names]
-        ip("link", "add", *ends[0], "type", "veth", "peer", *ends[1])
-        for name, address in zip(names, ADDRESSES, strict=True):
-            ip("-n", name, "address", "add", f"{address}/24", "dev", CABLE)
-            for device in "lo", CABLE:
-                ip("-n", name, "link", "set", device, "up")
-        # The kernel takes up to a second to call it up, and UCX leaves it out until then.
-        while any("state UP" not in ip("-n", name, "link", "show", CABLE) for name in names):
-            time.sleep(0.05)
-        yield names
-    finally:
-        for name in made:
-            pids = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True, timeout=30)
-            for pid in pids.stdout.split():
-                with suppress(ProcessLookupError):
-                    os.kill(int(pid), signal.SIGKILL)
-        for name in made:
-            ip("netns", "delete", name)
-
-
 class Run(NamedTuple):
     """What the ranks wrote, and when the link was there."""
 
@@ -149,21 +83,10 @@ class Job:
 
     def __init__(self, python, hosts, folder):
         self.folder, self.hosts = folder, hosts
-        agent, program = Path(folder, "agent"), Path(folder, "program.py")
-        agent.write_text(AGENT.format(*ADDRESSES, hosts=hosts))
-        agent.chmod(0o755)
+        program = Path(folder, "program.py")
         program.write_text(PROGRAM)
-        options, variables = OPTIONS[vendor_of(python)]
-        inside = ["ip", "netns", "exec", hosts[0], "unshare", "--uts", "sh", "-c", 'hostname $0; exec "$@"']
-        self.command = [
-            *inside, hosts[0],
-            find_launcher(python), *options.format(*ADDRESSES, agent=agent).split(), "-n", str(RANKS),
-            python, "-m", "mpi4py", str(program), folder, str(TIMEOUT),
-        ]  # fmt: skip
-        environment = clean_environment(
-            PYTHONPATH=os.pathsep.join([str(REPOSITORY), str(TESTS)]), OMP_NUM_THREADS="1", **variables,
-            OMPI_ALLOW_RUN_AS_ROOT="1", OMPI_ALLOW_RUN_AS_ROOT_CONFIRM="1",
-        )  # fmt: skip
+        arguments = ["-m", "mpi4py", str(program), folder, str(TIMEOUT)]
+        self.command, environment = command_on(hosts, folder, python, RANKS, arguments)
         self.log = Path(folder, "log").open("w+")  # noqa: SIM115, closed by end
         self.process = subprocess.Popen(
             self.command, stdout=self.log, stderr=subprocess.STDOUT, env=environment, cwd=REPOSITORY,
@@ -171,7 +94,7 @@ class Job:
         )  # fmt: skip
 
     def reports(self):
-        files = [Path(self.folder, f"{rank}.jsonl") for rank in range(RANKS)]
+        files = [Path(self.folder, f"{rank}.jsonl") for rank in range(sum(RANKS))]
         texts = [file.read_text() if file.exists() else "" for file in files]
         return [[json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()] for text in texts]
 
@@ -212,7 +135,7 @@ def train(python, label):
             back = job.steps()
             ip("-n", hosts[1], "link", "set", CABLE, "down")
             lost = time.time()
-            job.wait(lambda: len(job.errors()) == RANKS, TIMEOUT + 2 * MARGIN)
+            job.wait(lambda: len(job.errors()) == sum(RANKS), TIMEOUT + 2 * MARGIN)
             reports = job.reports()
         finally:
             told = job.end()
@@ -230,8 +153,7 @@ def train_on_both_libraries():
 
 @pytest.fixture(params=["this", "other"])
 def run(request):
-    if why_no_hosts():
-        pytest.skip(why_no_hosts())
+    skip_without_hosts()
     if request.param not in train_on_both_libraries():
         pytest.skip(f"{OTHER_PYTHON} names no Python with another MPI library")
     return train_on_both_libraries()[request.param]

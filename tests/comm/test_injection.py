@@ -12,6 +12,7 @@ import injection
 import pytest
 
 from support.launcher import launch, other_python
+from support.nodes import NODES
 
 pytestmark = [pytest.mark.launch, pytest.mark.mpi_skip]
 
@@ -34,11 +35,12 @@ MOST_EXCEPTIONS = 10
 @functools.cache
 def reports(error, steps, library="this"):
     """Return the reports of both ranks, by pairs."""
-    python = injection.sys.executable if library == "this" else other_python()
+    python = other_python() if library == "other" else injection.sys.executable
+    variables = {NODES: "01"} if library == "lanes" else {}
     deadline = 120 if (error, steps) == ("MemoryError", "sample") else 900
     with tempfile.TemporaryDirectory() as folder:
         arguments = ["-m", "mpi4py", injection.__file__, folder, error, steps]
-        command, status, output = launch(python, 2, arguments, deadline)
+        command, status, output = launch(python, 2, arguments, deadline, **variables)
         assert status == 0, f"{command} ended with {status}\n{output[-4000:]}"
         lines = [Path(folder, f"{rank}.jsonl").read_text().splitlines() for rank in range(2)]
     found = [tuple(map(json.loads, pair)) for pair in zip(*lines, strict=True)]
@@ -75,12 +77,13 @@ def judge_memory_errors(found):
     assert len(exceptions) <= MOST_EXCEPTIONS
 
 
-def test_memory_error_at_some_lines():
-    judge_memory_errors(reports("MemoryError", "sample"))
+@pytest.mark.parametrize("library", ["this", "lanes"])
+def test_memory_error_at_some_lines(library):
+    judge_memory_errors(reports("MemoryError", "sample", library))
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("library", ["this", "other"])
+@pytest.mark.parametrize("library", ["this", "other", "lanes"])
 def test_memory_error_at_every_line(library):
     judge_memory_errors([pair for call in injection.SAMPLE for pair in reports("MemoryError", call, library)])
 
@@ -105,6 +108,6 @@ def judge_interrupts(found):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("library", ["this", "other"])
+@pytest.mark.parametrize("library", ["this", "other", "lanes"])
 def test_interrupt_at_some_lines(library):
     judge_interrupts(reports("KeyboardInterrupt", "sample", library))

@@ -12,7 +12,7 @@ import pytest
 
 import cuda_emulator
 from cupy_syncbn.backends.cpu import loading
-from support.launcher import REPOSITORY, clean_environment, launch
+from support.launcher import REPOSITORY, clean_environment, launch, other_python
 
 pytestmark = pytest.mark.mpi_skip
 
@@ -99,10 +99,7 @@ def test_cpu_on_ranks(tmp_path):
 
 
 def test_cpu_counts_the_batch_norms_of_resnet50(monkeypatch):
-    monkeypatch.syspath_prepend(str(REPOSITORY / "scripts" / "benchmarks"))
-    spec = importlib.util.spec_from_file_location("cpu", REPOSITORY / "scripts" / "benchmarks" / "cpu.py")
-    cpu = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(cpu)
+    cpu = imported(monkeypatch, "cpu")
     layers = cpu.resnet50(8)
     assert layers.total() == 53
     # A batch norm has two parameters per channel: 53 120 in torchvision's resnet50.
@@ -135,6 +132,67 @@ def test_memory(tmp_path, where):
     assert 10 * record["tensor_bytes"] < peaks["in place"] <= most * peaks["fused"]
     assert peaks["fused"] < 0.8 * peaks["plain"]
     assert ("time" in record) == (where == "CPU")
+
+
+def imported(monkeypatch, name):
+    """Return a benchmark as a module."""
+    folder = REPOSITORY / "scripts" / "benchmarks"
+    monkeypatch.syspath_prepend(str(folder))
+    spec = importlib.util.spec_from_file_location(name, folder / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, name, module)  # where its dataclasses look
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_scaling(tmp_path):
+    output, record = run("scaling.py", tmp_path)
+    assert "Assumptions: Network(wire=1.2e-06" in output
+    assert len(headings(output, "ranks/per node, C")) == 2
+    assert len(record["rows"]) == 12
+    for row in record["rows"]:
+        assert row["us"]["ours"] <= 1.05 * row["us"]["doubling"]
+        assert row["us"]["ours"] < row["us"]["allgather"]
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize("library", ["this", "other"])
+def test_scaling_counts_as_real_ranks_do(library):
+    python = sys.executable if library == "this" else other_python()
+    command = [python, str(REPOSITORY / "scripts" / "benchmarks" / "scaling.py"), "--validate", "--quick"]
+    path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
+    environment = clean_environment(PYTHONPATH=path, OMP_NUM_THREADS="1")
+    finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert finished.returncode == 0, finished.stderr
+    assert "agree in 18 cases" in finished.stdout
+
+
+def test_scaling_finds_what_does_not_agree(monkeypatch):
+    scaling = imported(monkeypatch, "scaling")
+    monkeypatch.setattr(scaling, "launch", lambda nodes: [[260, 0, 8, 16_640], [260, 1, 12, 12_529]])
+    with pytest.raises(SystemExit, match=r"\(12, 12528\)"):
+        scaling.validate(["0011"])
+    monkeypatch.setitem(scaling.REFERENCE, (64, 8), (27, 82, 241))
+    with pytest.raises(SystemExit, match="more than 5%"):
+        scaling.reproduce([(64, 8)])
+
+
+def test_simulated_sums_keep_their_targets(monkeypatch):
+    """With 1024 channels, and no worse than doubling where vectors are short; nor is the choice far off."""
+    scaling = imported(monkeypatch, "scaling")
+    us = {case: 1e6 * scaling.seconds_of("ours", *case, 1024) for case in [(64, 8), (4096, 64)]}
+    assert us[64, 8] < 55
+    assert us[4096, 64] < 100
+    for case in (64, 8), (256, 64), (1024, 8), (1024, 64):
+        schedule, nodes = scaling.Schedule(scaling.blocks(*case)), scaling.blocks(*case)
+        for channels in 64, 128, 1024:
+            length = scaling.length_of(channels)
+            times = [
+                scaling.simulate(scaling.ours(schedule, length, each, scaling.PYTHON), nodes).seconds
+                for each in range(7)
+            ]
+            chosen = times[schedule.halvings(8 * length)]
+            assert chosen < 1.05 * min(times), (case, channels)
 
 
 def test_accuracy(tmp_path):

@@ -142,6 +142,18 @@ def check_domain_decomposition(output, seeds=1):
     assert output.rstrip().endswith(": yes")
 
 
+def test_a_training_loop_goes_on_from_its_checkpoint(tmp_path):
+    """On another number of ranks, with the same losses; what it had not saved is done again."""
+    file = str(tmp_path / "state.npz")
+    status, output = run_example("training_loop", 2, "--steps", "120", "--checkpoint", file)
+    assert status == 0, output
+    assert "goes on" not in output
+    status, output = run_example("training_loop", 3, "--checkpoint", file)
+    assert status == 0, output
+    assert "goes on from step 100 of 200" in output
+    check_training_loop(output)
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_domain_decomposition(ranks):
     status, output = run_example("domain_decomposition", ranks, deadline=200)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
+
 from cupy_syncbn.arrays import import_cupy
 from cupy_syncbn.comm.errors import RankMismatchError
-from cupy_syncbn.comm.schedules import steps
+from cupy_syncbn.comm.schedules import Step
 from cupy_syncbn.comm.small_objects import SIZE
 from cupy_syncbn.comm.trailer import FAULT
 from cupy_syncbn.comm.transports.base import Array, HostGroup, Transport, missing_for_cupy
@@ -18,7 +20,10 @@ if TYPE_CHECKING:
 
     from mpi4py import MPI
 
-_TAG = 2  # of messages that carry arrays on the GPU; those of `checked_sum` have another
+    from cupy_syncbn.comm.private_comm import PrivateComm
+
+# Tags of messages that carry arrays on the GPU, and of what stands before a slice; `checked_sum` has another.
+_WHOLE, _HEAD, _SLICE = 2, 4, 5
 
 
 class CUDAAware(Transport):
@@ -34,7 +39,6 @@ class CUDAAware(Transport):
     def __init__(self, group: HostGroup) -> None:
         self._group = group
         self._through_host = HostStaged(group)
-        self._steps = tuple(steps(group.rank, group.size))
 
     def allreduce_owned(self, buffer: Array) -> Array:
         if not self._add_up(buffer):
@@ -49,54 +53,99 @@ class CUDAAware(Transport):
         self._through_host.broadcast(buffer, root)
 
     def _add_up(self, buffer: Array, marks_mismatch: bool = False) -> bool:
-        """Replace a buffer by its sum, and tell whether all messages had its length."""
+        """Replace a buffer by its sum, and tell whether all messages were of such a buffer."""
         if not buffer.size:
             return True
         cupy = import_cupy()
         stream = cupy.cuda.get_current_stream()
-        sent = buffer.reshape(-1).view("u1")  # MPI may have no 16-bit floats
-        receive_buffer = cupy.empty_like(sent)
-        received = receive_buffer.view(buffer.dtype).reshape(buffer.shape)
-        needed, all_fit = [sent, receive_buffer], True
+        flat = buffer.reshape(-1)
+        receive_buffer = cupy.empty_like(flat)
+        needed, all_fit = [flat, receive_buffer], True
         with self._group.messages(needed) as private:
-            comm, wait = private.comm, cast("Callable[[Any, int], MPI.Status]", private.wait)
-            for partner, sends, receives, replaces in self._steps:
+            messages = _Messages(private, flat.nbytes, needed)
+            halvings = private.schedule.halvings(flat.nbytes)
+            for step in private.schedule.steps(private.rank, flat.size, halvings):
+                if step.is_slice and step.replaces and not all_fit:
+                    continue  # no rank waits for a slice of the sum
                 stream.synchronize()  # MPI knows nothing of streams
-                sending = comm.Isend(sent, partner, _TAG) if sends else None
-                fits = True
-                if receives:
-                    # No message may be longer than its buffer; its length is known when it has come.
-                    nbytes = wait(_Arrival(comm, partner), partner).count
-                    fits = nbytes == sent.nbytes
-                    if not fits:
-                        needed.append(cupy.empty(nbytes, "u1"))
-                    wait(comm.Irecv(receive_buffer if fits else needed[-1], partner, _TAG), partner)
-                if sending is not None:
-                    wait(sending, partner)
+                if step.sends is not None:
+                    messages.send(flat[step.sends], step, all_fit)
+                if step.receives is not None:
+                    target = flat[step.receives]
+                    received = receive_buffer[: target.size]
+                    fits = messages.receive(received, step)
+                messages.see_off()  # before the buffer is written to
+                if step.receives is None:
+                    continue
                 if not fits:
                     all_fit = False
                     if marks_mismatch:
-                        buffer[FAULT] = math.nan
-                elif replaces:
-                    buffer[...] = received
-                elif receives:
-                    buffer += received
+                        flat[FAULT] = math.nan
+                elif step.replaces:
+                    target[...] = received
+                else:
+                    target += received
         return all_fit
 
 
-class _Arrival:
-    """The arrival of a message, to wait for as for a request."""
+class _Messages:
+    """The messages of one sum: whole buffers, or slices behind a head that tells what they are slices of."""
 
-    def __init__(self, comm: MPI.Comm, partner: int) -> None:
-        self._comm, self._partner = comm, partner
+    def __init__(self, private: PrivateComm, nbytes: int, needed: list[Any]) -> None:
+        self._comm = private.comm
+        self._wait = cast("Callable[[Any, int], MPI.Status]", private.wait)
+        self._nbytes, self._needed = nbytes, needed
+        self._sending: list[tuple[MPI.Request, int]] = []
+
+    def send(self, part: Array, step: Step, all_fit: bool) -> None:
+        """Send a part of the buffer; a slice tells also whether all messages so far were of such a buffer."""
+        if step.is_slice:
+            head = np.array([self._nbytes, all_fit], np.int64)
+            self._needed.append(head)
+            self._sending.append((self._comm.Isend(head, step.partner, _HEAD), step.partner))
+        tag = _SLICE if step.is_slice else _WHOLE
+        sent = part.view("u1")  # MPI may have no 16-bit floats
+        self._sending.append((self._comm.Isend(sent, step.partner, tag), step.partner))
+
+    def see_off(self) -> None:
+        """Wait until what was sent has gone."""
+        while self._sending:
+            self._wait(*self._sending.pop())
+
+    def receive(self, target: Array, step: Step) -> bool:
+        """Receive what a partner sends, and tell whether it is what belongs to `target`."""
+        comm, partner = self._comm, step.partner
+        fits, tag = True, self._wait(_Arrival(comm, partner, _WHOLE, _HEAD), partner).tag
+        if tag == _HEAD:
+            head = np.empty(2, np.int64)
+            self._needed.append(head)
+            self._wait(comm.Irecv(head, partner, _HEAD), partner)
+            fits, tag = head.tolist() == [self._nbytes, True], _SLICE
+        # No message may be longer than its buffer; its length is known when it has come.
+        nbytes = self._wait(_Arrival(comm, partner, tag), partner).count
+        fits = fits and nbytes == target.nbytes and step.is_slice == (tag == _SLICE)
+        if not fits:
+            self._needed.append(import_cupy().empty(nbytes, "u1"))
+        buffer = target.view("u1") if fits else self._needed[-1]
+        self._wait(comm.Irecv(buffer, partner, tag), partner)
+        return fits
+
+
+class _Arrival:
+    """The arrival of a message with one of some tags, to wait for as for a request."""
+
+    def __init__(self, comm: MPI.Comm, partner: int, *tags: int) -> None:
+        self._comm, self._partner, self._tags = comm, partner, tags
 
     def Test(self, status: MPI.Status) -> bool:  # noqa: N802, mpi4py's name
-        return self._comm.Iprobe(self._partner, _TAG, status)
+        return any(self._comm.Iprobe(self._partner, tag, status) for tag in self._tags)
 
 
 def why_no_cupy(group: HostGroup) -> str:
     """Tell why a rank of a group cannot use CuPy, or nothing if all can (**collective**)."""
     missing, _ = missing_for_cupy()
-    everyones: list[str] = group.gather_objects(missing[: SIZE // 4])
-    rank = next((rank for rank, reason in enumerate(everyones) if reason), None)
-    return "" if rank is None else f"rank {rank} cannot take part, as {everyones[rank]}"
+    is_missing = group.gather_numbers(bool(missing))
+    if not is_missing.any():
+        return ""
+    rank = int(is_missing.argmax())
+    return f"rank {rank} cannot take part, as {group.broadcast_object(missing[: SIZE // 4], rank)}"

@@ -18,7 +18,7 @@ import numpy as np
 from cupy_syncbn.arrays import import_cupy
 from cupy_syncbn.comm.clock import RunningClock
 from cupy_syncbn.comm.errors import CollectiveTimeoutError
-from cupy_syncbn.comm.small_objects import SIZE
+from cupy_syncbn.comm.small_objects import SIZE, number_of
 from cupy_syncbn.comm.transports.base import Array, HostGroup, Transport, missing_for_cupy
 
 _PERIOD = 0.1  # seconds between two looks at the operations
@@ -293,14 +293,13 @@ def _communicator(nccl: Any, unique_id: Any, group: HostGroup, device: int) -> A
         outcome = (1, f"it waited {patience:g} s for the other ranks")
     elif isinstance(communicator, Exception):
         outcome = (2, str(communicator)[: SIZE // 4])
-    everyones: list[tuple[int, str]] = group.gather_objects(outcome)
-    worst = max(everyones)  # an error rather than a wait for the rank that has it
-    if worst[0]:
+    everyones = group.gather_numbers(outcome[0])
+    worst = int(everyones.argmax())  # an error rather than a wait for the rank that has it
+    if everyones[worst]:
         if outcome[0] == 0:
             communicator.abort()
-        raise RuntimeError(
-            f"transport 'nccl': NCCL made no communicator on rank {everyones.index(worst)}: {worst[1]}"
-        )
+        reason = group.broadcast_object(outcome[1], worst)
+        raise RuntimeError(f"transport 'nccl': NCCL made no communicator on rank {worst}: {reason}")
     return communicator
 
 
@@ -328,15 +327,17 @@ def missing_for_nccl() -> tuple[str, str]:
 def why_no_nccl(group: HostGroup) -> str:
     """Tell why NCCL cannot serve a group, or nothing if it can (**collective**)."""
     missing, gpu = missing_for_nccl()
-    everyones: list[tuple[str, str, str]] = group.gather_objects((missing[: SIZE // 4], group.host, gpu))
-    owners: dict[tuple[str, str], int] = {}
-    for rank, (reason, host, pci) in enumerate(everyones):
-        if reason:
-            return f"rank {rank} cannot take part, as {reason}"
-        if (host, pci) in owners:
-            return (
-                f"ranks {owners[host, pci]} and {rank} share GPU {pci} of {host}, and NCCL wants one a rank: "
-                "call bind_device() at the start, or start fewer ranks"
-            )
-        owners[host, pci] = rank
-    return ""
+    gpus = group.gather_numbers(0 if missing else number_of(f"{group.host} {gpu}"))
+    if not gpus.all():
+        rank = int((gpus == 0).argmax())
+        return f"rank {rank} cannot take part, as {group.broadcast_object(missing[: SIZE // 4], rank)}"
+    _, first = np.unique(gpus, return_index=True)
+    if first.size == group.size:
+        return ""
+    second = int(np.setdiff1d(np.arange(group.size), first)[0])
+    owner = int((gpus == gpus[second]).argmax())
+    where = group.broadcast_object(f"GPU {gpu} of {group.host}", second)
+    return (
+        f"ranks {owner} and {second} share {where}, and NCCL wants one a rank: "
+        "call bind_device() at the start, or start fewer ranks"
+    )

@@ -3,7 +3,7 @@
 import pytest
 
 import cupy_syncbn
-from cupy_syncbn import new_group
+from cupy_syncbn import MPIProcessGroup, new_group
 from cupy_syncbn.comm import transports
 from support import nccl_stand_in
 from support.transports import TRANSPORTS, share_gpus
@@ -32,6 +32,14 @@ def test_auto_is_nccl_where_each_rank_sees_only_its_own_gpu(world, emulator, cup
     assert cupy_syncbn.bind_device() == 0
     monkeypatch.setattr(cupy.cuda.runtime, "deviceGetPCIBusId", lambda device: f"0000:{world.rank:02X}:00.0")
     assert transport_of(new_group(transport="auto"), cupy) is transports.NCCL
+
+
+@pytest.mark.parametrize("kind", ["auto", *TRANSPORTS], ids=str.upper)
+def test_a_choice_takes_eight_bytes_from_each_rank(world, cupy, nccl, monkeypatch, kind):
+    """Not the objects of all ranks, which would be 16 MiB on each of 16,384."""
+    monkeypatch.delattr(MPIProcessGroup, "gather_objects")
+    assert cupy_syncbn.bind_device() >= 0
+    transport_of(new_group(transport=kind), cupy)
 
 
 @pytest.mark.mpi(min_size=2)

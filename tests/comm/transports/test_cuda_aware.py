@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from cupy_syncbn import MPIProcessGroup, RankMismatchError, SyncBatchNorm, new_group
+from cupy_syncbn.comm.schedules import Schedule
 from support.arrays import random_batch
 from support.transports import SHAPE
 
@@ -58,3 +59,38 @@ def test_sizes_that_differ(world, cupy, streams):
     if world.size == 2:
         with pytest.raises(RankMismatchError, match="different sizes"):
             group.allreduce(buffer)
+
+
+@pytest.fixture
+def lanes(monkeypatch):
+    monkeypatch.setattr(Schedule, "halvings", lambda self, nbytes: len(self.crossing) if nbytes > 40 else 0)
+
+
+def group_on_nodes(world):
+    """Return a group whose ranks take themselves to be two on each node."""
+    group = MPIProcessGroup(world.comm.Dup(), transport="cuda-aware-mpi", timeout=20)
+    group.host = f"node {world.rank // 2}"
+    return group
+
+
+@pytest.mark.mpi(min_size=2)
+@pytest.mark.parametrize("dtype", ["float64", "float16", "int32"])
+def test_sums_by_lanes(world, rng, cupy, streams, lanes, dtype):
+    group = group_on_nodes(world)
+    for size in 5, 6, 100, 1001:
+        everyones = rng.integers(0, 50, (world.size, size)).astype(dtype)
+        buffer = cupy.asarray(everyones[world.rank])
+        group.allreduce(buffer)
+        world.assert_same(buffer.get())
+        assert (buffer.get() == everyones.sum(axis=0)).all()
+
+
+@pytest.mark.mpi(min_size=2)
+@pytest.mark.parametrize("sizes", [(100, 101), (100, 6), (6, 100), (5, 100), (101, 100)])
+def test_sizes_that_differ_by_lanes(world, cupy, streams, lanes, sizes):
+    """One rank's vector is of another size, or two are: all ranks know, and a right sum comes next."""
+    group = group_on_nodes(world)
+    for wrong in [{rank} for rank in range(world.size)] + [{0, world.size - 1}] * (world.size > 2):
+        ending = group.allreduce_checked(cupy.zeros(sizes[world.rank in wrong]))
+        assert np.isnan(ending[0])
+        assert group.allreduce_checked(cupy.ones(50))[0] == world.size
