@@ -314,6 +314,28 @@ IN_KERNELS = {
     "no second look at large values": Bug(
         "statistics.cu", "sizeof(Accumulator<T>) == 4 && !finite", "false", "large values"
     ),
+    # Indices past a thread's own arrays
+    "the last block adds up a load too many": Bug(
+        "statistics.cu",
+        "for (int i = 0; i < LOADS; ++i) {",
+        "for (int i = 0; i <= LOADS; ++i) {",
+        "rows",
+        "index out-of-bounds",
+    ),
+    "the last block loads one too many": Bug(
+        "statistics.cu",
+        "for (int i = 0; i < LOADS; ++i)\n                if",
+        "for (int i = 0; i <= LOADS; ++i)\n                if",
+        "many splits",
+        "index out-of-bounds",
+    ),
+    "a sum too many is begun again": Bug(
+        "statistics.cu",
+        "for (int e = 0; e < V; ++e) sum[e] = square[e] = 0;",
+        "for (int e = 0; e <= V; ++e) sum[e] = square[e] = 0;",
+        "outliers first",
+        "index out-of-bounds",
+    ),
     # Elements
     "the residual is dropped": Bug(
         "normalize.cu", "value += static_cast<A>(loaded.residual.values[e]);", ";", "masked columns"
