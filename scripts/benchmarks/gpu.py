@@ -68,7 +68,7 @@ from measure import (
     table,
 )
 
-from cupy_syncbn import SingleProcessGroup, SyncBatchNorm
+from cupy_syncbn import CapturedStep, SingleProcessGroup, SyncBatchNorm
 from cupy_syncbn.arrays import array_module
 from cupy_syncbn.backends.cuda import launch
 from cupy_syncbn.backends.interface import Affine, BatchSums, Epilogue, ParameterSums, Reduced, Running
@@ -314,7 +314,7 @@ class Gpu:
             return self.cupy.from_dlpack(tensor)
         return self.cupy.from_dlpack(tensor.view(self.torch.int16)).view(data_type("bfloat16"))
 
-    def capture(self, work: Callable[[], Any], by_torch: bool) -> Callable[[], None]:
+    def capture(self, work: Callable[[], Any], by_torch: bool) -> Callable[[], Any]:
         """Record what `work` launches as a CUDA graph; what it returns lives as long as the graph."""
         self.synchronize()
         if by_torch:
@@ -325,15 +325,7 @@ class Gpu:
             finally:
                 graph.capture_end()
             return Replay(graph.replay, kept)
-        # Memory of its own: nothing else may get what the graph writes to.
-        pool = self.cupy.cuda.MemoryPool()
-        with self.cupy.cuda.using_allocator(pool.malloc):
-            self.stream.begin_capture()  # relaxed, so that the pool may grow
-            try:
-                kept = work()
-            finally:
-                graph = self.stream.end_capture()
-        return Replay(graph.launch, (kept, pool))
+        return CapturedStep(work)
 
     def timed(self, work: Callable[[], Any]) -> Callable[[], tuple[float]]:
         """Return a function that does the work, and gives the seconds that it took the device."""
@@ -485,7 +477,7 @@ class Kernels:
         """Copy a tensor: the measure of the others."""
         self.tensors.gpu.cupy.copyto(self.y[i], self.x[i])
 
-    def graph(self, name: str) -> tuple[Callable[[], None], int]:
+    def graph(self, name: str) -> tuple[Callable[[], Any], int]:
         """Return a graph of one of these, over all copies, and how many launches it has."""
         run, copies = getattr(self, name), self.tensors.copies
         # Of small tensors, several rounds: launching the graph is not what is measured.
@@ -496,24 +488,7 @@ class Kernels:
                 for i in range(copies):
                     run(i)
 
-        with self._one_workspace():
-            return self.tensors.gpu.capture(work, by_torch=False), rounds * copies
-
-    @contextlib.contextmanager
-    def _one_workspace(self) -> Iterator[None]:
-        """Let a graph take the stream's workspace: of one for each launch, it would time the clearing."""
-        workspaces, current = self.backend._workspaces, self.backend._workspaces.current()
-
-        class Fixed:
-            @staticmethod
-            def current() -> Any:
-                return current
-
-        self.backend._workspaces = Fixed
-        try:
-            yield
-        finally:
-            self.backend._workspaces = workspaces
+        return self.tensors.gpu.capture(work, by_torch=False), rounds * copies
 
 
 class Ours:

@@ -4,7 +4,6 @@ The kernels run in the emulator, graphs run once and take a made-up time, and to
 the kernels of its SyncBatchNorm are stood in for.
 """
 
-import contextlib
 import importlib
 import json
 import os
@@ -463,10 +462,7 @@ def test_device(gpu, small, fast_cupy, monkeypatch):
         import cuda_emulator as emulator
 
         monkeypatch.setitem(emulator.devices.attributes, "L2CacheSize", 1 << 12)
-        pool = types.SimpleNamespace(free_all_blocks=lambda: None, malloc=None)
-        monkeypatch.setattr(fast_cupy, "get_default_memory_pool", lambda: pool, raising=False)
-        monkeypatch.setattr(cuda, "MemoryPool", lambda: pool, raising=False)
-        monkeypatch.setattr(cuda, "using_allocator", lambda _: contextlib.nullcontext(), raising=False)
+        monkeypatch.setattr(fast_cupy, "get_default_memory_pool", cuda.MemoryPool, raising=False)
         monkeypatch.setattr(cuda.runtime, "memGetInfo", lambda: (1 << 30, 2 << 30), raising=False)
         properties = {"name": b"NVIDIA Fake 1", "multiProcessorCount": 2, "totalGlobalMem": 2 << 30}
         monkeypatch.setattr(cuda.runtime, "getDeviceProperties", lambda _: properties)

@@ -4,6 +4,7 @@ Those that are about memory or the order of threads would show seldom on a GPU, 
 name them.
 """
 
+import collections
 import functools
 import math
 from typing import NamedTuple
@@ -31,6 +32,7 @@ from test_kernels import (
 from cuda_emulator import EmulatorError, schedule
 from cupy_syncbn.backends.cuda import kernels
 from support.compare import assert_close
+from support.graphs import check_capture_by_hand, check_captured_step
 
 pytestmark = pytest.mark.mpi_skip
 
@@ -491,6 +493,27 @@ def test_bug_in_a_launch(emulated, monkeypatch, bug, check, error):
     monkeypatch.setattr(cuda_operations, *bug(cuda_operations))
     with expected_failure(error):
         CHECKS[check](emulated)
+
+
+# ---- Bugs in what a graph keeps ----
+
+
+def test_workspaces_that_a_captured_step_releases_early(emulated, monkeypatch):
+    from cupy_syncbn.backends.cuda import operations as cuda_operations
+
+    usual = cuda_operations.workspaces_in
+    monkeypatch.setattr(cuda_operations, "workspaces_in", lambda found: usual({}))
+    with pytest.raises((AssertionError, EmulatorError)) as raised:
+        check_captured_step(emulated)
+    assert "tests nothing" not in str(raised.value)
+
+
+def test_workspaces_that_a_capture_by_hand_releases_early(emulated, monkeypatch):
+    from cupy_syncbn.backends.cuda import operations as cuda_operations
+
+    monkeypatch.setattr(cuda_operations, "_of_graphs", collections.deque(maxlen=0))
+    with pytest.raises(AssertionError, match="writes to what others have"):
+        check_capture_by_hand(emulated)
 
 
 # ---- That it is the bugs that fail ----

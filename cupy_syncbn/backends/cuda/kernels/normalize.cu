@@ -65,7 +65,7 @@ template <typename T, int V, bool COLUMNS, bool RESIDUAL, Activation ACTIVATION>
 // momentum         share of the batch in the running statistics; negative for 1 / num_batches_tracked
 // ranks            how many have been added up, if the running statistics are to be updated; else 0
 // saved            [4 * C + 1]: mean, invstd, scale, offset, and the count over all ranks
-// counter          [1]: zero before the launch and after it
+// counter          [1]: zero before the launch and after it; null unless num_batches_tracked goes up
 template <typename T, int V, bool COLUMNS, bool RESIDUAL, Activation ACTIVATION>
 __global__ void __launch_bounds__(THREADS, MIN_BLOCKS<V>)
     normalize(const T* x, T* y, const T* __restrict__ residual, unsigned char* __restrict__ mask, GEOMETRY,
