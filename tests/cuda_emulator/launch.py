@@ -133,6 +133,11 @@ class RawKernel:
         count = self._info.contents.parameter_count
         self._parameters = [_Parameter(self._info.contents.parameters[i]) for i in range(count)]
 
+    @property
+    def attributes(self):
+        """What CuPy tells of a compiled kernel, as far as one for the CPU has that."""
+        return {"num_regs": 0, "local_size_bytes": 0}
+
     def __call__(self, grid, block, args, *, shared_mem=0):
         grid, block = self._sizes("grid", grid), self._sizes("block", block)
         self._check_sizes(grid, block, shared_mem)
