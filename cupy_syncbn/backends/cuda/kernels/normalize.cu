@@ -81,8 +81,7 @@ __global__ void __launch_bounds__(THREADS, MIN_BLOCKS<V>)
     __shared__ A scales[MAX_GROUP];
     __shared__ A offsets[MAX_GROUP];
 
-    const bool update = ranks > 0 && is_sound(vector + 4 * g.C + 1, ranks);
-    if (update && part.split == 0 && momentum < 0) momentum = 1.0 / (*num_batches_tracked + 1);
+    const bool updates = ranks > 0 && part.split == 0;  // the running statistics, if the sums are sound
     for (int k = threadIdx.x; k < part.channels; k += THREADS) {
         const long long c = part.channel + k;
         double mean, var, count = 0;
@@ -107,23 +106,25 @@ __global__ void __launch_bounds__(THREADS, MIN_BLOCKS<V>)
         saved[2 * g.C + c] = step.scale;
         saved[3 * g.C + c] = step.offset;
         if (c == 0) saved[4 * g.C] = count;
-        if (update && count > 0) {
+        // Looked at only here: what the walk needs waits for no more than its own sums.
+        if (updates && count > 0 && is_sound(vector + 4 * g.C + 1, ranks)) {
+            const double share = momentum < 0 ? 1.0 / (*num_batches_tracked + 1) : momentum;
             const double old_mean = read_parameter<T>(running_mean, float_types & MEAN_IS_FLOAT, c);
             const double old_var = read_parameter<T>(running_var, float_types & VAR_IS_FLOAT, c);
-            write_parameter<T>(running_mean, float_types & MEAN_IS_FLOAT, c, updated(old_mean, mean, momentum));
+            write_parameter<T>(running_mean, float_types & MEAN_IS_FLOAT, c, updated(old_mean, mean, share));
             write_parameter<T>(running_var, float_types & VAR_IS_FLOAT, c,
-                               updated(old_var, unbiased(var, count), momentum));
+                               updated(old_var, unbiased(var, count), share));
         }
     }
     __syncthreads();  // publishes the constants; all have read num_batches_tracked
 
     // It goes up by one when every group has read it.
-    if (update && num_batches_tracked && part.split == 0 && threadIdx.x == 0) {
+    if (updates && num_batches_tracked && threadIdx.x == 0) {
         __threadfence();
         if (atomicAdd(counter, 1u) == g.groups - 1) {
             __threadfence();
             *counter = 0;
-            if (vector[4 * g.C] > 0) ++*num_batches_tracked;
+            if (vector[4 * g.C] > 0 && is_sound(vector + 4 * g.C + 1, ranks)) ++*num_batches_tracked;
         }
     }
 
