@@ -32,7 +32,7 @@ How:
     python scripts/benchmarks/gpu.py                    # up to 8 minutes; see --budget-s
     python scripts/benchmarks/gpu.py --quick            # a subset, under 2 minutes
     python scripts/benchmarks/gpu.py --sweep            # tries launch constants, and prints the best
-    python scripts/benchmarks/gpu.py --blocks 16        # measures with another constant of launch.py
+    python scripts/benchmarks/gpu.py --blocks 4         # measures with another constant of launch.py
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ STATISTICS_TOLERANCE = 1e-4
 CONSTANTS = {"blocks": "BLOCKS", "min_items": "MIN_ITEMS", "max_items": "MAX_ITEMS", "row_bytes": "ROW_BYTES"}
 """Options that replace constants of cupy_syncbn/backends/cuda/launch.py."""
 GRID = {
-    "BLOCKS": (2, 3, 6, 9),  # registers leave most kernels room for 3 at once: 8 end in a part of a round
+    "BLOCKS": (2, 3, 4),
     "MIN_ITEMS": (2, 4, 8),
     "MAX_ITEMS": (16, 32, 64, 128),
     "ROW_BYTES": (128, 256, 512),
