@@ -78,6 +78,9 @@ def fake(gpu, cupy):
                 return cupy.asarray(tensor.view(self.torch.int16).numpy()).view(gpu.data_type("bfloat16"))
             return cupy.asarray(tensor.numpy())
 
+        def read(self, array):
+            array.sum()
+
         def capture(self, work, by_torch):
             kept = work()
             return types.SimpleNamespace(seconds=2e-3 if by_torch else 1e-3, kept=kept)
@@ -292,7 +295,8 @@ def test_without_torch(gpu, small, fast_cupy, tmp_path, capsys):
         row
         for _ in range(3 * 3)
         for row in (
-            ["shape", "variant", "MiB", "copy GB/s", *gpu.KERNELS],
+            ["shape", "variant", "MiB", "copy GB/s", "read GB/s", *gpu.KERNELS],
+            ["shape", "variant", *gpu.KERNELS],
             [
                 "shape",
                 "variant",
@@ -310,10 +314,13 @@ def test_without_torch(gpu, small, fast_cupy, tmp_path, capsys):
         for kernel, entry in result["kernels"].items():
             assert entry["bytes"] == sum(gpu.traffic(kernel, result["variant"], result["nbytes"]))
             assert entry["us"] == pytest.approx(1e3 / launches, rel=1e-4)
-            assert entry["share"] == pytest.approx(entry["bytes"] / (2 * result["nbytes"]), rel=1e-4)
+            _, written = gpu.traffic(kernel, result["variant"], result["nbytes"])
+            measure = (2 if written else 1) * result["nbytes"]  # a copy, or a reading
+            assert entry["share"] == pytest.approx(entry["bytes"] / measure, rel=1e-4)
+            assert entry["modelled_us"] is None  # of a device that the model does not know
         assert 0 < result["error"]["ours"] < gpu.TOLERANCE[result["dtype"]]
         assert result["ratios"] == {}
-    assert [goal["met"] for goal in record["goals"]] == [False, None, None, None, None]
+    assert [goal["met"] for goal in record["goals"]] == [True, None, None, None, None]
     assert record["host_us"].keys() == {"ours"}
     picture = list(tmp_path.glob("*.png"))
     assert len(picture) == (importlib.util.find_spec("matplotlib") is not None)
