@@ -21,6 +21,7 @@ from cupy_syncbn.comm.launcher import is_first
 from cupy_syncbn.comm.new_group import new_group, split_group
 from cupy_syncbn.diagnosis.survey import show_config
 from cupy_syncbn.functional import Gradients, sync_batch_norm, sync_batch_norm_backward
+from cupy_syncbn.graphs import CapturedStep
 from cupy_syncbn.nn.batch_norm import (
     BatchNorm1d,
     BatchNorm2d,
@@ -39,6 +40,7 @@ __all__ = [
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
+    "CapturedStep",
     "CollectiveTimeoutError",
     "DistributedDataParallel",
     "Gradients",

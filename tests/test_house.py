@@ -24,6 +24,7 @@ ALLOWED = {
     "checks": {"backends", "arrays"},
     "plan": {"checks", "backends", "arrays"},
     "functional": {"plan", "checks", "comm", "backends", "arrays"},
+    "graphs": {"backends", "arrays"},
     "nn": {"functional", "plan", "checks", "comm", "backends", "arrays"},
     "interop": {"nn", "functional", "plan", "checks", "comm", "backends", "arrays"},
     "diagnosis": {"nn", "comm", "backends", "arrays", "_version"},

@@ -477,8 +477,9 @@ class NCCLProcessGroup(MPIProcessGroup):
     """The ranks of `comm`, by default the world, each with a GPU of its own for NCCL; see `MPIProcessGroup`.
 
     Operations on CuPy arrays are enqueued on the current stream: the host does not wait, and a CUDA graph can
-    capture them. So errors of other ranks are raised later: see `check_errors`. NumPy arrays go by MPI. It
-    raises RuntimeError if CuPy finds no NCCL on a rank, or two ranks share a GPU. **Collective** over `comm`.
+    capture them (`CapturedStep`). So errors of other ranks are raised later: see `check_errors`. NumPy arrays
+    go by MPI. It raises RuntimeError if CuPy finds no NCCL on a rank, or two ranks share a GPU.
+    **Collective** over `comm`.
     """
 
     def __init__(self, comm: MPI.Intracomm | None = None, *, timeout: float | None = None) -> None:

@@ -10,8 +10,9 @@ channels-last; in three variants:
 
 Measured are
 
-* each kernel alone: its time, the bytes that it has to move, and its bandwidth as a share of that of copying
-  a tensor of the same size on the device, in the same run;
+* each kernel alone: its time beside that of the model in gpu_model.py, the bytes that it has to move, and its
+  bandwidth as a share of that of copying a tensor of the same size on the device, in the same run; of a
+  kernel that writes no tensor, as a share of that of reading one;
 * forward and backward of the whole layer, against
     torch_sync   the kernels of torch.nn.SyncBatchNorm, called as torch/nn/modules/_functions.py does for one
                  rank, less its exchange and its host synchronisation;
@@ -32,7 +33,7 @@ How:
     python scripts/benchmarks/gpu.py                    # up to 8 minutes; see --budget-s
     python scripts/benchmarks/gpu.py --quick            # a subset, under 2 minutes
     python scripts/benchmarks/gpu.py --sweep            # tries launch constants, and prints the best
-    python scripts/benchmarks/gpu.py --blocks 16        # measures with another constant of launch.py
+    python scripts/benchmarks/gpu.py --blocks 4         # measures with another constant of launch.py
 """
 
 from __future__ import annotations
@@ -55,6 +56,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from cpu import VARIANTS, resnet50
+from gpu_model import modelled_us
 from measure import (
     RESULTS,
     caption,
@@ -68,7 +70,7 @@ from measure import (
     table,
 )
 
-from cupy_syncbn import SingleProcessGroup, SyncBatchNorm
+from cupy_syncbn import CapturedStep, SingleProcessGroup, SyncBatchNorm
 from cupy_syncbn.arrays import array_module
 from cupy_syncbn.backends.cuda import launch
 from cupy_syncbn.backends.interface import Affine, BatchSums, Epilogue, ParameterSums, Reduced, Running
@@ -107,7 +109,7 @@ PATTERN = (1 << 22) - 3
 """Random numbers that are repeated to fill a tensor: of a length that meets other channels each time."""
 VECTOR_BYTES = 16
 LARGE = 64 << 20
-"""Bytes from which on a kernel should reach GOAL_SHARE of the copy's bandwidth."""
+"""Bytes from which on a kernel should reach GOAL_SHARE of the bandwidth of copying, or of reading alone."""
 GOAL_SHARE = 0.9
 GOAL_TORCH_SYNC = {"channels_first": 2.0, "channels_last": 1.3}
 
@@ -128,7 +130,7 @@ STATISTICS_TOLERANCE = 1e-4
 CONSTANTS = {"blocks": "BLOCKS", "min_items": "MIN_ITEMS", "max_items": "MAX_ITEMS", "row_bytes": "ROW_BYTES"}
 """Options that replace constants of cupy_syncbn/backends/cuda/launch.py."""
 GRID = {
-    "BLOCKS": (2, 3, 6, 9),  # registers leave most kernels room for 3 at once: 8 end in a part of a round
+    "BLOCKS": (2, 3, 4),
     "MIN_ITEMS": (2, 4, 8),
     "MAX_ITEMS": (16, 32, 64, 128),
     "ROW_BYTES": (128, 256, 512),
@@ -314,7 +316,11 @@ class Gpu:
             return self.cupy.from_dlpack(tensor)
         return self.cupy.from_dlpack(tensor.view(self.torch.int16)).view(data_type("bfloat16"))
 
-    def capture(self, work: Callable[[], Any], by_torch: bool) -> Callable[[], None]:
+    def read(self, array: Any) -> None:
+        """Read an array: the measure of kernels that write nothing."""
+        self._lead((1024,), (256,), (array, array.nbytes // VECTOR_BYTES, self._never))
+
+    def capture(self, work: Callable[[], Any], by_torch: bool) -> Callable[[], Any]:
         """Record what `work` launches as a CUDA graph; what it returns lives as long as the graph."""
         self.synchronize()
         if by_torch:
@@ -325,15 +331,7 @@ class Gpu:
             finally:
                 graph.capture_end()
             return Replay(graph.replay, kept)
-        # Memory of its own: nothing else may get what the graph writes to.
-        pool = self.cupy.cuda.MemoryPool()
-        with self.cupy.cuda.using_allocator(pool.malloc):
-            self.stream.begin_capture()  # relaxed, so that the pool may grow
-            try:
-                kept = work()
-            finally:
-                graph = self.stream.end_capture()
-        return Replay(graph.launch, (kept, pool))
+        return CapturedStep(work)
 
     def timed(self, work: Callable[[], Any]) -> Callable[[], tuple[float]]:
         """Return a function that does the work, and gives the seconds that it took the device."""
@@ -482,10 +480,14 @@ class Kernels:
         )
 
     def copy(self, i: int) -> None:
-        """Copy a tensor: the measure of the others."""
+        """Copy a tensor: the measure of the kernels that write one."""
         self.tensors.gpu.cupy.copyto(self.y[i], self.x[i])
 
-    def graph(self, name: str) -> tuple[Callable[[], None], int]:
+    def read(self, i: int) -> None:
+        """Read a tensor: the measure of the others."""
+        self.tensors.gpu.read(self.x[i])
+
+    def graph(self, name: str) -> tuple[Callable[[], Any], int]:
         """Return a graph of one of these, over all copies, and how many launches it has."""
         run, copies = getattr(self, name), self.tensors.copies
         # Of small tensors, several rounds: launching the graph is not what is measured.
@@ -496,24 +498,7 @@ class Kernels:
                 for i in range(copies):
                     run(i)
 
-        with self._one_workspace():
-            return self.tensors.gpu.capture(work, by_torch=False), rounds * copies
-
-    @contextlib.contextmanager
-    def _one_workspace(self) -> Iterator[None]:
-        """Let a graph take the stream's workspace: of one for each launch, it would time the clearing."""
-        workspaces, current = self.backend._workspaces, self.backend._workspaces.current()
-
-        class Fixed:
-            @staticmethod
-            def current() -> Any:
-                return current
-
-        self.backend._workspaces = Fixed
-        try:
-            yield
-        finally:
-            self.backend._workspaces = workspaces
+        return self.tensors.gpu.capture(work, by_torch=False), rounds * copies
 
 
 class Ours:
@@ -826,12 +811,14 @@ def median(values: np.ndarray) -> float:
 
 def measure_kernels(kernels: Kernels, effort: Effort) -> dict[str, Any]:
     """Measure each kernel alone, beside the copy."""
-    gpu, nbytes = kernels.tensors.gpu, kernels.tensors.case.nbytes
-    graphs = {name: kernels.graph(name) for name in ("copy", *kernels_of(kernels.variant))}
+    gpu, case = kernels.tensors.gpu, kernels.tensors.case
+    nbytes, device = case.nbytes, gpu.facts()["name"]
+    graphs = {name: kernels.graph(name) for name in ("copy", "read", *kernels_of(kernels.variant))}
     seconds = in_turn({name: gpu.timed(graph) for name, (graph, _) in graphs.items()}, effort)
     seconds = {name: rows / graphs[name][1] for name, rows in seconds.items()}
-    copy_rate = 2 * nbytes / seconds.pop("copy")
+    copy_rate, read_rate = 2 * nbytes / seconds.pop("copy"), nbytes / seconds.pop("read")
     found: dict[str, Any] = {"copy_gb_per_s": median(copy_rate) / 1e9, "kernels": {}}
+    found["read_gb_per_s"] = median(read_rate) / 1e9
     for name, rows in seconds.items():
         reads, writes = traffic(name, kernels.variant, nbytes)
         rate = (reads + writes) / rows
@@ -839,7 +826,10 @@ def measure_kernels(kernels: Kernels, effort: Effort) -> dict[str, Any]:
             "us": median(rows) * 1e6,
             "bytes": reads + writes,
             "gb_per_s": median(rate) / 1e9,
-            "share": median(rate / copy_rate),
+            "share": median(rate / (copy_rate if writes else read_rate)),
+            "modelled_us": modelled_us(
+                name, case.shape, case.dtype, case.channels_last, kernels.variant, device
+            ),
         }
     return found
 
@@ -1095,20 +1085,29 @@ def spread(values: Sequence[float]) -> str:
     return f"{geometric_mean(values):.2f} ({min(values):.2f})" if values else "-"
 
 
+def _times(kernel: Mapping[str, Any] | None) -> str:
+    if kernel is None:
+        return ""
+    modelled = kernel["modelled_us"]
+    return f"{kernel['us']:.1f} " + ("-" if modelled is None else f"({modelled:.1f})")
+
+
 def print_tables(results: Sequence[dict[str, Any]]) -> None:
     """Print all results, by type and layout."""
     for dtype, layout in dict.fromkeys((r["dtype"], r["layout"]) for r in results):
         chosen = [r for r in results if (r["dtype"], r["layout"]) == (dtype, layout)]
-        print(f"\n{dtype}, {layout}: kernels, bandwidth as a share of the copy's\n")
-        headings = ["shape", "variant", "MiB", "copy GB/s", *KERNELS]
-        rows = []
+        print(f"\n{dtype}, {layout}: kernels, bandwidth as a share of the copy's, or of reading's\n")
+        headings = ["shape", "variant", "MiB", "copy GB/s", "read GB/s", *KERNELS]
+        rows, times = [], []
         for r in chosen:
             shares = [f"{r['kernels'][k]['share']:.2f}" if k in r["kernels"] else "" for k in KERNELS]
             shape = "x".join(map(str, r["shape"]))
-            rows.append(
-                [shape, r["variant"], f"{r['nbytes'] / 2**20:.1f}", f"{r['copy_gb_per_s']:.0f}", *shares]
-            )
+            rates = [f"{r[f'{rate}_gb_per_s']:.0f}" for rate in ("copy", "read")]
+            rows.append([shape, r["variant"], f"{r['nbytes'] / 2**20:.1f}", *rates, *shares])
+            times.append([shape, r["variant"], *(_times(r["kernels"].get(k)) for k in KERNELS)])
         print(table(headings, rows))
+        print(f"\n{dtype}, {layout}: kernels, microseconds: measured, and by the model of gpu_model.py\n")
+        print(table(["shape", "variant", *KERNELS], times))
 
         print(f"\n{dtype}, {layout}: layer; microseconds, and the others' time over ours\n")
         headings = [
@@ -1181,7 +1180,8 @@ def goals(results: Sequence[dict[str, Any]]) -> list[Goal]:
         if r["nbytes"] >= LARGE
         for kernel, entry in r["kernels"].items()
     }
-    text = f"every kernel at {GOAL_SHARE:.0%} of the copy's bandwidth from {LARGE >> 20} MiB on"
+    large = f"from {LARGE >> 20} MiB on"
+    text = f"every kernel at {GOAL_SHARE:.0%} of the bandwidth of copying, or of reading alone, {large}"
     found.append(_goal(text, shares, GOAL_SHARE, of_the_worst=True))
 
     def ratios(name: str, layouts: Sequence[str]) -> dict[str, float]:
@@ -1251,7 +1251,7 @@ def plot(results: Sequence[dict[str, Any]], facts: dict[str, Any]) -> Any | None
         shares = [r["kernels"][kernel]["share"] for r in chosen]
         bandwidth.scatter([size(r) for r in chosen], shares, s=9, alpha=0.6, label=kernel)
     bandwidth.axhline(GOAL_SHARE, color="black", linewidth=1, linestyle="--")
-    bandwidth.set(title="kernels: bandwidth / the copy's")
+    bandwidth.set(title="kernels: bandwidth / the copy's, or reading's")
     for axes, name, key in ((sync, "torch_sync", "layout"), (batch_norm, "batch_norm", "variant")):
         chosen = [r for r in results if "graph" in r["ratios"].get(name, {})]
         for label in dict.fromkeys(r[key] for r in chosen):

@@ -37,7 +37,7 @@ _SANITIZERS = (
     "-fsanitize=thread",
     "--param=tsan-distinguish-volatile=1",
     "--param=tsan-instrument-func-entry-exit=0",
-    "-fsanitize=alignment,null,bounds,shift,integer-divide-by-zero,signed-integer-overflow,return,bool",
+    "-fsanitize=alignment,null,bounds,object-size,shift,integer-divide-by-zero,signed-integer-overflow,return,bool",
 )
 
 

@@ -201,10 +201,15 @@ Stream.null = Stream(null=True)
 
 
 class Graph:
-    """What has been captured. As in CUDA, its memory may be freed while it is replayed; here it lives on."""
+    """What has been captured. As in CUDA, it does not keep its memory; to use what was freed is an error."""
 
     def __init__(self, captured):
         self._captured = captured
+
+    @property
+    def nodes(self):  # CuPy has no such list
+        """The kinds of its nodes: launch, assign (a kernel, or a memset), copy (by the host), operation."""
+        return ["operation" if give else start.__name__ for start, give in self._captured]
 
     def launch(self, stream=None):
         for start, give in self._captured:

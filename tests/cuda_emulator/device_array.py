@@ -10,7 +10,7 @@ import numpy as np
 
 from . import work
 from .cuda import Device, get_current_stream, settle, submit, when_copied
-from .device_memory import Allocation, find_allocation
+from .device_memory import Allocation, BorrowedAllocation, find_allocation
 
 
 class Flags:
@@ -127,6 +127,12 @@ class ndarray:  # noqa: N801 (CuPy's name)
     def _view(self, values):
         return self._over(values, self._allocation, self._owner)
 
+    def _for_work(self, stream=None):
+        """Return this array to work that is done later: a graph does not keep its memory."""
+        if not (stream or get_current_stream()).is_capturing():
+            return self
+        return self._over(self._array, BorrowedAllocation(self._allocation))
+
     def _mark_written(self, written=None):
         """Tell the runtime what the host wrote: all of this array, or what a map of written bytes says."""
         if self.size:
@@ -184,10 +190,11 @@ class ndarray:  # noqa: N801 (CuPy's name)
             self._check_output(out)
         if blocking:
             stream._refuse_in_capture("cudaMemcpy")
-        target = when_copied(out)
+        target, source = when_copied(out), self._for_work(stream)
 
         def copy():
-            target()[...] = self._array
+            source._allocation.check()
+            target()[...] = source._array
 
         submit(copy, stream)
         if blocking:
@@ -213,11 +220,12 @@ class ndarray:  # noqa: N801 (CuPy's name)
             raise ValueError(f"Shape mismatch. Old shape: {self.shape}, new shape: {arr.shape}")
         if not self.flags.forc:
             raise RuntimeError("Cannot set to non-contiguous array")
-        source = when_copied(arr)
+        source, target = when_copied(arr), self._for_work(stream)
 
         def copy():
-            self._array[...] = source()
-            self._mark_written()
+            target._allocation.check()
+            target._array[...] = source()
+            target._mark_written()
 
         submit(copy, stream)
 
@@ -285,20 +293,21 @@ class ndarray:  # noqa: N801 (CuPy's name)
 
     def __setitem__(self, index, value):
         index = _index(index)
-        is_array = isinstance(value, ndarray)
-        operand = value._array if is_array else _operand(value)
-        same_type = is_array and value.dtype == self.dtype and value.size
+        target, source = self._for_work(), value._for_work() if isinstance(value, ndarray) else None
+        operand = _operand(value) if source is None else source._array
+        same_type = source is not None and source.dtype == self.dtype and source.size
 
         of_bytes = index
         if any(part is Ellipsis for part in _tuple(index)):
             of_bytes = (*_tuple(index), slice(None))  # the bytes of an element are one more axis
 
         def assign():
+            for array in (target,) if source is None else (target, source):
+                array._allocation.check()
             with np.errstate(all="ignore"):
-                self._array[index] = operand
-            if self.size:
-                target = self._allocation.written_map(self._array)
-                target[of_bytes] = value._written_map() if same_type else 1
+                target._array[index] = operand
+            if target.size:
+                target._written_map()[of_bytes] = source._written_map() if same_type else 1
 
         submit(assign)
 

@@ -133,24 +133,35 @@ class RawKernel:
         count = self._info.contents.parameter_count
         self._parameters = [_Parameter(self._info.contents.parameters[i]) for i in range(count)]
 
+    @property
+    def attributes(self):
+        """What CuPy tells of a compiled kernel, as far as one for the CPU has that."""
+        return {"num_regs": 0, "local_size_bytes": 0}
+
     def __call__(self, grid, block, args, *, shared_mem=0):
         grid, block = self._sizes("grid", grid), self._sizes("block", block)
         self._check_sizes(grid, block, shared_mem)
         packed, config = self._pack(args), self._config(grid, block, shared_mem)
-        submit(lambda: self._launch(grid, block, args, packed, config))
+        arrays = {
+            number: array._for_work() for number, array in enumerate(args) if isinstance(array, ndarray)
+        }
 
-    def _launch(self, grid, block, args, packed, config):
+        def launch():
+            self._launch(grid, block, arrays, packed, config)
+
+        submit(launch)
+
+    def _launch(self, grid, block, arrays, packed, config):
         pointers = (ctypes.c_void_p * max(1, len(packed)))(*map(ctypes.addressof, packed))
         counters, failure = Counters(), Failure()
         result = native().emu_launch(self._info, config, pointers, counters, failure)
         stats.add(self.name, grid, block, counters)
         if result:
-            raise EmulatorError(self._describe(failure, args))
+            raise EmulatorError(self._describe(failure, arrays))
         if not self._checked:
             # Nobody has seen what was written: let a checked kernel that reads it later not complain.
-            for argument in args:
-                if isinstance(argument, ndarray):
-                    argument._allocation.mark_all_written()
+            for array in arrays.values():
+                array._allocation.mark_all_written()
 
     def _config(self, grid, block, shared_mem):
         schedule = current_schedule()
@@ -217,15 +228,13 @@ class RawKernel:
         raise EmulatorError(f"{self.name}: argument {number} is {got}; expected {parameter}")
 
     # ---- Failures ----
-    def _describe(self, failure, args):
+    def _describe(self, failure, arrays):
         lines = [f"{self.name}: {failure.message.decode()}"]
         if failure.library:
             lines += [f"  at {place}" for place in _source_lines(failure.library.decode(), failure.offset)]
-        for number, argument in enumerate(args):
-            if failure.allocation and isinstance(argument, ndarray):
-                allocation = argument._allocation
-                if allocation.address == failure.allocation:
-                    lines.append(f"  '{allocation.name}' is argument {number}")
+        for number, array in arrays.items():
+            if failure.allocation and array._allocation.address == failure.allocation:
+                lines.append(f"  '{array._allocation.name}' is argument {number}")
         return "\n".join(lines)
 
 

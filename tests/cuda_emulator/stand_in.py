@@ -9,6 +9,7 @@ import numpy as np
 
 from . import cuda
 from .device_array import ndarray
+from .device_memory import MemoryPool, using_allocator
 from .launch import RawKernel, RawModule
 
 _VERSION = "14.2.0"  # whose behaviour the stand-in follows
@@ -34,6 +35,7 @@ def make_cupy(mode="checked"):
     cupy.RawModule = type("RawModule", (RawModule,), {"mode": mode, "prebuild": None})
     cupy.RawKernel = RawKernel
     cupy.cuda = _module("cupy.cuda", {name: getattr(cuda, name) for name in _CUDA_NAMES.split()})
+    cupy.cuda.MemoryPool, cupy.cuda.using_allocator = MemoryPool, using_allocator
     cupy.cuda.runtime = _module("cupy.cuda.runtime", vars(cuda.runtime))
     return cupy
 

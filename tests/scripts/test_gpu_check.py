@@ -43,6 +43,14 @@ def test_every_instance_is_run(sanitize, cupy, dtype):
         assert launched == {name for file in kernels.FILES for name in kernels.instances(file, dtype)}
 
 
+def test_a_fifth_of_the_runs_has_all_that_a_run_has(sanitize):
+    every, fifth = (list(sanitize.runs(kernels.TYPES))[::step] for step in (1, 5))
+    assert len(fifth) < len(every) / 4
+    for field in sanitize.Run._fields:
+        assert {getattr(run, field) for run in fifth} == {getattr(run, field) for run in every}
+    assert {(run.walk, run.dtype) for run in fifth} == {(run.walk, run.dtype) for run in every}
+
+
 def test_wrong_result_is_found(sanitize, fast_cupy, monkeypatch):
     right = sanitize.sync_batch_norm
 
@@ -77,6 +85,7 @@ PARTS = [
     *(
         "environment",
         "compile",
+        "instances",
         "graphs",
         "nccl",
         "tests",
@@ -97,7 +106,7 @@ def machine(tmp_path):
     """Return a function that runs the command on a machine that has these programs, given as shell code."""
     folder = tmp_path / "bin"
     folder.mkdir()
-    for tool in TOOLS.split():
+    for tool in ("awk", *TOOLS.split()):
         if shutil.which(tool):
             (folder / tool).symlink_to(shutil.which(tool))
 
@@ -222,6 +231,78 @@ def test_choice_of_stages_and_a_second_run(machine, tmp_path):
     finished = machine("--stages", "testing", programs=programs)
     assert finished.returncode == 2
     assert "there is no stage testing" in finished.stderr
+
+
+IN_MINUTES = [
+    *("environment", "compile", "instances", "graphs", "nccl", "benchmark-quick"),
+    *("sanitizer-memcheck", "sanitizer-racecheck", "tests", "ranks-2"),
+]
+
+
+def test_minutes(machine, tmp_path):
+    """What has passed is left out of the next call; of tests that are stopped, the files that are through."""
+    seen = "tests/a.py::x PASSED", "tests/b.py::y PASSED", "tests/b.py::z FAILED", "tests/c.py::v PASSED"
+    seen = " ".join(f"'{line}'" for line in (*seen, "tests/d.py::w SKIPPED"))
+    programs, call = {"nvidia-smi": SMI}, ("--minutes", "1")
+    failing = stubs(tests=f"printf '%s\\n' {seen}; exit 124", nccl="exit 1", instances="exit 124")
+    finished = machine(*call, programs=programs, CUPY_SYNCBN_COMMIT="abc", **failing)
+    assert finished.returncode == 1
+    text = report_of(tmp_path)
+    results = {row[0]: row[1] for row in rows_of(text)}
+    assert list(results) == IN_MINUTES
+    assert (results["tests"], results["nccl"]) == ("FAILED (124)", "FAILED (1)")
+    assert results["instances"] == "stopped"
+    assert "\nFiles of the tests that are through: tests/a.py tests/c.py\n" in text
+    (log,) = (tmp_path / "results").glob("*.log")
+    assert "== tests: FAILED (124)\ntests/a.py::x PASSED\n" in log.read_text()
+
+    for commit, again in (("abc", ["instances", "nccl", "tests"]), ("abd", IN_MINUTES[2:])):
+        stopped = stubs(tests="echo tests/d.py::w PASSED; exit 124")
+        finished = machine(*call, programs=programs, CUPY_SYNCBN_COMMIT=commit, **stopped)
+        assert finished.returncode == 0, finished.stdout + finished.stderr
+        run = report_of(tmp_path).rpartition("## Run of ")[2]
+        assert [row[0] for row in rows_of(run)] == ["environment", "compile", *again]
+        assert {row[0]: row[1] for row in rows_of(run)}["tests"] == "stopped"
+        assert ("tests/a.py" in run) == (commit == "abc")
+    assert machine("--minutes", "a", programs=programs).returncode == 2
+
+
+def test_minutes_begin_with_the_tests_that_are_left(machine, tmp_path):
+    tell = f'echo "${{0##*/}} $*" >>{tmp_path}/told; [ "$1" = -c ] && echo MPICH; exit 0'
+    programs = {"nvidia-smi": SMI, "python": tell, "compute-sanitizer": tell}
+    (tmp_path / "results").mkdir()
+    name = tmp_path / "results" / "gpu-nvidia-fake-1-2020-01-01.md"
+    through = "Files of the tests that are through: tests/nn/test_cupy_layers.py"
+    name.write_text(
+        f"## Run of 10:00 UTC: commit abc, 9 s\n\n| graphs | passed | 3 | 1 passed |\n\n{through}\n"
+    )
+    python = str(tmp_path / "bin" / "python")
+    finished = machine("--minutes", "2", programs=programs, python=python, CUPY_SYNCBN_COMMIT="abc")
+    assert finished.returncode == 1, "there is no mpirun"
+    told = (tmp_path / "told").read_text()
+    tests = next(line for line in told.splitlines() if "not nccl and not graph" in line)
+    assert "tests/backends/cuda/test_kernels.py" in tests
+    assert "test_cupy_layers" not in tests
+    assert "-W default" in tests
+    assert "-k graph" not in told
+    assert "python scripts/sanitize.py\n" in told
+    assert re.search("compute-sanitizer --tool racecheck .* scripts/sanitize.py --every 5\n", told)
+
+
+def test_rehearsal(tmp_path):
+    """All of it, on the emulator: a stage that cannot run is found here, and not on a GPU that is lent."""
+    command = ["bash", str(REPOSITORY / "scripts" / "gpu_check.sh"), "--rehearse", "--minutes", "9"]
+    command += ["--output", str(tmp_path / "results"), "--logs", str(tmp_path / "logs")]
+    environment = clean_environment(PYTHON=sys.executable, CUPY_SYNCBN_COMMIT="abc")
+    for expected in IN_MINUTES, ["environment", "compile"]:
+        finished = subprocess.run(
+            command, env=environment, capture_output=True, encoding="utf-8", timeout=540, cwd=tmp_path
+        )
+        assert finished.returncode == 0, finished.stdout + finished.stderr
+        report = max((tmp_path / "results").glob("gpu-emulated-gpu-*.md")).read_text()
+        rows = rows_of(report.rpartition("## Run of ")[2])
+        assert [row[:2] for row in rows] == [[part, "passed"] for part in expected]
+    assert len(list((tmp_path / "results").iterdir())) <= 8
 
 
 def test_budget(machine, tmp_path):

@@ -1,17 +1,19 @@
-"""Counts instructions in the kernels' machine code, which nvdisasm shows: in the main loop, and before it.
+"""Counts instructions in the kernels' machine code, which nvdisasm shows: in the main loop, and around it.
 
 What a block does in a kernel is the entry, as many rounds of the main loop as it has vectors, and the rest.
 Counted are the shortest paths: in the loop, the shortest that does all loads, stores and multiply-adds of a
-full round.
+full round; for scripts/benchmarks/gpu_model.py, around it the shortest on which a warp has a channel to
+prepare, and one to add up.
 """
 
 from __future__ import annotations
 
+import collections
 import heapq
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from importlib import metadata
 from typing import NamedTuple
 
@@ -39,11 +41,14 @@ class Block(NamedTuple):
 class Round(NamedTuple):
     """What a full round of a kernel's main loop does."""
 
+    kernel: str
     vectors: int
     """Per tensor."""
     loads: int
     stores: int
     multiply_adds: int
+    stages: int
+    """Values a channel that are written to shared memory before."""
 
 
 class Counts(NamedTuple):
@@ -53,6 +58,23 @@ class Counts(NamedTuple):
     """A vector of 16 bytes."""
     entry: int
     """Before the main loop."""
+    profile: Profile | None
+    """None where there is no such path around the loop."""
+
+
+class Profile(NamedTuple):
+    """What the model is made of, beside the registers."""
+
+    pipes: dict[str, float]
+    """Instructions a vector of 16 bytes in the main loop, by pipe."""
+    around: int
+    """Instructions outside of it, in a block that is not the last of its channels."""
+    float64: int
+    """Those of them in float64."""
+    waits: int
+    """Round trips to memory outside of it, one after the other: groups of loads, fences, atomics."""
+    row: float | None
+    """Instructions for another value of a channel, where a block adds up those of its threads."""
 
 
 def disassemble(cubin: bytes) -> dict[str, list[Block]]:
@@ -92,6 +114,7 @@ def _blocks(text: str) -> list[Block]:
         # A branch may also depend on predicates among its operands. A call without one is of a slow path, and
         # ends here; with one, it is how sm_80 leaves a loop.
         is_conditional = bool(last.predicate) or re.match(r"!?U?P\d", last.operands) is not None
+        is_conditional |= last.operation == "BRA.DIV"  # if the warp's threads have diverged
         goes_on = is_conditional or not re.match(r"BRA|EXIT|RET|CALL", last.operation)
         if goes_on and i + 1 < len(starts):
             followers.append(i + 1)
@@ -105,30 +128,125 @@ _LOAD, _STORE, _MULTIPLY_ADD = r"LDG\.E(?!.*STRONG).*\.128", r"STG\.E.*\.128", r
 def count(blocks: list[Block], full: Round) -> Counts | None:
     """Return the counts of a function whose loop does this in a round; None if none does."""
     heads = {j for i, block in enumerate(blocks) for j in block.followers if j <= i}
-    rounds = [(length, head) for head in heads if (length := _round(blocks, head, full)) is not None]
+    rounds = [
+        (sum(len(blocks[i].instructions) for i in path), head)
+        for head in heads
+        if (path := _round(blocks, head, full))
+    ]
     if not rounds:
         return None
-    length, head = min(rounds)
-    return Counts(length / full.vectors, _distances(blocks, 0)[head])
+    _, head = min(rounds)
+    path = _round(blocks, head, full)
+    loop = sum(len(blocks[i].instructions) for i in path)
+    profile = _profile(blocks, head, path, full)
+    return Counts(loop / full.vectors, _distances(blocks, 0)[head], profile)
 
 
-def _round(blocks: list[Block], head: int, full: Round) -> int | None:
-    """Return the fewest instructions from a block back to it that do all of a round."""
-    needs = full.loads, full.stores, full.multiply_adds
-    does = [tuple(block.count(pattern) for pattern in (_LOAD, _STORE, _MULTIPLY_ADD)) for block in blocks]
-    waiting = [(0, head, (0, 0, 0))]
+def _round(blocks: list[Block], head: int, full: Round) -> list[int]:
+    """Return the shortest path from a block back to it that does all of a round."""
+    needs = {_LOAD: full.loads, _STORE: full.stores, _MULTIPLY_ADD: full.multiply_adds}
+    return _path(blocks, head, {head}, needs)
+
+
+def _path(
+    blocks: list[Block], start: int, ends: Collection[int], needs: dict[str, int], without: str | None = None
+) -> list[int]:
+    """Return the blocks of the shortest path to one of the ends, which it leaves out; or nothing.
+
+    On the path there are at least so many instructions of each pattern, and none of the last one.
+    """
+    does = [tuple(block.count(pattern) for pattern in needs) for block in blocks]
+    enough = tuple(needs.values())
+    waiting: list[tuple[int, int, tuple[int, ...], tuple[int, ...]]] = [(0, start, (0,) * len(needs), ())]
     seen = set()
     while waiting:
-        length, i, done = heapq.heappop(waiting)
-        if i == head and length and done == needs:
-            return length
-        if (i, done) in seen or (i == head and length):
+        length, i, done, path = heapq.heappop(waiting)
+        if i in ends and path:
+            if done == enough:
+                return list(path)
+            if i == start:
+                continue
+        if (i, done) in seen or (without and blocks[i].count(without)):
             continue
         seen.add((i, done))
-        done = tuple(min(need, a + b) for need, a, b in zip(needs, done, does[i], strict=True))
+        done = tuple(min(need, a + b) for need, a, b in zip(enough, done, does[i], strict=True))
         for j in blocks[i].followers:
-            heapq.heappush(waiting, (length + len(blocks[i].instructions), j, done))
-    return None
+            heapq.heappush(waiting, (length + len(blocks[i].instructions), j, done, (*path, i)))
+    return []
+
+
+_PIPES = {
+    "cvt64": r"F2F.*F64",
+    "xu": r"(F2F|I2F|F2I|MUFU|FRND)\b",
+    "fp32": r"(FADD|FMUL|FFMA)\b",
+    "half": r"(HADD2|HMUL2|HFMA2)\b",
+    "imad": r"IMAD\b",
+    "fp64": r"(DADD|DMUL|DFMA|DSETP|DMNMX)\b",
+    "lsu": r"(LDG|STG|LDS|STS|ATOMG|ATOMS|RED|LD|ST)\b",
+    "uniform": r"(U[A-Z]|R2UR|VOTEU|S2UR)",
+    "control": r"(BRA|BSSY|BSYNC|EXIT|BAR|WARPSYNC|NOP|BMOV|BREAK|CALL|RET)\b",
+    "constant": r"(LDC|LDCU|ULDC)\b",
+}
+"""What each pipe does; "alu" does the rest."""
+
+
+def pipe_of(operation: str) -> str:
+    """Return the pipe that does an operation."""
+    return next((pipe for pipe, pattern in _PIPES.items() if re.match(pattern, operation)), "alu")
+
+
+def _profile(blocks: list[Block], head: int, loop: list[int], full: Round) -> Profile | None:
+    pipes = collections.Counter(pipe_of(each.operation) for i in loop for each in blocks[i].instructions)
+    outside = [i for i in range(len(blocks)) if i not in loop]
+    is_normalize, adds_up = full.kernel == "normalize", full.kernel in ("statistics", "reduce_gradients")
+    # A warp that has a channel writes its constants to shared memory, for all. In a forward they are of five
+    # sums, and perhaps of the five numbers behind these; running statistics are left out.
+    needs, without = {"STS": full.stages, "BAR": int(full.stages > 0)}, None
+    if is_normalize:
+        sums, without = r"LDG\.E\.64.*CONSTANT", r"LDG(?!.*CONSTANT)(?!.*\.128)"
+        needs[r"LDG\.E\.(U16\.)?CONSTANT"] = 2
+        entry = _path(blocks, 0, {head}, needs | {sums: 10}, without)
+        entry = entry or _path(blocks, 0, {head}, needs | {sums: 5}, without)
+    else:
+        entry = _path(blocks, 0, {head}, needs)
+    ends = {i for i in outside if blocks[i].count("EXIT")}
+    rest = _path(blocks, head, ends, {"BAR": 3, "LDS": 2, "MEMBAR": 1, "ATOMG": 1} if adds_up else {})
+    if not entry or not rest:
+        return None
+    around = [each for i in (*entry, *rest) for each in blocks[i].instructions]
+    return Profile(
+        {pipe: number / full.vectors for pipe, number in sorted(pipes.items())},
+        len(around),
+        sum(pipe_of(each.operation) in ("fp64", "cvt64") for each in around),
+        _waits(around),
+        _row(blocks, set(outside)) if adds_up else None,
+    )
+
+
+def _waits(instructions: list[Instruction]) -> int:
+    """Return how often a path waits for memory: at a fence, an atomic, or the first use of loaded values."""
+    waits, loaded = 0, set[str]()
+    for each in instructions:
+        registers = re.findall(r"\bR\d+", each.operands)
+        if re.match("MEMBAR|ATOMG", each.operation):
+            waits += 1
+        elif loaded.intersection(registers):
+            waits += 1
+            loaded.clear()
+        if re.match("LDG", each.operation):
+            loaded.add(registers[0])
+    return waits
+
+
+def _row(blocks: list[Block], outside: set[int]) -> float | None:
+    """Return the fewest instructions of a loop behind the main one for each two values in shared memory."""
+    found = []
+    for head in {j for i in outside for j in blocks[i].followers if j <= i and j in outside}:
+        path = _path(blocks, head, {head}, {"LDS": 2})
+        if path and outside.issuperset(path) and not any(blocks[i].count("BAR|LDG") for i in path):
+            values = sum(blocks[i].count("LDS") for i in path) / 2
+            found.append(sum(len(blocks[i].instructions) for i in path) / values)
+    return min(found, default=None)
 
 
 def _distances(blocks: list[Block], start: int) -> dict[int, int]:
@@ -157,7 +275,14 @@ def round_of(name: str) -> Round | None:
     reads = {"statistics": 1, "normalize": 1 + has_residual}.get(kernel, 2)
     writes = {"statistics": 0, "reduce_gradients": int(has_residual)}.get(kernel, 1)
     adds = 1 + (computes_mask and kernel in ("reduce_gradients", "input_gradient"))
-    return Round(vectors, vectors * reads, vectors * writes, vectors * int(width) * adds)
+    columns = match[4] == "true"
+    stages = {
+        "statistics": 0,
+        "normalize": 3,
+        "reduce_gradients": columns * (2 + computes_mask),
+        "input_gradient": columns * (2 + computes_mask) + 2,
+    }[kernel]
+    return Round(kernel, vectors, vectors * reads, vectors * writes, vectors * int(width) * adds, stages)
 
 
 def counts(cubin: bytes, names: dict[str, str]) -> Iterator[tuple[str, Counts | None]]:

@@ -2,9 +2,11 @@
 
     python tests/support/nvrtc.py [architecture ...]
     python tests/support/nvrtc.py --lengths >tests/backends/cuda/machine_code.tsv
+    python tests/support/nvrtc.py --profiles >scripts/benchmarks/results/gpu-model-counts.json
 
 prints the registers per thread and the shared memory per block of every instance; or how long the machine
-code is of those that read vectors, as test_nvrtc.py holds it to. Results are kept, by all that they depend
+code is of those that read vectors, as test_nvrtc.py holds it to; or what scripts/benchmarks/gpu_model.py
+computes with, of float32 and float16. Results are kept, by all that they depend
 on, in the folder CUPY_SYNCBN_NVRTC_CACHE, or else in a temporary one of the system.
 """
 
@@ -63,6 +65,7 @@ class Kernel:
     splittings: list[str]  # what the PTX does with SPLITTER, such as mul.rn.f64
     loop: float | None = None  # instructions a vector of 16 bytes in the machine code's main loop
     entry: int | None = None  # and before it; None where no vectors are read
+    profile: dict | None = None  # of machine_code.Profile
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,7 +205,10 @@ def compile_source(
 
 
 def _with_counts(kernel: Kernel, counted: machine_code.Counts | None) -> Kernel:
-    return dataclasses.replace(kernel, loop=counted.loop, entry=counted.entry) if counted else kernel
+    if counted is None:
+        return kernel
+    profile = counted.profile and counted.profile._asdict()
+    return dataclasses.replace(kernel, loop=counted.loop, entry=counted.entry, profile=profile)
 
 
 def _kernels(log: str, ptx: str) -> dict[str, Kernel]:
@@ -289,6 +295,16 @@ def _lengths() -> str:
     return "\n".join(lines)
 
 
+def _profiles() -> str:
+    """Return the counts that the model is made of, an instance a line."""
+    lines = []
+    for name, row in _compile_all(LENGTHS).items():
+        if machine_code.round_of(name) and re.search(r"<(float|__half),", name):
+            found = {f"sm_{a}": {"registers": k.registers} | (k.profile or {}) for a, k in row.items()}
+            lines.append(f"{json.dumps(name)}: {json.dumps(found)}")
+    return "{\n" + ",\n".join(lines) + "\n}"
+
+
 def read_lengths(file: Path) -> dict[tuple[str, int], tuple[float, ...]]:
     """Return what `--lengths` printed, by instance and architecture."""
     heads, *rows = (line.split("\t") for line in file.read_text().splitlines() if not line.startswith("#"))
@@ -323,10 +339,14 @@ def main() -> None:
         help="such as 90; all that the tests compile for if none is given",
     )
     parser.add_argument("--lengths", action="store_true", help="how long their machine code is")
+    parser.add_argument("--profiles", action="store_true", help="what gpu_model.py computes with")
     options = parser.parse_args()
     if reason := missing():
         parser.error(reason)
-    print(_lengths() if options.lengths else _table(options.architectures or list(ARCHITECTURES)))
+    if options.lengths or options.profiles:
+        print(_lengths() if options.lengths else _profiles())
+        return
+    print(_table(options.architectures or list(ARCHITECTURES)))
 
 
 if __name__ == "__main__":

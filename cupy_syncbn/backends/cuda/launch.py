@@ -9,14 +9,14 @@ import functools
 import math
 from typing import NamedTuple
 
-from cupy_syncbn.backends.cuda.kernels import vector_width
+from cupy_syncbn.backends.cuda.kernels import REGISTERS, vector_width
 
 THREADS = 256
 """Threads per block, as in common.cuh."""
 
-BLOCKS = 8
-"""Per multiprocessor, where there is work for them: 2048 threads, the most that it holds. Where registers
-allow fewer, the others start as blocks end."""
+BLOCKS = 1
+"""For each that a multiprocessor surely has room for, where there is work for them. More would begin as
+others end, and each costs what it does before and after its vectors."""
 
 MIN_ITEMS = 4
 """Vectors per thread: as many as it loads at once. Fewer would cost more time for the sum over blocks."""
@@ -51,6 +51,11 @@ class Launch(NamedTuple):
         return self.groups * self.splits
 
 
+def resident(width: int) -> int:
+    """Return the blocks that a multiprocessor surely has room for: MIN_BLOCKS of common.cuh."""
+    return 65536 // (THREADS * REGISTERS[width])
+
+
 def _ceil(a: int, b: int) -> int:
     return -(-a // b)
 
@@ -77,7 +82,7 @@ def launch_for(shape: tuple[int, int, int], itemsize: int, aligned: bool, multip
             )
         steps = _ceil(N * max(S // width, 1), unit)
     groups = _ceil(C, group)
-    items = _ceil(steps, max(1, multiprocessors * BLOCKS // groups))
+    items = _ceil(steps, max(1, multiprocessors * BLOCKS * resident(width) // groups))
     items = min(max(items, MIN_ITEMS), MAX_ITEMS)
     return Launch(columns is not None, width, lanes, group, items * unit, groups, max(1, _ceil(steps, items)))
 

@@ -6,9 +6,10 @@ contiguous in memory order are copied first. Vectors of the length of the channe
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, TypeAlias
@@ -91,26 +92,42 @@ def _kernel(file: str, name: str) -> Any:
 class _Workspace:
     """The memory in which blocks pass their sums on: one per stream, whose launches take turns."""
 
-    def __init__(self, stream: Any) -> None:
+    def __init__(self, stream: Any, keeps_all: bool = False) -> None:
         self.stream = stream  # kept alive: a new stream could get its address while its work is pending
         self.counters = cupy.empty(0, "uint32")  # zero between launches
         self.partials = cupy.empty(0, "float64")
+        self._outgrown: list[Array] | None = [] if keeps_all else None
+        """What the earlier launches of a graph go on writing to."""
 
     def reserve(self, launch: Launch, channels: int) -> tuple[Array, Array]:
         """Return partial sums and counters for a launch."""
         if self.counters.size < launch.groups:
+            self._outgrow(self.counters)
             self.counters = cupy.zeros(launch.groups, "uint32")
         size = launch.splits * channels * 2
         if self.partials.size < size:
+            self._outgrow(self.partials)
             self.partials = cupy.empty(size, "float64")
         return self.partials, self.counters
+
+    def _outgrow(self, array: Array) -> None:
+        if self._outgrown is not None:
+            self._outgrown.append(array)
+
+
+Workspaces: TypeAlias = dict[tuple[int, int], _Workspace]
+"""By device and stream."""
+
+_of_graphs: list[_Workspace] = []
+"""Those of graphs that were captured without `workspaces_in`: no one tells when they are replayed no more."""
 
 
 class _Workspaces(threading.local):
     """The workspaces of a thread: the per-thread default stream is another in each."""
 
     def __init__(self) -> None:
-        self._of: dict[tuple[int, int], _Workspace] = {}
+        self._of: Workspaces = {}
+        self.of_graph: Workspaces | None = None
 
     def clear(self) -> None:
         """Forget this thread's."""
@@ -119,17 +136,33 @@ class _Workspaces(threading.local):
     def current(self) -> _Workspace:
         """Return the workspace of the current stream, or of the graph that is being captured from it."""
         stream = cupy.cuda.get_current_stream()
+        found = self._of if self.of_graph is None else self.of_graph
         # A graph is replayed on any stream, so that it must share no memory with launches on this one.
-        if stream.ptr and cupy.cuda.runtime.streamIsCapturing(stream.ptr):
-            return _Workspace(stream)
+        if found is self._of and stream.ptr and cupy.cuda.runtime.streamIsCapturing(stream.ptr):
+            workspace = _Workspace(stream)
+            _of_graphs.append(workspace)
+            return workspace
         key = cupy.cuda.runtime.getDevice(), stream.ptr
-        workspace = self._of.get(key)
-        if workspace is None:
-            workspace = self._of[key] = _Workspace(stream)
-        return workspace
+        if key not in found:
+            found[key] = _Workspace(stream, keeps_all=found is self.of_graph)
+        return found[key]
 
 
 _workspaces = _Workspaces()
+
+
+@contextlib.contextmanager
+def workspaces_in(found: Workspaces) -> Iterator[None]:
+    """Let the launches inside take their workspaces from here, and put them here.
+
+    A graph that is captured inside writes to them: they must live as long. Launched once before that, a step
+    finds them large enough, and the graph need not clear any.
+    """
+    before, _workspaces.of_graph = _workspaces.of_graph, found
+    try:
+        yield
+    finally:
+        _workspaces.of_graph = before
 
 
 class _Passes:
@@ -265,7 +298,9 @@ def normalize(
     if residual is not None and slope is not None:
         mask = cupy.empty(passes.mask_size, "uint8")
     saved = cupy.empty(4 * C + 1, "float64")
-    _, counters = _workspaces.current().reserve(passes.launch, 0)
+    counters: Any = NULL
+    if batch and tracked is not None:
+        _, counters = _workspaces.current().reserve(passes.launch, 0)
     means, variances = _contiguous(mean), _contiguous(var)
     _kernel_of(kernels.normalize, passes, residual is not None, kernels.activation_of(slope))(
         passes.blocks,

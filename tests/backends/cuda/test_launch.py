@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from cupy_syncbn.backends.cuda import kernels
-from cupy_syncbn.backends.cuda.launch import BLOCKS, MAX_ITEMS, MIN_ITEMS, THREADS, launch_for
+from cupy_syncbn.backends.cuda.launch import BLOCKS, MAX_ITEMS, MIN_ITEMS, THREADS, launch_for, resident
 
 pytestmark = pytest.mark.mpi_skip
 
@@ -191,7 +191,7 @@ def test_blocks_fill_the_gpu_where_there_is_work_for_them(count):
     checked = 0
     for shape, itemsize, aligned, multiprocessors in large_shapes(count):
         launch = launch_for.__wrapped__(shape, itemsize, aligned, multiprocessors)
-        places = multiprocessors * BLOCKS
+        places = multiprocessors * BLOCKS * resident(launch.width)
         if vectors_in(shape, launch) >= 2 * MIN_ITEMS * THREADS * places:
             checked += 1
             assert launch.blocks >= places / 2, (shape, launch)
@@ -217,7 +217,7 @@ def test_blocks_fill_the_gpu_where_there_is_work_for_them(count):
 @pytest.mark.parametrize("itemsize", [2, 4])
 def test_usual_tensors_fill_a_large_gpu(shape, itemsize):
     launch = launch_for(shape, itemsize, True, H200)
-    assert launch.blocks >= 0.75 * H200 * BLOCKS
+    assert launch.blocks >= 0.75 * H200 * BLOCKS * resident(launch.width)
     # And no block has less than what is worth its sums.
     assert launch.per_split * launch.lanes >= MIN_ITEMS * THREADS // 2
 

@@ -6,6 +6,7 @@ that spilled registers are written to. What the accesses to memory are is in the
 
 import dataclasses
 import itertools
+import json
 import os
 import re
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 
 from cupy_syncbn.backends.cuda import kernels
 from support import machine_code, nvrtc
+from support.launcher import REPOSITORY
 
 pytestmark = pytest.mark.mpi_skip
 
@@ -215,6 +217,20 @@ def test_table_has_no_other_instances():
     files_and_types = itertools.product(kernels.FILES, kernels.TYPES)
     there = itertools.chain(*itertools.starmap(kernels.instances, files_and_types))
     assert said == {name for name in there if machine_code.round_of(name)}
+
+
+def test_the_model_counts_these_kernels(compiler):
+    """Another NVRTC may differ by a little; other kernels need `tests/support/nvrtc.py --profiles` again."""
+    results = REPOSITORY / "scripts" / "benchmarks" / "results"
+    counts = json.loads((results / "gpu-model-counts.json").read_text())
+    for file in "statistics.cu", "normalize.cu":
+        for name, kernel in nvrtc.compile_job(nvrtc.Job(file, "float32", 90)).kernels.items():
+            if machine_code.round_of(name):
+                counted = counts[name]["sm_90"]
+                assert abs(counted["waits"] - kernel.profile["waits"]) <= 1
+                assert counted["around"] == pytest.approx(kernel.profile["around"], rel=0.1)
+                assert sum(kernel.profile["pipes"].values()) == pytest.approx(kernel.loop)
+                assert sum(counted["pipes"].values()) == pytest.approx(kernel.loop, rel=0.1)
 
 
 def test_longer_machine_code_is_seen(compiler):

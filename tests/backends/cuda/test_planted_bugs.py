@@ -4,6 +4,7 @@ Those that are about memory or the order of threads would show seldom on a GPU, 
 name them.
 """
 
+import collections
 import functools
 import math
 from typing import NamedTuple
@@ -31,6 +32,7 @@ from test_kernels import (
 from cuda_emulator import EmulatorError, schedule
 from cupy_syncbn.backends.cuda import kernels
 from support.compare import assert_close
+from support.graphs import check_capture_by_hand, check_captured_step
 
 pytestmark = pytest.mark.mpi_skip
 
@@ -354,6 +356,28 @@ IN_KERNELS = {
         "in place evaluation",
         "uninitialised",
     ),
+    # Indices past a thread's own arrays
+    "the last block adds up a load too many": Bug(
+        "statistics.cu",
+        "for (int i = 0; i < LOADS; ++i) {",
+        "for (int i = 0; i <= LOADS; ++i) {",
+        "rows",
+        "index out-of-bounds",
+    ),
+    "the last block loads one too many": Bug(
+        "statistics.cu",
+        "for (int i = 0; i < LOADS; ++i)\n                if",
+        "for (int i = 0; i <= LOADS; ++i)\n                if",
+        "many splits",
+        "index out-of-bounds",
+    ),
+    "a sum too many is begun again": Bug(
+        "statistics.cu",
+        "for (int e = 0; e < V; ++e) sum[e] = square[e] = 0;",
+        "for (int e = 0; e <= V; ++e) sum[e] = square[e] = 0;",
+        "outliers first",
+        "index out-of-bounds",
+    ),
     # Elements
     "the residual is dropped": Bug(
         "normalize.cu", "value += static_cast<A>(loaded.residual.values[e]);", ";", "masked columns"
@@ -509,6 +533,27 @@ def test_bug_in_a_launch(emulated, monkeypatch, bug, check, error):
     monkeypatch.setattr(cuda_operations, *bug(cuda_operations))
     with expected_failure(error):
         CHECKS[check](emulated)
+
+
+# ---- Bugs in what a graph keeps ----
+
+
+def test_workspaces_that_a_captured_step_releases_early(emulated, monkeypatch):
+    from cupy_syncbn.backends.cuda import operations as cuda_operations
+
+    usual = cuda_operations.workspaces_in
+    monkeypatch.setattr(cuda_operations, "workspaces_in", lambda found: usual({}))
+    with pytest.raises((AssertionError, EmulatorError)) as raised:
+        check_captured_step(emulated)
+    assert "tests nothing" not in str(raised.value)
+
+
+def test_workspaces_that_a_capture_by_hand_releases_early(emulated, monkeypatch):
+    from cupy_syncbn.backends.cuda import operations as cuda_operations
+
+    monkeypatch.setattr(cuda_operations, "_of_graphs", collections.deque(maxlen=0))
+    with pytest.raises(AssertionError, match="writes to what others have"):
+        check_capture_by_hand(emulated)
 
 
 # ---- That it is the bugs that fail ----

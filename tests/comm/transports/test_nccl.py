@@ -9,12 +9,19 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 
-from cupy_syncbn import NCCLProcessGroup, RemoteRankError, SyncBatchNorm, new_group, sync_batch_norm
+from cupy_syncbn import (
+    CapturedStep,
+    NCCLProcessGroup,
+    RemoteRankError,
+    SyncBatchNorm,
+    new_group,
+    sync_batch_norm,
+)
 from cupy_syncbn.comm import transports
 from cupy_syncbn.comm.trailer import FAULT
 from support import nccl_stand_in
 from support.arrays import BFLOAT16, random_array
-from support.compare import assert_close
+from support.compare import assert_close, assert_identical
 from support.transports import SHAPE, communicator_of, eventually, share_gpus
 
 
@@ -42,6 +49,33 @@ def test_nothing_waits_for_the_host(world, rng, cupy, nccl, streams):
     assert cupy.cuda.get_current_stream()._under_way()
     assert np.isfinite(y.get()).all()
     assert np.isfinite(dx.get()).all()
+
+
+def test_a_captured_step_adds_up_at_each_replay(world, rng, cupy, nccl, streams):
+    group = new_group(transport="nccl")
+    layers = [SyncBatchNorm(4, momentum=None, device="cuda", process_group=group) for _ in "12"]
+    x, dy = cupy.empty(SHAPE, "float32"), cupy.empty(SHAPE, "float32")
+
+    def step(layer):
+        layer.zero_grad()
+        return layer(x), layer.backward(dy), layer.weight.grad
+
+    def new_batch():
+        for array in x, dy:
+            batches = [random_array(rng, SHAPE) for _ in range(world.size)]
+            array[...] = cupy.asarray(batches[world.rank])
+
+    new_batch()
+    captured = CapturedStep(lambda: step(layers[0]))
+    # Two sums, and behind each its trailer's copy to the host.
+    assert captured._graph.nodes == ["launch", "operation", "copy", "launch"] * 2
+    step(layers[1])
+    for _ in range(2):
+        new_batch()
+        for ours, theirs in zip(captured(), step(layers[1]), strict=True):
+            assert_identical(ours.get(), theirs.get())
+        group.check_errors()
+    assert int(layers[0].num_batches_tracked) == 3
 
 
 def test_streams_with_operations_of_nccl(world, cupy, nccl):

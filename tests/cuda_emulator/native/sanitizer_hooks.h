@@ -76,6 +76,10 @@ EMU_API void __ubsan_handle_type_mismatch_v1(TypeMismatch* data, uintptr_t addre
         EMU_FAIL("access through a null pointer to %s at %s:%u by %s", data->type->name, place.file, place.line,
                  name_of(current).c_str());
     }
+    if (address % alignment == 0) {  // of -fsanitize=object-size, as `&array[length]` alone is no error
+        EMU_FAIL("index out-of-bounds: %s beyond the end of an array or object at %s:%u by %s", data->type->name,
+                 place.file, place.line, name_of(current).c_str());
+    }
     EMU_FAIL("misaligned access: %p is no multiple of %zu, as %s needs, at %s:%u by %s", (void*)address, alignment,
              data->type->name, place.file, place.line, name_of(current).c_str());
 }

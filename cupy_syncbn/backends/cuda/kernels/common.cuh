@@ -97,7 +97,9 @@ __device__ __forceinline__ void write_trailer(double* to, TRAILER)
 // trailer   [5]: sums over the ranks of fault, low, low², high and high², see comm/trailer.py
 __device__ __forceinline__ bool is_sound(const double* trailer, long long ranks)
 {
-    return trailer[0] == 0 && ranks * trailer[2] == trailer[1] * trailer[1] && ranks * trailer[4] == trailer[3] * trailer[3];
+    // All are read at once: && would wait for each.
+    return (trailer[0] == 0) & (ranks * trailer[2] == trailer[1] * trailer[1])
+        & (ranks * trailer[4] == trailer[3] * trailer[3]);
 }
 
 // a / b for a below 2^16, by a reciprocal: an integer division has three times the instructions. Half off a

@@ -66,7 +66,7 @@ template <typename T, int V, bool COLUMNS, bool RESIDUAL, Activation ACTIVATION>
 // ranks            how many have been added up, if the running statistics are to be updated; else 0
 // saved            [4 * C + 1]: mean, invstd, scale, offset, and the count over all ranks; in place mean and invstd are
 //                  those of z, see formulas.h
-// counter          [1]: zero before the launch and after it
+// counter          [1]: zero before the launch and after it; null unless num_batches_tracked goes up
 template <typename T, int V, bool COLUMNS, bool RESIDUAL, Activation ACTIVATION>
 __global__ void __launch_bounds__(THREADS, MIN_BLOCKS<V>)
     normalize(const T* x, T* y, const T* __restrict__ residual, unsigned char* __restrict__ mask, GEOMETRY,
@@ -82,8 +82,7 @@ __global__ void __launch_bounds__(THREADS, MIN_BLOCKS<V>)
     __shared__ A scales[MAX_GROUP];
     __shared__ A offsets[MAX_GROUP];
 
-    const bool update = ranks > 0 && is_sound(vector + 4 * g.C + 1, ranks);
-    if (update && part.split == 0 && momentum < 0) momentum = 1.0 / (*num_batches_tracked + 1);
+    const bool updates = ranks > 0 && part.split == 0;  // the running statistics, if the sums are sound
     for (int k = threadIdx.x; k < part.channels; k += THREADS) {
         const long long c = part.channel + k;
         double mean, var, count = 0;
@@ -109,23 +108,25 @@ __global__ void __launch_bounds__(THREADS, MIN_BLOCKS<V>)
         saved[2 * g.C + c] = step.scale;
         saved[3 * g.C + c] = step.offset;
         if (c == 0) saved[4 * g.C] = count;
-        if (update && count > 0) {
+        // Looked at only here: what the walk needs waits for no more than its own sums.
+        if (updates && count > 0 && is_sound(vector + 4 * g.C + 1, ranks)) {
+            const double share = momentum < 0 ? 1.0 / (*num_batches_tracked + 1) : momentum;
             const double old_mean = read_parameter<T>(running_mean, flags & MEAN_IS_FLOAT, c);
             const double old_var = read_parameter<T>(running_var, flags & VAR_IS_FLOAT, c);
-            write_parameter<T>(running_mean, flags & MEAN_IS_FLOAT, c, updated(old_mean, mean, momentum));
+            write_parameter<T>(running_mean, flags & MEAN_IS_FLOAT, c, updated(old_mean, mean, share));
             write_parameter<T>(running_var, flags & VAR_IS_FLOAT, c,
-                               updated(old_var, unbiased(var, count), momentum));
+                               updated(old_var, unbiased(var, count), share));
         }
     }
     __syncthreads();  // publishes the constants; all have read num_batches_tracked
 
     // It goes up by one when every group has read it.
-    if (update && num_batches_tracked && part.split == 0 && threadIdx.x == 0) {
+    if (updates && num_batches_tracked && threadIdx.x == 0) {
         __threadfence();
         if (atomicAdd(counter, 1u) == g.groups - 1) {
             __threadfence();
             *counter = 0;
-            if (vector[4 * g.C] > 0) ++*num_batches_tracked;
+            if (vector[4 * g.C] > 0 && is_sound(vector + 4 * g.C + 1, ranks)) ++*num_batches_tracked;
         }
     }
 
