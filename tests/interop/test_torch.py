@@ -60,7 +60,7 @@ def make_steps(dtype, total=TOTAL, steps=10):
 
 def train(network, called, x, target, part, ranks):
     """Train in steps; return losses, gradients of the last step, parameters and buffers."""
-    optimizer = torch.optim.SGD(network.parameters(), lr=0.05, momentum=0.9)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.02, momentum=0.9)
     losses = []
     for batch, labels in zip(x, target, strict=True):
         optimizer.zero_grad()
