@@ -177,6 +177,15 @@ def test_scaling_finds_what_does_not_agree(monkeypatch):
         scaling.reproduce([(64, 8)])
 
 
+def test_scaling_counts_the_sums_of_resnet50(monkeypatch):
+    """Two for each of its 53 batch norms; halving helps between nodes alone."""
+    scaling = imported(monkeypatch, "scaling")
+    assert sum(scaling.RESNET50.values()) == 53
+    within, between = scaling.resnet50(8, 8), scaling.resnet50(64, 8)
+    assert within["ours"] == within["doubling"]
+    assert within["ours"] < between["ours"] < 0.95 * between["doubling"]
+
+
 def test_simulated_sums_keep_their_targets(monkeypatch):
     """With 1024 channels, and no worse than doubling where vectors are short; nor is the choice far off."""
     scaling = imported(monkeypatch, "scaling")

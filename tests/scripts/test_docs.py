@@ -104,11 +104,21 @@ def test_figures_of_scaling(library):
     for channels in 64, 1024, 4096:
         measured = record["measured"]["2"][str(channels)]
         assert shown[f"{channels}, {record['library']}"] == [f"{1e6 * measured[name]:.1f}" for name in names]
-    if library == "open-mpi":  # to which the model was fitted
-        times = record["model"]["us"]["1024"]
-        for ranks in 1024, 16384:
-            ours, others = (times[name][str(ranks)] / 1000 for name in ("ours", "allgather"))
-            assert shown[f"{ranks:,}"] == [f"{ours:.1f} ms", f"{others:.0f} ms"]
+
+
+def test_figures_of_the_simulation():
+    shown, record = figures("scaling.md", "scaling")
+    names = "ours", "doubling", "rabenseifner", "two levels", "libnbc", "allgather"
+    assert len(record["rows"]) == 30
+    for row in record["rows"]:
+        times = [row["us"][name] for name in names]
+        times += [row["us_with_jitter"][name] for name in ("ours", "rabenseifner")]
+        key = f"{row['ranks']:,}, {row['per_node']}, {row['channels']:,}"
+        assert shown[key] == [f"{value:,.0f}" for value in times]
+    shown, record = figures("scaling.md", "scaling-resnet")
+    for step in record["steps"]:
+        times = [f"{step['ms'][name]:.1f}" for name in ("ours", "doubling")]
+        assert shown[f"{step['ranks']:,}, {step['per_node']}"] == times
 
 
 def test_figures_of_the_readme_are_those_of_the_pages():
@@ -118,7 +128,7 @@ def test_figures_of_the_readme_are_those_of_the_pages():
     pages = {name: (DOCS / f"{name}.md").read_text() for name in ("numerics", "speed", "scaling")}
     for page, cells in ("numerics", ("2e-7", "3e5", "1e-5")), ("speed", ("0.34", "0.73")):
         assert all(cell in section and f"| {cell} |" in pages[page] for cell in cells)
-    for figure, cell in ("50 µs", "49.7"), ("24 µs", "24.2"):
+    for figure, cell in ("50 µs", "49.7"), ("24 µs", "24.2"), ("84 µs", "84"):
         assert figure in section
         assert f"| {cell} |" in pages["scaling"]
         assert f"{float(cell):.0f} µs" == figure
