@@ -12,7 +12,11 @@ from concurrent.futures import ProcessPoolExecutor
 def start_pool():
     """Return a pool of as many processes as there are processors."""
     context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(os.cpu_count(), mp_context=context, initializer=_prepare)
+    processes = os.cpu_count() or 1
+    pool = ProcessPoolExecutor(processes, mp_context=context, initializer=_prepare)
+    for _ in range(processes):  # starts one each: those that start later see what a test has changed by then
+        pool.submit(os.getpid)
+    return pool
 
 
 def _prepare():
