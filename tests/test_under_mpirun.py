@@ -20,8 +20,8 @@ OF_ONE_RANK = ("tests/comm", "tests/diagnosis", "tests/nn/test_batch_norm.py")
 
 # Tests that take long, and depend little on the number of ranks or on the MPI library, are left out of some
 # launches. The emulated kernels run on three ranks of MPICH, the arrays of other libraries on two. NCCL's
-# stand-in runs on two and four of MPICH, and on two of Open MPI. Bad input, drawn cases, gradients against
-# differences and the report run on two and three of MPICH; `-m long` has the gradients on two of Open MPI.
+# stand-in runs on two and four of MPICH, and on two of Open MPI. Bad input, drawn cases and the report run
+# on two and three of MPICH, gradients against differences on two; `-m long` has those on two of Open MPI.
 FOUR = (
     "tests/comm",
     "tests/test_functional.py",
@@ -37,10 +37,11 @@ NO_LIBRARIES = ("--ignore=tests/test_arrays.py", "--ignore=tests/test_torch_pari
 INTEROP = "tests/interop"
 NO_INTEROP = f"--ignore={INTEROP}"  # which has launches of its own, as it takes long
 GRADIENTS = "tests/nn/test_gradcheck.py"
+NO_GRADIENTS = f"--ignore={GRADIENTS}"
 NO_SWEEPS = (
     "--ignore=tests/test_checks.py",
     "--ignore=tests/test_fuzz.py",
-    f"--ignore={GRADIENTS}",
+    NO_GRADIENTS,
     "--ignore=tests/diagnosis",
 )
 NO_NCCL = ("--ignore-glob=tests/comm/transports/test_nccl*",)
@@ -64,7 +65,11 @@ def launch_tests(python, ranks, *arguments, deadline=DEADLINE):
 
 @pytest.mark.parametrize(
     ("ranks", "chosen"),
-    [(2, (*NO_KERNELS, NO_INTEROP, "tests")), (3, (*NO_LIBRARIES, NO_INTEROP, *NO_NCCL, "tests")), (4, FOUR)],
+    [
+        (2, (*NO_KERNELS, NO_INTEROP, "tests")),
+        (3, (*NO_LIBRARIES, NO_INTEROP, *NO_NCCL, NO_GRADIENTS, "tests")),
+        (4, FOUR),
+    ],
     ids=["2", "3", "4"],
 )
 def test_ranks(ranks, chosen):

@@ -344,8 +344,12 @@ def test_all_instances_are_launched_below():
     assert said == all_of_them
 
 
-def steps_of(combination):
-    """Yield numbers, steps and launches for a combination: the settings go round, so that all meet."""
+def steps_of(combination, half):
+    """Yield numbers, steps and launches for a combination: the settings go round, so that all meet.
+
+    A half has every other shape. Which it is goes round too, so that each setting is in either.
+    """
+    index = COMBINATIONS.index(combination)
     walk = combination.columns, combination.vectors
     dtypes = [name for name in DTYPES if name.split("-")[0] == combination.dtype]
     activations = {
@@ -354,7 +358,9 @@ def steps_of(combination):
         "LEAKY_RELU": ("leaky_relu", ("leaky_relu", 0.25)),
         kernels.INVERTED: ("leaky_relu", ("leaky_relu", 0.25)),
     }[combination.activation]
-    for i, shape in enumerate(SHAPES[walk], COMBINATIONS.index(combination)):
+    for i, shape in enumerate(SHAPES[walk], index):
+        if (i - index + index // 2) % 2 != half:
+            continue
         step = make_step(
             shape,
             dtypes[i // 2 % len(dtypes)],
@@ -376,12 +382,13 @@ def build_all_instances():
     )
 
 
+@pytest.mark.parametrize("half", [0, pytest.param(1, marks=pytest.mark.long)])
 @pytest.mark.parametrize("combination", COMBINATIONS, ids=str)
-def test_instance(cupy, combination):
+def test_instance(cupy, combination, half):
     if is_emulated(cupy):
         build_all_instances()
     put = aligned if combination.vectors else misaligned
-    for number, step, name in steps_of(combination):
+    for number, step, name in steps_of(combination, half):
         with recorded() as done, launched_with(**LAUNCHES[name]):
             # The order of the threads matters most where many blocks add up together.
             assert_step(cupy, step, put, None if name == "many_splits" else number)
