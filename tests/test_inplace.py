@@ -10,6 +10,7 @@ import pytest
 from cupy_syncbn import (
     BatchNorm1d,
     BatchNorm2d,
+    CapturedStep,
     DistributedDataParallel,
     Module,
     RankMismatchError,
@@ -408,6 +409,29 @@ def test_chain_equals_the_ordinary_layers(world, rng, device, xp):
     x = random_batch(rng, (4, 4, 9), "f8")
     y, other = (on_host(net.eval()(xp.array(x))) for net in nets)
     assert relative_error(other, y) <= 1e-11
+
+
+@pytest.mark.mpi_skip
+def test_captured_step(rng, cupy):
+    """Each batch is copied to x, where its y is found."""
+    layers = [BatchNorm1d(4, device="cuda", activation="leaky_relu", inplace=True) for _ in range(2)]
+    x, dy = (cupy.asarray(random_batch(rng, (6, 4, 9))) for _ in range(2))
+
+    def step(layer, x, dy):
+        layer.zero_grad()
+        return layer(x), layer.backward(dy)
+
+    step(layers[1], x.copy(), dy)  # as the constructor does
+    captured = CapturedStep(lambda: step(layers[0], x, dy))
+    for _ in range(2):
+        batch = random_batch(rng, (6, 4, 9))
+        x[...] = cupy.asarray(batch)
+        y, dx = captured()
+        assert y is x
+        expected = step(layers[1], cupy.asarray(batch), dy)
+        assert_identical(y.get(), expected[0].get())
+        assert_identical(dx.get(), expected[1].get())
+        assert_identical(layers[0].weight.grad.get(), layers[1].weight.grad.get())
 
 
 @pytest.mark.mpi_skip
