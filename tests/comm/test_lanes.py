@@ -28,8 +28,19 @@ def counts(nodes):
     return f"14 right, {10 * (ranks + ranks * (ranks - 1) // 2)} wrong"
 
 
-@pytest.mark.parametrize("library", ["this", "other"])
-@pytest.mark.parametrize("nodes", NODES.values(), ids=NODES)
+@pytest.mark.parametrize(
+    ("nodes", "library"),
+    [
+        pytest.param(
+            nodes,
+            library,
+            id=f"{name}-{library}",
+            marks=[pytest.mark.long] * (library == "other" and name != "2 + 2"),
+        )
+        for name, nodes in NODES.items()
+        for library in ("this", "other")
+    ],
+)
 def test_sums_by_lanes(nodes, library):
     """Right ones with the same bits everywhere; and all ranks know of one or two wrong ones."""
     assert counts(nodes) in run(library, nodes, str(ALL))

@@ -14,7 +14,7 @@ import pytest
 from support.hosts import CABLE, command_on, skip_without_hosts, two_hosts
 from support.launcher import REPOSITORY, other_python, run
 
-pytestmark = [pytest.mark.launch, pytest.mark.mpi_skip]
+pytestmark = [pytest.mark.launch, pytest.mark.mpi_skip, pytest.mark.long]  # test_hosts.py is the sample
 
 RANKS = 2, 2
 SCRIPTS = REPOSITORY / "scripts"

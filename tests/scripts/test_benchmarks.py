@@ -75,8 +75,8 @@ def test_cpu_without_the_core(tmp_path):
 
 @pytest.mark.skipif(not TORCH, reason="measures a layer of torch, which is not installed")
 def test_cpu_of_the_torch_layer(tmp_path):
-    output, record = run("cpu.py", tmp_path, "--repeats", "2", "--kinds", "float32", "--torch-layer")
-    assert len(headings(output, "shape")) == 3
+    output, record = run("cpu.py", tmp_path, "--repeats", "2", "--kinds", "dense", "--torch-layer")
+    assert len(headings(output, "shape")) == 1
     assert "--torch-layer" in record["command"]
     assert all(result["ratio"] > 0 for result in record["results"])
 
@@ -156,7 +156,7 @@ def test_scaling(tmp_path):
 
 
 @pytest.mark.launch
-@pytest.mark.parametrize("library", ["this", "other"])
+@pytest.mark.parametrize("library", ["this", pytest.param("other", marks=pytest.mark.long)])
 def test_scaling_counts_as_real_ranks_do(library):
     python = sys.executable if library == "this" else other_python()
     command = [python, str(REPOSITORY / "scripts" / "benchmarks" / "scaling.py"), "--validate", "--quick"]
@@ -186,6 +186,7 @@ def test_scaling_counts_the_sums_of_resnet50(monkeypatch):
     assert within["ours"] < between["ours"] < 0.95 * between["doubling"]
 
 
+@pytest.mark.long
 def test_simulated_sums_keep_their_targets(monkeypatch):
     """With 1024 channels, and no worse than doubling where vectors are short; nor is the choice far off."""
     scaling = imported(monkeypatch, "scaling")

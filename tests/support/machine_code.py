@@ -269,7 +269,8 @@ def round_of(name: str) -> Round | None:
     if match is None or match[3] == "1":
         return None
     kernel, _, width, _, residual, activation = match.groups()
-    has_residual, computes_mask = residual == "true", residual == "false" and activation != "IDENTITY"
+    has_residual = residual == "true"
+    computes_mask = residual == "false" and activation in ("RELU", "LEAKY_RELU")
     # walk's UNROLL, and the tensors that are read and written: see the kernels.
     vectors = 4 if kernel == "statistics" or (kernel == "normalize" and not has_residual) else 2
     reads = {"statistics": 1, "normalize": 1 + has_residual}.get(kernel, 2)
