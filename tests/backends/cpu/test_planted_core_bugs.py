@@ -220,7 +220,7 @@ BUGS = {
     # In place
     "a weight close to zero is used": Bug("module.cpp", "weights[c] = invertible(weights[c]);", "(void)c;"),
     "a weight close to zero loses its sign": Bug("formulas.h", "copysign(least, weight)", "least", "float64"),
-    "y is not inverted": Bug("formulas.h", "const V low = y * inverse_slope;", "const V low = y;", "float16"),
+    "y is not inverted": Bug("formulas.h", "(y > 0 ? one : inverse_slope)", "one", "float16"),
     "the mean of z is that of x": Bug("module.cpp", "saved.mean[c] = biases[c];", "(void)c;"),
     "the weight of z is that of x": Bug("module.cpp", "saved.invstd[c] = 1 / weights[c];", "", "bfloat16"),
     "dx over dy: the last vector is read after it was written": Bug(
