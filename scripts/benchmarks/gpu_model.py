@@ -3,7 +3,7 @@
     python scripts/benchmarks/gpu_model.py                     # ResNet-50 at batch 32, on an H200
     python scripts/benchmarks/gpu_model.py --gpu A100 --batch 256 --dtypes float16
     python scripts/benchmarks/gpu_model.py --large             # large tensors, on all GPUs
-    python scripts/benchmarks/gpu_model.py --markdown >scripts/benchmarks/results/gpu-model-2026-11-30.md
+    python scripts/benchmarks/gpu_model.py --markdown >scripts/benchmarks/results/gpu-model-2026-11-30.txt
 
 It takes what is counted in the machine code (results/gpu-model-counts.json, by tests/support/nvrtc.py
 --profiles; gpu-model-counts-before.json is of the engine of commit e61d519, which launched eight blocks a
