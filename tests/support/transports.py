@@ -36,10 +36,15 @@ def state_of(layer):
     return [array.get() for array in layer.state_dict().values()]
 
 
+_pools = []
+"""Those of the graphs below, whose memory has to live as long."""
+
+
 def capture(cupy, step):
-    stream = cupy.cuda.Stream(non_blocking=True)
+    stream, pool = cupy.cuda.Stream(non_blocking=True), cupy.cuda.MemoryPool()
+    _pools.append(pool)
     cupy.cuda.Device().synchronize()  # such a stream does not wait for what others were given
-    with stream:
+    with stream, cupy.cuda.using_allocator(pool.malloc):
         step()  # the workspaces are there, the communicator too
         stream.synchronize()
         stream.begin_capture()
