@@ -67,7 +67,13 @@ def test_sums_of_other_numbers_of_ranks(nodes):
         assert counts(nodes) in run("this", nodes, halvings)
 
 
-@pytest.mark.parametrize(("library", "nodes"), [("this", "0011222"), ("this", "0001"), ("other", "0101")])
+@pytest.mark.parametrize(
+    ("library", "nodes"),
+    [
+        ("this", "0011222"),
+        *(pytest.param(*each, marks=pytest.mark.long) for each in (("this", "0001"), ("other", "0101"))),
+    ],
+)
 def test_a_rank_that_is_lost_in_the_middle(library, nodes):
     """Those that wait for it say so, as many as need more from it."""
     output = run(library, nodes, str(ALL), "lost")
