@@ -51,6 +51,7 @@ def test_nothing_waits_for_the_host(world, rng, cupy, nccl, streams):
     assert np.isfinite(dx.get()).all()
 
 
+@pytest.mark.mpi(min_size=2)
 def test_a_captured_step_adds_up_at_each_replay(world, rng, cupy, nccl, streams):
     group = new_group(transport="nccl")
     layers = [SyncBatchNorm(4, momentum=None, device="cuda", process_group=group) for _ in "12"]
