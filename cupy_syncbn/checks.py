@@ -24,6 +24,8 @@ DATA_TYPES = ("float16", "bfloat16", "float32", "float64")
 _LONGEST_SHOWN = 100  # characters of a value in an error
 LEAKY_SLOPE = 0.01
 """Slope of "leaky_relu" below zero, as in torch.nn.LeakyReLU."""
+LEAST_SLOPE = 1e-3
+"""In place: times a smaller one, float16 has values near zero as subnormal numbers, or none."""
 
 
 @functools.cache
@@ -276,10 +278,16 @@ def check_no_overlap(name: str, array: Array) -> None:
 
 def check_inplace(activation: Activation, has_residual: bool, out: object, x: object) -> None:
     """Check that a normalization in place can be: its backward has to find x from y."""
-    if activation_slope(activation) == 0:
+    slope = activation_slope(activation)
+    if slope == 0:
         raise ValueError(
             "expected activation None or 'leaky_relu' with inplace=True (got 'relu', which has no inverse): "
             "use ('leaky_relu', slope)"
+        )
+    if slope is not None and slope < LEAST_SLOPE:
+        raise ValueError(
+            f"expected a slope of at least {LEAST_SLOPE} with inplace=True (got {slope}, with which y keeps few "
+            "digits of x): use a larger one, or inplace=False"
         )
     if has_residual:
         raise ValueError(

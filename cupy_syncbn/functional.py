@@ -124,8 +124,8 @@ def sync_batch_norm(
     inplace : bool
         Write y over `x`, and find x from y in the backward: half the memory (Rota Bulò, Porzi and
         Kontschieder 2018). Leave y unchanged until the backward; on a CPU it raises RuntimeError where it
-        notices a change. `activation` is None or leaky ReLU, there is no `residual`, and `x` is an array
-        that may be written to. See the notes.
+        notices a change. `activation` is None or leaky ReLU with a slope of at least 0.001, there is no
+        `residual`, and `x` is an array that may be written to. See the notes.
     call : Call, optional
         The name of this call in errors, by which ranks compare their calls; layers give theirs.
 

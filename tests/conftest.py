@@ -103,27 +103,14 @@ def real_cupy():
 @functools.cache
 def emulated_cupy(mode):
     import cuda_emulator
+    from support.emulated import make_emulated_cupy
 
     reason = cuda_emulator.available()
     if reason and os.environ.get("CI"):
         pytest.fail(f"no CUDA emulator: {reason}")
     if reason:
         pytest.skip(f"no CUDA emulator: {reason}")
-    stand_in = cuda_emulator.make_cupy(mode)
-    stand_in.RawModule.prebuild = staticmethod(_instances_beside)
-    return stand_in
-
-
-def _instances_beside(code, names):
-    """Return what to compile along with some instances: all of their file and type of data."""
-    from cupy_syncbn.backends.cuda import kernels
-
-    for file in kernels.FILES:
-        for dtype in kernels.TYPES:
-            together = kernels.instances(file, dtype)
-            if kernels.source(file) == code and set(names) <= set(together):
-                return together
-    return names
+    return make_emulated_cupy(mode)
 
 
 def _use(monkeypatch, mode):

@@ -27,7 +27,7 @@ from support.compare import IN_PLACE_TOLERANCE, assert_identical, relative_error
 from support.reference import BatchNorm
 from support.world import SPLITS
 
-ACTIVATIONS = [None, "leaky_relu", ("leaky_relu", 0.25)]
+ACTIVATIONS = [None, "leaky_relu", ("leaky_relu", 0.25), ("leaky_relu", 1e-3)]
 SHAPES = {"dense": (18, 40), "rows": (12, 3, 131), "maps": (18, 4, 3, 5), "large": (6, 2, 40, 40)}
 
 
@@ -308,6 +308,7 @@ def test_wrong_out_of_a_backward(world, rng, case, inplace):
 
 WRONG = {
     "relu": ({"activation": "relu"}, "got 'relu', which has no inverse"),
+    "slope": ({"activation": ("leaky_relu", 1e-40)}, "expected a slope of at least 0.001 with inplace=True"),
     "residual": ({"residual": np.ones((6, 4, 3), "f4")}, "expected no residual with inplace=True"),
     "out": ({"out": np.ones((6, 4, 3), "f4")}, "expected no out with inplace=True"),
 }

@@ -3,21 +3,9 @@
 import sys
 
 import cuda_emulator
+from support.emulated import make_emulated_cupy
 
-
-def _instances_beside(code, names):
-    from cupy_syncbn.backends.cuda import kernels
-
-    for file in kernels.FILES:
-        for dtype in kernels.TYPES:
-            together = kernels.instances(file, dtype)
-            if kernels.source(file) == code and set(names) <= set(together):
-                return together
-    return names
-
-
-_found = cuda_emulator.make_cupy()
-_found.RawModule.prebuild = staticmethod(_instances_beside)
+_found = make_emulated_cupy()
 cuda_emulator.devices.attributes |= {"MultiProcessorCount": 2, "L2CacheSize": 1 << 12}
 # What only the benchmark and the script ask for.
 _found.get_default_memory_pool = _found.cuda.MemoryPool
