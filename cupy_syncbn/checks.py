@@ -286,8 +286,8 @@ def check_inplace(activation: Activation, has_residual: bool, out: object, x: ob
         )
     if slope is not None and slope < LEAST_SLOPE:
         raise ValueError(
-            f"expected a slope of at least {LEAST_SLOPE} with inplace=True (got {slope}, with which y keeps few "
-            "digits of x): use a larger one, or inplace=False"
+            f"expected a slope of at least {LEAST_SLOPE} with inplace=True (got {slope}, by which y keeps "
+            "few digits of x): use a larger one, or inplace=False"
         )
     if has_residual:
         raise ValueError(
