@@ -5,7 +5,6 @@ tests/test_api.py runs the docstrings' examples.
 
 import re
 import shlex
-import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -13,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import cupy_syncbn
-from support.launcher import REPOSITORY, TESTS, clean_environment, launch
+from support.launcher import REPOSITORY, TESTS, clean_environment, finish, launch
 
 pytestmark = pytest.mark.mpi_skip
 
@@ -31,10 +30,8 @@ def skip_without_its_library(code):
 @pytest.mark.parametrize("code", [code for language, code in BLOCKS if language == "python"])
 def test_python_blocks_run(code, tmp_path):
     skip_without_its_library(code)
-    process = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=120,
-        env=clean_environment(PYTHONPATH=str(REPOSITORY)), cwd=tmp_path,
-    )  # fmt: skip
+    environment = clean_environment(PYTHONPATH=str(REPOSITORY))
+    process = finish([sys.executable, "-W", "error", "-c", code], 120, env=environment, cwd=tmp_path)
     assert process.returncode == 0, process.stderr
 
 

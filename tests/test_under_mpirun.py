@@ -112,13 +112,15 @@ def test_ranks_within_other_libraries(ranks, name, library):
     launch_tests(python, ranks, f"{INTEROP}/test_{name}.py", deadline=400)  # compilers keep the cores busy
 
 
-def test_deadline_ends_all_descendants(tmp_path):
-    """A rank that hangs must not outlive its test."""
+@pytest.mark.parametrize("apart", [False, True])
+def test_deadline_ends_all_descendants(apart, tmp_path):
+    """A rank that hangs must not outlive its test, in a session of its own neither."""
     late = tmp_path / "late"
-    code = f"import subprocess; subprocess.run(['sh', '-c', 'sleep 2; touch {late}'])"
+    command = ["sh", "-c", f"sleep 2; touch {late}"]
+    code = f"import subprocess; subprocess.run({command}, start_new_session={apart})"
     status, output = run([sys.executable, "-c", code], clean_environment(), 1)
     assert status is None
-    assert "sleep 2" in output or "no ps" in output  # what was left
+    assert f"touch {late}" in output or "no ps" in output  # what was left
     time.sleep(1.5)
     assert not late.exists()
 

@@ -32,7 +32,7 @@ How:
 
     python scripts/benchmarks/gpu.py                    # up to 8 minutes; see --budget-s
     python scripts/benchmarks/gpu.py --quick            # a subset, under 2 minutes
-    python scripts/benchmarks/gpu.py --sweep            # tries launch constants, and prints the best
+    python scripts/benchmarks/gpu.py --sweep            # tries launch constants and variants of the kernels
     python scripts/benchmarks/gpu.py --blocks 4         # measures with another constant of launch.py
 """
 
@@ -135,6 +135,13 @@ GRID = {
     "MAX_ITEMS": (16, 32, 64, 128),
     "ROW_BYTES": (128, 256, 512),
 }
+COMPILED = {
+    "streaming stores": ("-DSTREAMING_STORES",),
+    "8 loads": ("-DLOADS=8",),
+    "8 loads, streaming stores": ("-DLOADS=8", "-DSTREAMING_STORES"),
+}
+"""Options that make variants of the kernels: see common.cuh. More loads are for 16-bit data, whose kernels
+have the registers."""
 MAX_GROUP = 256
 """Channels a group may have: of common.cuh."""
 
@@ -973,6 +980,21 @@ def launch_constants(constants: Mapping[str, int]) -> Iterator[None]:
         operations.forget_launches()
 
 
+@contextlib.contextmanager
+def compiled_with(options: Sequence[str]) -> Iterator[None]:
+    """Let kernels be compiled with more options."""
+    from cupy_syncbn.backends.cuda import kernels, operations
+
+    before = kernels.OPTIONS
+    try:
+        kernels.OPTIONS = (*before, *options)
+        operations.forget_kernels()
+        yield
+    finally:
+        kernels.OPTIONS = before
+        operations.forget_kernels()
+
+
 def launch_of(gpu: Gpu, case: Case) -> launch.Launch:
     """Return the launch of a case by the constants as they are.
 
@@ -992,7 +1014,10 @@ def launch_of(gpu: Gpu, case: Case) -> launch.Launch:
 
 
 def sweep_case(gpu: Gpu, case: Case, effort: Effort) -> list[dict[str, Any]]:
-    """Time the kernels under every different launch that GRID gives a case; the first is that of now."""
+    """Time the kernels under every different launch that GRID gives a case, and then those of COMPILED.
+
+    The first launch is that of now, which the others of COMPILED have too.
+    """
     copies = copies_of(case, gpu.l2_bytes, gpu.free_bytes())
     if copies < 1:
         return []
@@ -1005,8 +1030,17 @@ def sweep_case(gpu: Gpu, case: Case, effort: Effort) -> list[dict[str, Any]]:
     tensors = Tensors(gpu, case, copies)
     check(tensors, "plain", "ours", Ours(tensors, "plain").results())
     runs, counts, made = {}, {}, []
-    for number, settings in enumerate(launches.values()):
-        with launch_constants(settings[0] if settings else {}):
+    tried: list[tuple[dict[str, int], Sequence[str]]] = [
+        (settings[0] if settings else {}, ()) for settings in launches.values()
+    ]
+    variants = {
+        name: options
+        for name, options in COMPILED.items()
+        if case.nbytes == 2 * case.size or "-DLOADS=8" not in options
+    }
+    tried += [({}, options) for options in variants.values()]
+    for number, (constants, options) in enumerate(tried):
+        with launch_constants(constants), compiled_with(options):
             kernels = Kernels(tensors, "plain")
             made.append(kernels)
             if number:
@@ -1015,14 +1049,22 @@ def sweep_case(gpu: Gpu, case: Case, effort: Effort) -> list[dict[str, Any]]:
                 graph, counts[number, kernel] = kernels.graph(kernel)
                 runs[f"{number} {kernel}"] = gpu.timed(graph)
             results = Ours(tensors, "plain").results()
-        check(tensors, "plain", f"ours under {settings[:1]}", results)
+        check(tensors, "plain", f"ours under {constants or options}", results)
     seconds = in_turn(runs, effort)
-    rows = []
-    for number, (shape, settings) in enumerate(launches.items()):
-        us = {kernel: median(seconds[f"{number} {kernel}"]) / counts[number, kernel] * 1e6 for kernel in STEP}
-        rows.append({"launch": shape._asdict() | {"blocks": shape.blocks}, "constants": settings, "us": us})
-    print(f"{case.name}: {len(rows)} launches", flush=True)
-    return [{"name": case.name, "nbytes": case.nbytes, "copies": copies, "launches": rows}]
+    us = [
+        {kernel: median(seconds[f"{number} {kernel}"]) / counts[number, kernel] * 1e6 for kernel in STEP}
+        for number in range(len(tried))
+    ]
+    rows = [
+        {"launch": shape._asdict() | {"blocks": shape.blocks}, "constants": settings, "us": taken}
+        for (shape, settings), taken in zip(launches.items(), us, strict=False)
+    ]
+    compiled = [
+        {"name": name, "us": taken} for name, taken in zip(variants, us[len(launches) :], strict=True)
+    ]
+    print(f"{case.name}: {len(rows)} launches, {len(compiled)} variants of the kernels", flush=True)
+    sizes = {"nbytes": case.nbytes, "copies": copies}
+    return [{"name": case.name, **sizes, "launches": rows, "compiled": compiled}]
 
 
 STEP = ("statistics", "normalize", "reduce_gradients", "input_gradient")
@@ -1031,6 +1073,18 @@ STEP = ("statistics", "normalize", "reduce_gradients", "input_gradient")
 def step_ratio(row: Mapping[str, Any], default: Mapping[str, Any]) -> float:
     """Return the time of forward and backward over that of another launch."""
     return sum(row["us"][k] for k in STEP) / sum(default["us"][k] for k in STEP)
+
+
+def print_compiled(swept: Sequence[dict[str, Any]]) -> None:
+    """Print the times of the variants of the kernels."""
+    rows = []
+    for case in swept:
+        default, *_ = case["launches"]
+        for row in case["compiled"]:
+            ratios = [f"{row['us'][k] / default['us'][k]:.2f}" for k in STEP]
+            rows.append([case["name"], row["name"], *ratios, f"{step_ratio(row, default):.2f}"])
+    print("\nVariants of the kernels: time over the default's, by kernel and of all four\n")
+    print(table(["case", "variant", *STEP, "all"], rows))
 
 
 def print_sweep(swept: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -1053,6 +1107,7 @@ def print_sweep(swept: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     headings = ["case", "default us", *STEP, "all", "best launch"]
     print("\nBest launches: time over the default's, by kernel and of all four\n")
     print(table(headings, rows))
+    print_compiled(swept)
 
     ratios: dict[tuple[int, ...], list[float]] = {}
     for case in swept:

@@ -1,6 +1,5 @@
 """Which of a node's GPUs is this process's; CuPy itself is not needed to tell the local rank."""
 
-import subprocess
 import sys
 
 import numpy as np
@@ -8,7 +7,7 @@ import pytest
 
 import cupy_syncbn
 from cupy_syncbn import local_rank
-from support.launcher import clean_environment
+from support.launcher import clean_environment, finish
 
 
 def test_local_ranks_count_the_processes_of_a_node(world):
@@ -28,8 +27,7 @@ try:
 except ModuleNotFoundError as error:
     print(error)
 """
-    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60,
-                             env=clean_environment())  # fmt: skip
+    process = finish([sys.executable, "-c", code], 60, env=clean_environment())
     assert "pip install 'cupy-cuda13x[ctk]' nvidia-nccl-cu13" in process.stdout, process.stderr
 
 

@@ -5,7 +5,6 @@ start_cases.py is what the ranks run.
 
 import os
 import re
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -19,6 +18,7 @@ from support.launcher import (
     REPOSITORY,
     clean_environment,
     find_launcher,
+    finish,
     launch,
     other_python,
     run,
@@ -152,10 +152,8 @@ with launcher._deadline(float("inf")):
 
 
 def test_timers_of_the_program_are_kept():
-    process = subprocess.run(
-        [sys.executable, "-W", "error", "-c", TIMERS], capture_output=True, text=True, timeout=60,
-        env=clean_environment(PYTHONPATH=str(REPOSITORY)),
-    )  # fmt: skip
+    environment = clean_environment(PYTHONPATH=str(REPOSITORY))
+    process = finish([sys.executable, "-W", "error", "-c", TIMERS], 60, env=environment)
     assert process.returncode == 0, process.stderr
     assert process.stdout.startswith("Timeout (0:00:00.500000)!")  # that of faulthandler
 

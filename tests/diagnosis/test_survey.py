@@ -5,7 +5,6 @@ import json
 import os
 import shlex
 import shutil
-import subprocess
 import sys
 import tomllib
 from ctypes.util import find_library
@@ -22,7 +21,7 @@ from cupy_syncbn.comm.transports import TRANSPORTS
 from cupy_syncbn.diagnosis import report, self_test
 from cupy_syncbn.diagnosis import survey as config
 from support import nccl_stand_in
-from support.launcher import REPOSITORY, clean_environment, launch, other_python, run, vendor_of
+from support.launcher import REPOSITORY, clean_environment, finish, launch, other_python, run, vendor_of
 
 KEYS = {
     "versions",
@@ -400,12 +399,10 @@ def test_closed_pipe(options):
     """As of `python -m cupy_syncbn | head -1`, once head has seen its line."""
     reader, writer = os.pipe()
     os.close(reader)
-    process = subprocess.run(
-        [sys.executable, "-m", "cupy_syncbn", *options], stdout=writer, stderr=subprocess.PIPE, timeout=100,
-        env=clean_environment(PYTHONPATH=str(REPOSITORY)),
-    )  # fmt: skip
+    environment = clean_environment(PYTHONPATH=str(REPOSITORY))
+    process = finish([sys.executable, "-m", "cupy_syncbn", *options], 100, env=environment, stdout=writer)
     os.close(writer)
-    assert (process.returncode, process.stderr) == (0, b"")
+    assert (process.returncode, process.stderr) == (0, "")
 
 
 @pytest.mark.mpi_skip

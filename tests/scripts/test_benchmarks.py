@@ -4,7 +4,7 @@ import importlib.util
 import json
 import os
 import re
-import subprocess
+import shutil
 import sys
 from pathlib import Path
 
@@ -12,7 +12,7 @@ import pytest
 
 import cuda_emulator
 from cupy_syncbn.backends.cpu import loading
-from support.launcher import REPOSITORY, clean_environment, launch, other_python
+from support.launcher import REPOSITORY, clean_environment, finish, launch, other_python
 
 pytestmark = pytest.mark.mpi_skip
 
@@ -24,14 +24,7 @@ def run(script, folder, *arguments):
     path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
     env = clean_environment(PYTHONPATH=path, PYTHONIOENCODING="utf-8")
     command = [sys.executable, str(REPOSITORY / "scripts" / "benchmarks" / script), "--quick", *arguments]
-    finished = subprocess.run(
-        [*command, "--output", str(folder)],
-        env=env,
-        cwd=folder,
-        capture_output=True,
-        encoding="utf-8",
-        timeout=120,
-    )
+    finished = finish([*command, "--output", str(folder)], 120, env=env, cwd=folder)
     assert finished.returncode == 0, finished.stderr
     (path,) = folder.glob("*.json")
     text = path.read_text()
@@ -162,9 +155,21 @@ def test_scaling_counts_as_real_ranks_do(library):
     command = [python, str(REPOSITORY / "scripts" / "benchmarks" / "scaling.py"), "--validate", "--quick"]
     path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
     environment = clean_environment(PYTHONPATH=path, OMP_NUM_THREADS="1")
-    finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    finished = finish(command, 120, env=environment)
     assert finished.returncode == 0, finished.stderr
     assert "agree in 18 cases" in finished.stdout
+
+
+@pytest.mark.long
+def test_scaling_agrees_with_another_simulator(monkeypatch, capsys):
+    smpi = imported(monkeypatch, "smpi")
+    if not shutil.which("smpirun"):
+        pytest.skip("there is no smpirun (Debian: libsimgrid-dev)")
+    assert smpi.main([]) == 0
+    assert capsys.readouterr().out.count("\n| ") == 2 + 5
+    monkeypatch.setattr(smpi, "simulate", lambda *_: importlib.import_module("scaling").Outcome(20e-6))
+    with pytest.raises(SystemExit, match=r"'64', '0', '20.0', .* more than 12% apart"):
+        smpi.compare(64, 8)
 
 
 def test_scaling_finds_what_does_not_agree(monkeypatch):

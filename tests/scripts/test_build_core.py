@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy
 import pytest
 
-from support.launcher import REPOSITORY, clean_environment
+from support.launcher import REPOSITORY, clean_environment, finish
 
 pytestmark = pytest.mark.mpi_skip
 
@@ -401,10 +401,8 @@ def start(folder, *arguments, **variables):
     environment = clean_environment(PYTHONPATH=str(folder), CXX="g++", CUPY_SYNCBN_ISA="")
     for name in "CXXFLAGS", "CPPFLAGS", "LDFLAGS", "CUPY_SYNCBN_REQUIRE_CORE":
         environment.pop(name, None)
-    done = subprocess.run(
-        [sys.executable, *arguments], cwd=folder, env=environment | variables, timeout=DEADLINE, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
+    command = [sys.executable, *arguments]
+    done = finish(command, DEADLINE, cwd=folder, env=environment | variables, stderr=subprocess.STDOUT)
     return done.returncode, done.stdout
 
 
@@ -437,10 +435,9 @@ def test_sanitizers(compiled_project, mistake, words):
     found = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True).stdout
     if not os.path.isabs(found.strip()):
         pytest.skip("compiles with sanitizers, and g++ has no libasan.so")
-    done = subprocess.run(
-        [sys.executable, "scripts/build_core.py", "--sanitize"], cwd=compiled_project, text=True, check=True,
-        stdout=subprocess.PIPE, timeout=DEADLINE, env=clean_environment(CXX="g++"),
-    )  # fmt: skip
+    command = [sys.executable, "scripts/build_core.py", "--sanitize"]
+    done = finish(command, DEADLINE, cwd=compiled_project, env=clean_environment(CXX="g++"))
+    assert done.returncode == 0, done.stderr
     variables = dict(each.split("=", 1) for each in done.stdout.split())
     code = f"from cupy_syncbn.backends.cpu.loading import core; core().{mistake}(); print(core().__file__)"
     status, output = start(compiled_project, "-c", code, **variables)

@@ -1,13 +1,12 @@
 """The scripts that draw the figures of the pages."""
 
 import re
-import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
 
 import pytest
 
-from support.launcher import REPOSITORY, clean_environment
+from support.launcher import REPOSITORY, clean_environment, finish
 
 pytestmark = pytest.mark.mpi_skip
 
@@ -18,9 +17,8 @@ FIGURES = REPOSITORY / "scripts" / "figures"
 def test_figure_is_drawn(script, tmp_path):
     """It has the parts and the words of the committed one: fonts may differ by the release of matplotlib."""
     pytest.importorskip("matplotlib")
-    subprocess.run(
-        [sys.executable, str(script), str(tmp_path)], env=clean_environment(), check=True, timeout=120
-    )
+    done = finish([sys.executable, str(script), str(tmp_path)], 120, env=clean_environment())
+    assert done.returncode == 0, done.stderr
     drawn, committed = (folder / f"{script.stem}.svg" for folder in (tmp_path, FIGURES))
     counts = [
         sum(

@@ -8,14 +8,13 @@ import importlib
 import json
 import os
 import signal
-import subprocess
 import sys
 import types
 
 import numpy as np
 import pytest
 
-from support.launcher import REPOSITORY, clean_environment
+from support.launcher import REPOSITORY, clean_environment, finish
 
 pytestmark = pytest.mark.mpi_skip
 
@@ -456,10 +455,13 @@ def test_sweep(gpu, small, fast_cupy, tmp_path, capsys, monkeypatch):
         assert len(launches) == len(set(launches)) > 1
         assert sum(row["constants"] for row in case["launches"]) == 8
         assert all(row["us"].keys() == set(gpu.STEP) for row in case["launches"])
+        loads = ["8 loads", "8 loads, streaming stores"] if "float16" in case["name"] else []
+        assert [row["name"] for row in case["compiled"]] == ["streaming stores", *loads]
+        assert all(row["us"].keys() == set(gpu.STEP) for row in case["compiled"])
     assert len(record["ranking"]) == 8
     assert all(entry["ratio"] == pytest.approx(1) for entry in record["ranking"])  # by the made-up times
     assert len(rows_of(output, "constants")) == 1
-    assert len(rows_of(output, "case")) == 1
+    assert len(rows_of(output, "case")) == 2
 
 
 def test_device(gpu, small, fast_cupy, monkeypatch):
@@ -565,13 +567,8 @@ def test_says_what_is_missing(tmp_path, missing):
     else:
         (tmp_path / "cupy.py").write_text("raise ModuleNotFoundError('No module named cupy', name='cupy')\n")
     path = os.pathsep.join([str(tmp_path), str(REPOSITORY)])
-    finished = subprocess.run(
-        [sys.executable, str(FOLDER / "gpu.py"), "--no-torch", "--output", str(tmp_path)],
-        env=clean_environment(PYTHONPATH=path),
-        capture_output=True,
-        encoding="utf-8",
-        timeout=120,
-    )
+    command = [sys.executable, str(FOLDER / "gpu.py"), "--no-torch", "--output", str(tmp_path)]
+    finished = finish(command, 120, env=clean_environment(PYTHONPATH=path))
     assert finished.returncode == 2
     assert "this benchmark needs a GPU: " in finished.stderr
     wanted = "CuPy is not installed" if missing == "CuPy" else "no CUDA-capable device"

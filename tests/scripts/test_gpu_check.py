@@ -5,7 +5,6 @@ import importlib
 import os
 import re
 import shutil
-import subprocess
 import sys
 import zipfile
 
@@ -13,7 +12,7 @@ import numpy as np
 import pytest
 
 from cupy_syncbn.backends.cuda import kernels
-from support.launcher import REPOSITORY, clean_environment
+from support.launcher import REPOSITORY, clean_environment, finish
 
 pytestmark = pytest.mark.mpi_skip
 
@@ -66,13 +65,8 @@ def test_wrong_result_is_found(sanitize, fast_cupy, monkeypatch):
 
 
 def test_sanitize_needs_a_gpu(tmp_path):
-    finished = subprocess.run(
-        [sys.executable, str(REPOSITORY / "scripts" / "sanitize.py")],
-        env=clean_environment(PYTHONPATH=str(REPOSITORY), CUDA_VISIBLE_DEVICES=""),
-        capture_output=True,
-        encoding="utf-8",
-        timeout=120,
-    )
+    environment = clean_environment(PYTHONPATH=str(REPOSITORY), CUDA_VISIBLE_DEVICES="")
+    finished = finish([sys.executable, str(REPOSITORY / "scripts" / "sanitize.py")], 120, env=environment)
     assert finished.returncode == 2
     assert "this needs a GPU: " in finished.stderr
 
@@ -126,14 +120,8 @@ def machine(tmp_path):
             "--output",
             str(tmp_path / "results"),
         ]
-        return subprocess.run(
-            [*command, *arguments],
-            env=clean_environment(**variables, **environment),
-            capture_output=True,
-            encoding="utf-8",
-            timeout=120,
-            cwd=tmp_path,
-        )
+        environment = clean_environment(**variables, **environment)
+        return finish([*command, *arguments], 120, env=environment, cwd=tmp_path)
 
     return run
 
@@ -295,9 +283,7 @@ def test_rehearsal(tmp_path):
     command += ["--output", str(tmp_path / "results"), "--logs", str(tmp_path / "logs")]
     environment = clean_environment(PYTHON=sys.executable, CUPY_SYNCBN_COMMIT="abc")
     for expected in IN_MINUTES, ["environment", "compile"]:
-        finished = subprocess.run(
-            command, env=environment, capture_output=True, encoding="utf-8", timeout=540, cwd=tmp_path
-        )
+        finished = finish(command, 540, env=environment, cwd=tmp_path)
         assert finished.returncode == 0, finished.stdout + finished.stderr
         report = max((tmp_path / "results").glob("gpu-emulated-gpu-*.md")).read_text()
         rows = rows_of(report.rpartition("## Run of ")[2])

@@ -1,10 +1,8 @@
 """What scripts/train_digits.sh and scripts/test.sh say while they install, by stubs of Python and mpirun."""
 
-import subprocess
-
 import pytest
 
-from support.launcher import REPOSITORY, clean_environment
+from support.launcher import REPOSITORY, clean_environment, finish
 
 pytestmark = pytest.mark.mpi_skip
 
@@ -25,9 +23,7 @@ def run_script(folder, name, *arguments):
     calls.unlink(missing_ok=True)
     variables = clean_environment(PYTHON=str(stub))
     variables.pop("RANKS", None)
-    done = subprocess.run(
-        ["bash", str(scripts / name), *arguments], env=variables, capture_output=True, text=True, timeout=60
-    )
+    done = finish(["bash", str(scripts / name), *arguments], 60, env=variables)
     assert (done.returncode, done.stderr) == (0, "")
     return done.stdout.splitlines(), calls.read_text().splitlines()
 

@@ -26,6 +26,7 @@ from pathlib import Path
 import pytest
 
 from support.launcher import REPOSITORY, clean_environment, other_python, run, vendor_of
+from support.missing import skip_without
 
 pytestmark = [pytest.mark.launch, pytest.mark.mpi_skip]
 slurm = pytest.mark.slurm
@@ -165,11 +166,7 @@ def wait_until(condition, what, describe):
 def cluster():
     path = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin"])
     missing = [name for name in PROGRAMS if not shutil.which(name, path=path)]
-    if missing:
-        reason = f"no {', '.join(missing)}: install slurm-wlm and munge"
-        if os.environ.get("CI"):
-            pytest.fail(reason)
-        pytest.skip(reason)
+    skip_without(missing and f"no {', '.join(missing)}: install slurm-wlm and munge")
 
     # Not pytest's folder: the path of a socket has at most 107 characters, and others may not enter it.
     folder = Path(tempfile.mkdtemp(prefix="slurm-"))
@@ -246,10 +243,7 @@ def python(request, cluster):
     """Return the Python of each MPI library, if the cluster can start its ranks."""
     python = sys.executable if request.param == "this" else other_python()
     if vendor_of(python) == "Open MPI" and "can not load PMIx library" in cluster.logs():
-        reason = "Slurm finds no PMIx for Open MPI: install libpmix-dev"
-        if os.environ.get("CI"):
-            pytest.fail(reason)
-        pytest.skip(reason)
+        skip_without("Slurm finds no PMIx for Open MPI: install libpmix-dev")
     return python
 
 

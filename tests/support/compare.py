@@ -70,4 +70,6 @@ def assert_identical(actual, expected):
     assert (actual is None) == (expected is None)
     if expected is not None:
         assert (actual.dtype, actual.shape) == (expected.dtype, expected.shape)
-        assert actual.tobytes() == expected.tobytes()
+        bits = [np.frombuffer(each.tobytes(), np.uint8) for each in (actual, expected)]
+        different = np.unique(np.flatnonzero(bits[0] != bits[1]) // actual.dtype.itemsize)
+        assert not different.size, f"{different.size} of {actual.size} differ, the first at {different[0]}"

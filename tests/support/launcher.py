@@ -1,15 +1,18 @@
 """How tests start processes, and MPI ranks with the launcher of this Python's MPI library or of another's."""
 
+import contextlib
 import functools
 import os
 import re
+import secrets
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
-import pytest
+from support.missing import skip_without
 
 REPOSITORY = Path(__file__).parents[2]
 TESTS = REPOSITORY / "tests"
@@ -32,27 +35,62 @@ def clean_environment(**variables):
 
 def run(command, environment, deadline):
     """Run a command; return its exit status, None after the deadline, and all its output."""
+    try:
+        done = finish(command, deadline, env=environment, cwd=REPOSITORY, stderr=subprocess.STDOUT)
+    except subprocess.TimeoutExpired as late:
+        return None, late.output
+    return done.returncode, done.stdout
+
+
+def finish(command, deadline, *, env=None, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options):
+    """Do as `subprocess.run` of text, but after the deadline end all that the command started.
+
+    `subprocess.run` ends the command alone, and then waits for what holds its pipes: for ever, if that hangs.
+    """
+    mark = f"_CUPY_SYNCBN_TEST_{secrets.token_hex(8)}=1"  # also of those that went into sessions of their own
+    name, _, value = mark.partition("=")
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
-        cwd=REPOSITORY, env=environment, start_new_session=True,
+        command, env={**(os.environ if env is None else env), name: value}, stdout=stdout, stderr=stderr,
+        encoding="utf-8", errors="replace", start_new_session=True, **options,
     )  # fmt: skip
     try:
-        output, _ = process.communicate(timeout=deadline)
-    except subprocess.TimeoutExpired:
-        left = processes_of(process.pid)  # whether a rank hangs, or the launcher alone
-        os.killpg(process.pid, signal.SIGKILL)
-        output, _ = process.communicate()
-        return None, f"{output}\n{left}"
-    return process.returncode, output
+        output, errors = process.communicate(timeout=deadline)
+    except subprocess.TimeoutExpired as late:
+        found = marked(mark)
+        left = describe(found)  # whether a rank hangs, or the launcher alone
+        while found:  # some may start others meanwhile
+            for each in found:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(each, signal.SIGKILL)
+            time.sleep(0.05)
+            process.poll()
+            found = marked(mark)
+        output, errors = process.communicate()
+        late.output, late.stderr = f"{output}\n{left}", errors
+        raise
+    return subprocess.CompletedProcess(command, process.returncode, output, errors)
 
 
-def processes_of(session):
-    """Describe the processes of a session, with what each waits for."""
-    command = ["ps", "-o", "pid,ppid,stat,etimes,wchan:20,args", "--forest", "-s", str(session)]
+def marked(mark):
+    """Return the processes whose environment had this when they started."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended, or is another user's
+            if mark.encode() in (path / "environ").read_bytes():
+                found.append(int(path.name))
+    return found
+
+
+def describe(processes):
+    """Describe processes, with what each waits for."""
+    command = ["ps", "-ww", "-o", "pid,ppid,stat,etimes,wchan:20,args", "--forest"]
     try:
-        return subprocess.run(command, capture_output=True, text=True).stdout
+        done = subprocess.run(
+            [*command, *(f"-p{each}" for each in processes)], capture_output=True, text=True, timeout=30
+        )
     except FileNotFoundError:
         return "there is no ps to tell which processes are left"
+    return done.stdout
 
 
 def find_launcher(python):
@@ -81,13 +119,9 @@ def label_of(python):
 
 
 def other_python():
-    """Return the Python with another MPI library; skip the test if there is none, but not in CI."""
+    """Return the Python with another MPI library."""
     python = os.environ.get(OTHER_PYTHON)
-    if not python:
-        reason = f"{OTHER_PYTHON} names no Python with another MPI library"
-        if os.environ.get("CI"):
-            pytest.fail(reason)
-        pytest.skip(reason)
+    skip_without(not python and f"{OTHER_PYTHON} names no Python with another MPI library")
     assert vendor_of(python) != vendor_of(sys.executable), f"{OTHER_PYTHON} has the same MPI library"
     return python
 

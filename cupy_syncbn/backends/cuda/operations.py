@@ -216,6 +216,12 @@ def forget_launches() -> None:
         cache.cache_clear()
 
 
+def forget_kernels() -> None:
+    """Compile all kernels anew, as after `kernels.OPTIONS` has changed."""
+    _kernel_of.cache_clear()
+    _kernel.cache_clear()
+
+
 def forget() -> None:
     """Forget all launches and workspaces, as after CuPy has been replaced."""
     for cache in _CACHES:

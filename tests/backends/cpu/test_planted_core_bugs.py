@@ -8,7 +8,6 @@ import importlib.util
 import os
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +16,7 @@ import pytest
 from planted import FOUND
 
 from cupy_syncbn.backends.cpu import loading
-from support.launcher import REPOSITORY, TESTS, clean_environment
+from support.launcher import REPOSITORY, TESTS, clean_environment, finish
 
 pytestmark = pytest.mark.mpi_skip
 
@@ -329,7 +328,7 @@ class Workshop:
         return target
 
     def _run(self, command, folder):
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+        done = finish(command, DEADLINE, cwd=folder)
         assert done.returncode == 0, f"{command}:\n{done.stderr[:4000]}"
 
     def core(self, dtype, level, name="unchanged core", bug=None):
@@ -363,10 +362,9 @@ def outcome_of(extension, check, dtype):
     path = os.pathsep.join(filter(None, [str(REPOSITORY), str(TESTS), os.environ.get("PYTHONPATH")]))
     environment = clean_environment(PYTHONPATH=path, CUPY_SYNCBN_ISA="baseline", OPENBLAS_NUM_THREADS="1")
     program = Path(__file__).with_name("planted.py")
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", program, extension, check, dtype],
-        env=environment, capture_output=True, text=True, timeout=DEADLINE,
-    )  # fmt: skip
+    done = finish(
+        [sys.executable, "-W", "ignore", program, extension, check, dtype], DEADLINE, env=environment
+    )
     if done.returncode == 0:
         return False, "nothing"
     if -done.returncode in (

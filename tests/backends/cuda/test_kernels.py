@@ -169,7 +169,7 @@ def expected_of(step):
     return {name: array for name, array in results.items() if array is not None}
 
 
-def assert_results(actual, expected, inplace):
+def assert_results(actual, expected, inplace=False):
     assert actual.keys() == expected.keys()
     assert actual["tracked"] == expected["tracked"]
     for name in actual.keys() - {"tracked", "dweight", "dbias"}:

@@ -7,7 +7,6 @@ that spilled registers are written to. What the accesses to memory are is in the
 import dataclasses
 import itertools
 import json
-import os
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +16,7 @@ import pytest
 from cupy_syncbn.backends.cuda import kernels
 from support import machine_code, nvrtc
 from support.launcher import REPOSITORY
+from support.missing import skip_without
 
 pytestmark = pytest.mark.mpi_skip
 
@@ -145,8 +145,7 @@ def facts_of_accesses(kernel, instance):
 
 @pytest.fixture(scope="session")
 def compiler():
-    if reason := nvrtc.missing():
-        (pytest.fail if os.environ.get("CI") else pytest.skip)(reason)
+    skip_without(nvrtc.missing())
 
 
 SAMPLE = {90}

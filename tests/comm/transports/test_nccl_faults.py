@@ -2,7 +2,6 @@
 
 import functools
 import gc
-import subprocess
 import sys
 import threading
 import time
@@ -13,7 +12,7 @@ import pytest
 from cupy_syncbn import CollectiveTimeoutError, RankMismatchError, RemoteRankError, SyncBatchNorm, new_group
 from support.arrays import random_batch
 from support.compare import assert_identical
-from support.launcher import REPOSITORY, clean_environment
+from support.launcher import REPOSITORY, clean_environment, finish
 from support.transports import SHAPE, capture, communicator_of, eventually, nccl_layer, state_of
 
 
@@ -289,8 +288,6 @@ with cuda_emulator.installed() as cupy, pytest.MonkeyPatch.context() as monkeypa
 
     if cuda_emulator.available():
         pytest.skip(cuda_emulator.available())
-    process = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=30,
-        cwd=REPOSITORY, env=clean_environment(PYTHONPATH=str(REPOSITORY)),
-    )  # fmt: skip
+    environment = clean_environment(PYTHONPATH=str(REPOSITORY))
+    process = finish([sys.executable, "-W", "error", "-c", code], 30, cwd=REPOSITORY, env=environment)
     assert (process.returncode, process.stdout, process.stderr) == (0, "done\n", "")

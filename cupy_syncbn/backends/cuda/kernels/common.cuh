@@ -31,6 +31,11 @@ static_assert(MAX_GROUP <= THREADS, "sum_by_channel finishes each channel by a t
 // of 16 bytes per thread under way, it still has 32 KiB in flight.
 template <int V> constexpr int MIN_BLOCKS = V == 8 ? 2 : 3;
 
+// Vectors of 16 bytes that a thread loads at once, of all tensors together. gpu.py --sweep tries others.
+#ifndef LOADS
+#define LOADS 4
+#endif
+
 // The type that data is computed in.
 template <typename T> struct AccumulatorOf { typedef float type; };
 template <> struct AccumulatorOf<double> { typedef double type; };
@@ -46,6 +51,12 @@ template <typename T, int V> __device__ __forceinline__ Vector<T, V> load(const 
 
 template <typename T, int V> __device__ __forceinline__ void store(T* to, const Vector<T, V>& vector)
 {
+#ifdef STREAMING_STORES  // a variant that gpu.py --sweep tries: what is written leaves the caches first
+    if constexpr (sizeof(vector) == sizeof(uint4)) {
+        __stcs(reinterpret_cast<uint4*>(to), *reinterpret_cast<const uint4*>(&vector));
+        return;
+    }
+#endif
     *reinterpret_cast<Vector<T, V>*>(to) = vector;
 }
 
@@ -315,7 +326,7 @@ __device__ __forceinline__ bool sum_by_channel(const Geometry& g, const Part& pa
                                                unsigned int* counters, Write write, Finish finish)
 {
     constexpr int W = CHANNELS<V, COLUMNS>;
-    constexpr int LOADS = 6;  // more would take registers from the walk
+    constexpr int AT_ONCE = 6;  // more would take registers from the walk
     __shared__ double entries[2 * W * THREADS];
     const int lanes = static_cast<int>(g.lanes), height = quotient(THREADS, lanes);
     const int width = lanes_a_channel(g, COLUMNS), lane = threadIdx.x % width, first = threadIdx.x / width;
@@ -367,13 +378,13 @@ __device__ __forceinline__ bool sum_by_channel(const Geometry& g, const Part& pa
     if (number < threads) {
         const double2* from = reinterpret_cast<const double2*>(partials) + number * g.C + part.channel + k;
         const long long step = threads * g.C;
-        for (int left = splits - number; left > 0; left -= LOADS * threads, from += LOADS * step) {
-            double2 loaded[LOADS] = {};
+        for (int left = splits - number; left > 0; left -= AT_ONCE * threads, from += AT_ONCE * step) {
+            double2 loaded[AT_ONCE] = {};
 #pragma unroll
-            for (int i = 0; i < LOADS; ++i)
+            for (int i = 0; i < AT_ONCE; ++i)
                 if (i * threads < left) loaded[i] = __ldcg(from + i * step);
 #pragma unroll
-            for (int i = 0; i < LOADS; ++i) {
+            for (int i = 0; i < AT_ONCE; ++i) {
                 sums[0] += loaded[i].x;
                 sums[1] += loaded[i].y;
             }

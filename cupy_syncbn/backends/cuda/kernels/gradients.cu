@@ -170,7 +170,7 @@ __global__ void __launch_bounds__(THREADS, MIN_BLOCKS<V>)
     int channels[body.W];
     channels_of<V, COLUMNS>(g, part, channels);
     body.take(g, part, saved, staged, channels);
-    walk<V, COLUMNS, 2>(g, part, body);
+    walk<V, COLUMNS, LOADS / 2>(g, part, body);
 
     const bool is_last = sum_by_channel<V, COLUMNS>(
         g, part, partials, counters, [&](double* to) { body.write(to); },
@@ -268,5 +268,5 @@ __global__ void __launch_bounds__(THREADS, MIN_BLOCKS<V>)
             body.constant[w] = constants[channels[w]];
         }
     }
-    walk<V, COLUMNS, 2>(g, part, body);
+    walk<V, COLUMNS, LOADS / 2>(g, part, body);
 }

@@ -144,5 +144,5 @@ __global__ void __launch_bounds__(THREADS, MIN_BLOCKS<V>)
         body.scale[w] = scales[channels[w]];
         body.offset[w] = offsets[channels[w]];
     }
-    walk<V, COLUMNS, RESIDUAL ? 2 : 4>(g, part, body);
+    walk<V, COLUMNS, RESIDUAL ? LOADS / 2 : LOADS>(g, part, body);
 }

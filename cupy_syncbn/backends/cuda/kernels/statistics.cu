@@ -181,7 +181,7 @@ __global__ void __launch_bounds__(THREADS, MIN_BLOCKS<V>)
     Moments<T, V, COLUMNS> moments;
     moments.x = x;
     do
-        walk<V, COLUMNS, 4>(g, part, moments);
+        walk<V, COLUMNS, LOADS>(g, part, moments);
     while (sizeof(Accumulator<T>) == 4 && moments.recentre());
 
     const double n = static_cast<double>(g.N * g.S);
