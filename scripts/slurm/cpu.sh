@@ -30,6 +30,7 @@
 # Ranks are the parallelism. More cores per rank serve the BLAS of a program with large matrices.
 #SBATCH --cpus-per-task=1
 # Physical cores only: two ranks on the hardware threads of one core would share its floating-point units.
+# srun binds ranks to cores by this: --cpu-bind excludes it, but for --cpu-bind=verbose, which shows the binding.
 #SBATCH --hint=nomultithread
 # Many sites give a job next to nothing, or a whole node, unless it says what it needs.
 #SBATCH --mem-per-cpu=2G

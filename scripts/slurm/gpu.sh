@@ -33,6 +33,7 @@
 # For the threads that read the data; take the cores of a node divided by its GPUs.
 #SBATCH --cpus-per-task=8
 # Physical cores only: the thread that launches kernels shares its core with no other.
+# srun binds ranks to cores by this: --cpu-bind excludes it, but for --cpu-bind=verbose, which shows the binding.
 #SBATCH --hint=nomultithread
 # Many sites give a job next to nothing, or a whole node, unless it says what it needs.
 #SBATCH --mem-per-cpu=4G

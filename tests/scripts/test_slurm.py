@@ -37,13 +37,14 @@ PBS_SCRIPT = REPOSITORY / "scripts" / "pbs" / "job.sh"
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "sinfo", "scancel")
 NODES = ("first", "second")
 
+# A job that was requeued waits until its credential has expired: here 20 s, not 120.
 CONFIGURATION = """
 ClusterName=test
 SlurmctldHost=localhost
 SlurmctldPort={ports[0]}
 AuthType=auth/munge
 CredType=cred/munge
-AuthInfo=socket={folder}/munge
+AuthInfo=socket={folder}/munge,cred_expire=20
 FirstJobId={first_job}
 SlurmUser={user}
 SlurmdUser={user}
@@ -87,6 +88,20 @@ if world.rank == 0:
     print("SEEN", json.dumps(everyones))
 """
 
+# The training loop, which is not through when Slurm ends it.
+ENDED_ONCE = """
+import contextlib, os, runpy, sys, time
+
+_, loop, checkpoint = sys.argv
+is_first = "SLURM_RESTART_COUNT" not in os.environ
+sys.argv[1:] = ["--checkpoint", checkpoint, "--steps", "100" if is_first else "200"]
+try:
+    runpy.run_path(loop, run_name="__main__")
+finally:
+    if is_first:
+        time.sleep(600)
+"""
+
 # Rank 1 ends with an error while rank 0 waits for it, for longer than any deadline here.
 ERROR = """
 from mpi4py import MPI
@@ -109,18 +124,24 @@ class Cluster:
         assert status == 0, f"{' '.join(words)}: {output}\n{self.logs()}"
         return output
 
-    def submit(self, *words, python=sys.executable, **variables):
-        """Submit options, script and arguments; return the job's state, exit code and output."""
+    def submit(self, *words, python=sys.executable, requeue_when=None, **variables):
+        """Submit options, script and arguments; return the job's state, exit code and output.
+
+        Once `requeue_when()` is true, Slurm has to end the job and to start it again.
+        """
         mpi_type = "pmix" if vendor_of(python) == "Open MPI" else "pmi2"
         variables = {"PYTHON": python, "SLURM_MPI_TYPE": mpi_type} | variables
         log = self.folder / "job.out"
         log.unlink(missing_ok=True)
         job = self.command("sbatch", "--parsable", f"--output={log}", *words, **variables).strip()
+        requeue_when = requeue_when or (lambda: False)
         end = time.monotonic() + DEADLINE
         while True:
             fields = dict(
                 re.findall(r"(\w+)=(\S+)", self.command("scontrol", "--oneliner", "show", "job", job))
             )
+            if fields["Restarts"] == "0" and requeue_when():
+                self.command("scontrol", "requeue", job)
             if fields["JobState"] not in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING"):
                 output = log.read_text(errors="replace") if log.exists() else ""
                 return fields["JobState"], fields["ExitCode"], output
@@ -330,6 +351,20 @@ def test_ranks_are_one_world(cluster, program, python, nodes):
         # The second node is on the same machine: it depends on the MPI library whether its ranks count on.
         first = local_ranks[0] if node == NODES[1] else 0
         assert local_ranks == list(range(first, first + ranks_per_node))
+
+
+@slurm
+@pytest.mark.long
+def test_a_job_that_is_requeued_goes_on_from_its_checkpoint(cluster, program, tmp_path):
+    """On both nodes, with the losses of one process; the log has both starts."""
+    checkpoint, loop = tmp_path / "state.npz", REPOSITORY / "scripts" / "examples" / "training_loop.py"
+    state, code, output = cluster.submit(
+        "--nodes=2", "--ntasks-per-node=1", script("cpu.sh"), program(ENDED_ONCE), str(loop), str(checkpoint),
+        requeue_when=checkpoint.exists,
+    )  # fmt: skip
+    assert (state, code) == ("COMPLETED", "0:0"), output
+    assert re.search(r"goes on from step (50|100) of 200", output), output
+    assert re.search(r"losses within \S+ of one process's", output.partition("goes on")[2]), output
 
 
 @slurm

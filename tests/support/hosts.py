@@ -6,12 +6,15 @@ pair of virtual Ethernet devices, and MPI goes over TCP. It takes root, and ipro
 
 import functools
 import os
+import secrets
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -56,23 +59,34 @@ def why_no_hosts():
         return f"network namespaces are not allowed here: {error.stderr.strip()}"
 
 
+class Cable(NamedTuple):
+    """How long a bit is on the way, and how many go at once."""
+
+    seconds: float
+    bytes_per_second: float
+
+
 @contextmanager
-def two_hosts(label):
+def two_hosts(label, cable=None):
     """Make two hosts and the link, and remove them with all processes that are left there."""
     names = [f"syncbn-{os.getpid()}-{label}-{number}" for number in (1, 2)]
-    made = []
+    made, relay = [], None
     try:
         for name in names:
             ip("netns", "add", name)
             made.append(name)
-        ends = [("name", CABLE, "netns", name) for name in names]
-        ip("link", "add", *ends[0], "type", "veth", "peer", *ends[1])
+        if cable is None:
+            ends = [("name", CABLE, "netns", name) for name in names]
+            ip("link", "add", *ends[0], "type", "veth", "peer", *ends[1])
+        else:
+            relay = start_relay(cable, names)
         for name, address in zip(names, ADDRESSES, strict=True):
             ip("-n", name, "address", "add", f"{address}/24", "dev", CABLE)
             for device in "lo", CABLE:
                 ip("-n", name, "link", "set", device, "up")
         # The kernel takes up to a second to call it up, and UCX leaves it out until then.
-        while any("state UP" not in ip("-n", name, "link", "show", CABLE) for name in names):
+        state = "state UP" if cable is None else "state UNKNOWN"  # who is to know whether there is a relay?
+        while any(state not in ip("-n", name, "link", "show", CABLE) for name in names):
             time.sleep(0.05)
         yield names
     finally:
@@ -83,6 +97,26 @@ def two_hosts(label):
                     os.kill(int(pid), signal.SIGKILL)
         for name in made:
             ip("netns", "delete", name)
+        if relay is not None:
+            relay.kill()
+            relay.communicate()
+
+
+def start_relay(cable, names):
+    """Join the hosts by a process that carries what they send; return it."""
+    devices = [f"relay{secrets.token_hex(4)}{number}" for number in (1, 2)]  # 15 characters at most
+    command = [sys.executable, TESTS / "support" / "relay.py", *devices, *map(str, cable)]
+    relay = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        if relay.stdout.readline() != "made\n":
+            raise RuntimeError("the relay has not started: see what it printed")
+        for device, name in zip(devices, names, strict=True):
+            ip("link", "set", device, "netns", name, "name", CABLE)
+    except BaseException:
+        relay.kill()
+        relay.communicate()
+        raise
+    return relay
 
 
 def command_on(hosts, folder, python, ranks, arguments, **variables):

@@ -315,3 +315,16 @@ def test_an_error_raises_with_the_log(compiler):
         compile_planted("x[0] = undefined;")
     with pytest.raises(nvrtc.CompileError, match="absent"):
         nvrtc.compile_source("__global__ void there() {}", 90, ("absent",))
+
+
+@pytest.mark.parametrize("options", [("-DSTREAMING_STORES",), ("-DLOADS=8",)])
+def test_variants_that_the_sweep_tries(compiler, options):
+    """Those of gpu.py: they are compiled into what they are called."""
+    _, name = kernels.normalize("float16", 8, False, False, "RELU")
+    source = kernels.source("normalize.cu")
+    kernel = nvrtc.compile_source(source, 90, (name,), (*nvrtc.OPTIONS, *options)).kernels[name]
+    loads, stores = (8, 8) if "-DLOADS=8" in options else (LOADS, LOADS)
+    assert count_accesses(kernel, "ld", 16) == loads
+    assert sum(n for access, n in kernel.accesses.items() if re.match(r"st\.global\..*v4", access)) == stores
+    assert any(".cs." in access for access in kernel.accesses) == ("-DSTREAMING_STORES" in options)
+    assert not list(facts_of_resources(kernel, Instance.parse(name), 90))
