@@ -15,6 +15,7 @@ unless there is jitter: one step in 1,000 then takes 50 us more. The vector is t
     python scripts/benchmarks/scaling.py                # the whole table, some 15 minutes
     python scripts/benchmarks/scaling.py --quick        # 64 and 256 ranks, seconds
     python scripts/benchmarks/scaling.py --resnet50     # the 106 sums of a step of ResNet-50
+    python scripts/benchmarks/scaling.py --groups       # how long it takes to make groups
     python scripts/benchmarks/scaling.py --validate     # messages and bytes of real ranks, 2 to 8
 """
 
@@ -278,6 +279,16 @@ def hand_on(
                 program.send(ranks[number + bit], nbytes)
 
 
+def gather(programs: list[Program], ranks: Sequence[int], nbytes: float, cost: Cost) -> None:
+    """Add an allgather by doubling, among a power of two of ranks, of some bytes from each."""
+    for number, rank in enumerate(ranks):
+        program = programs[rank]
+        for k in range((len(ranks) - 1).bit_length()):
+            program.compute(cost.step)
+            program.send(ranks[number ^ 1 << k], nbytes * 2**k)
+            program.receive(ranks[number ^ 1 << k], nbytes * 2**k)
+
+
 def blocks(ranks: int, per_node: int) -> list[int]:
     """Return the node of each rank, placed in blocks."""
     return [rank // per_node for rank in range(ranks)]
@@ -335,14 +346,51 @@ def seconds_of(algorithm: str, ranks: int, per_node: int, channels: int, seed: i
     else:
         message, network = 4.0 * (2 * channels + 1), Network()
         extra = MERGE * ranks * 2 * channels
-        for rank, program in enumerate(programs):
-            for k in range((ranks - 1).bit_length()):
-                program.compute(cost.step)
-                program.send(rank ^ 1 << k, message * 2**k)
-                program.receive(rank ^ 1 << k, message * 2**k)
+        gather(programs, everyone, message, cost)
         ring = (ranks - 1) * (network.wire + 2 * network.processor + message / network.card)
         return min(ring, simulate(programs, nodes).seconds) + extra + cost.fixed
     return simulate(programs, nodes, seed=seed).seconds + extra + cost.fixed
+
+
+REQUEST = 13
+"""Numbers of the sum in which the ranks compare what they ask for."""
+MASK = 256
+"""Bytes by which MPI's ranks agree on a communicator's number: MPICH's."""
+NUMBER = 8
+"""Bytes from each rank to each: color and key in MPI_Comm_split, its host, its transport."""
+GROUP_RANKS = ((64, 8), (1024, 64), (4096, 64), (16384, 64))
+
+
+def round_of_requests(ranks: int, per_node: int) -> Outcome:
+    """Return what it takes all ranks to compare their requests and to split a communicator."""
+    nodes = blocks(ranks, per_node)
+    programs = ours(Schedule(nodes), REQUEST, 0, PYTHON)
+    gather(programs, range(ranks), NUMBER, IN_C)
+    doubling(programs, range(ranks), MASK, IN_C)
+    return simulate(programs, nodes)
+
+
+def first_use(ranks: int, per_node: int) -> Outcome:
+    """Return what the first sum of a group takes beside the sum, with the choice of a transport."""
+    nodes = blocks(ranks, per_node)
+    programs = [Program() for _ in range(ranks)]
+    doubling(programs, range(ranks), MASK, IN_C)
+    gather(programs, range(ranks), NUMBER, IN_C)
+    gather(programs, range(ranks), NUMBER, IN_C)
+    return simulate(programs, nodes)
+
+
+def groups(ranks: int, per_node: int) -> dict[str, float]:
+    """Return messages and bytes per rank and the milliseconds of making groups, of all ranks and by node."""
+    request, whole = round_of_requests(ranks, per_node), first_use(ranks, per_node)
+    node = first_use(per_node, per_node)
+    return {
+        "messages": (request.messages + whole.messages) / ranks,
+        "bytes": (request.nbytes + whole.nbytes) / ranks,
+        "one group": 1e3 * (request.seconds + whole.seconds),
+        "split_group": 1e3 * (request.seconds + node.seconds),
+        "new_group for each node": 1e3 * (ranks // per_node * request.seconds + node.seconds),
+    }
 
 
 def counted(nodes: Sequence[int], length: int, halvings: int) -> tuple[int, int]:
@@ -465,6 +513,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="64 and 256 ranks")
     parser.add_argument("--validate", action="store_true", help="count messages of real ranks, and no more")
     parser.add_argument("--resnet50", action="store_true", help="the sums of a step, and no more")
+    parser.add_argument("--groups", action="store_true", help="how long it takes to make groups, and no more")
     parser.add_argument("--output", type=Path, default=RESULTS, metavar="DIR", help="where the results go")
     parser.add_argument("--worker", metavar="NODES", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -488,6 +537,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(table(["ranks/per node", "ours", "doubling"], lines))
         name = "scaling-resnet" + "-quick" * options.quick
         save(options.output, name, circumstances(arguments, 1, ["numpy"]) | {"steps": steps}, None)
+        return 0
+    if options.groups:
+        made = [
+            {"ranks": ranks, "per_node": per_node, **groups(ranks, per_node)}
+            for ranks, per_node in GROUP_RANKS[: 2 if options.quick else None]
+        ]
+        print("\nMaking groups, simulated: messages and bytes that a rank sends, milliseconds\n")
+        names = list(made[0])[2:]
+        lines = [
+            [f"{each['ranks']}/{each['per_node']}", *(f"{each[name]:,.2f}" for name in names)]
+            for each in made
+        ]
+        print(table(["ranks/per node", *names], lines))
+        name = "scaling-groups" + "-quick" * options.quick
+        save(options.output, name, circumstances(arguments, 1, ["numpy"]) | {"groups": made}, None)
         return 0
     print(f"Assumptions: {Network()}\n  of the package: {PYTHON}\n  of MPI's own: {IN_C}")
     print(f"  merge {MERGE} s a number; ranks in blocks; jitter {JITTER}, the mean of {SEEDS} runs")

@@ -191,6 +191,15 @@ def test_scaling_counts_the_sums_of_resnet50(monkeypatch):
     assert within["ours"] < between["ours"] < 0.95 * between["doubling"]
 
 
+def test_scaling_counts_what_makes_groups(monkeypatch):
+    """Messages grow with the logarithm of ranks; groups at once cost what one does."""
+    scaling = imported(monkeypatch, "scaling")
+    few, many = scaling.groups(16, 4), scaling.groups(64, 4)
+    assert (few["messages"], many["messages"]) == (6 * 4, 6 * 6)
+    assert many["split_group"] < many["one group"]
+    assert many["new_group for each node"] > 10 * many["split_group"]
+
+
 @pytest.mark.long
 def test_simulated_sums_keep_their_targets(monkeypatch):
     """With 1024 channels, and no worse than doubling where vectors are short; nor is the choice far off."""

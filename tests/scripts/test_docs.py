@@ -121,6 +121,18 @@ def test_figures_of_the_simulation():
         assert shown[f"{step['ranks']:,}, {step['per_node']}"] == times
 
 
+def test_figures_of_making_groups():
+    shown, record = figures("scaling.md", "scaling-groups")
+    names = "one group", "split_group", "new_group for each node"
+    for made in record["groups"]:
+        cells = [
+            f"{made['messages']:.0f}",
+            f"{made['bytes'] / 1e3:.1f}",
+            *(f"{made[name]:.2f}" for name in names),
+        ]
+        assert shown[f"{made['ranks']:,} ranks, {made['per_node']} a node"] == cells
+
+
 def test_figures_of_the_readme_are_those_of_the_pages():
     (section,) = re.findall(
         r"(?ms)^## Accuracy, speed, memory$(.*?)^## ", (REPOSITORY / "README.md").read_text()
