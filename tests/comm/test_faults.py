@@ -216,7 +216,7 @@ def run_fatal_cases(library, ranks):
 @pytest.mark.parametrize(
     ("ranks", "case", "runner", "library"),
     [
-        (ranks, *key, library)
+        pytest.param(ranks, *key, library, marks=[pytest.mark.long] * (ranks == 4 and library != "this"))
         for library, ranks in COLUMNS
         for key, ending in ENDINGS.items()
         if is_run(ending, ranks, library)

@@ -77,7 +77,7 @@ def judge_memory_errors(found):
     assert len(exceptions) <= MOST_EXCEPTIONS
 
 
-@pytest.mark.parametrize("library", ["this", "lanes"])
+@pytest.mark.parametrize("library", ["this", pytest.param("lanes", marks=pytest.mark.long)])
 def test_memory_error_at_some_lines(library):
     judge_memory_errors(reports("MemoryError", "sample", library))
 

@@ -59,6 +59,7 @@ def test_cpu(tmp_path):
         assert result["peak"] >= 1  # y itself
 
 
+@pytest.mark.long
 def test_cpu_without_the_core(tmp_path):
     output, record = run("cpu.py", tmp_path, "--repeats", "2", "--kinds", "dense", "--isa", "numpy")
     assert "computed by: NumPy, as CUPY_SYNCBN_ISA says; 1 rank(s)" in output
@@ -66,6 +67,7 @@ def test_cpu_without_the_core(tmp_path):
     assert [result["shape"] for result in record["results"]] == [[8, 64], [64, 128], [256, 1024]]
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not TORCH, reason="measures a layer of torch, which is not installed")
 def test_cpu_of_the_torch_layer(tmp_path):
     output, record = run("cpu.py", tmp_path, "--repeats", "2", "--kinds", "dense", "--torch-layer")

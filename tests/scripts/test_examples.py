@@ -154,7 +154,7 @@ def test_a_training_loop_goes_on_from_its_checkpoint(tmp_path):
     check_training_loop(output)
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("ranks", [2, *(pytest.param(ranks, marks=pytest.mark.long) for ranks in (1, 4))])
 def test_domain_decomposition(ranks):
     status, output = run_example("domain_decomposition", ranks, deadline=200)
     assert status == 0, output

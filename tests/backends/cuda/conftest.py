@@ -16,7 +16,7 @@ RESULTS = pytest.StashKey()
 
 
 def pytest_collection_modifyitems(items):
-    """Put files that wait for the emulator's compiler behind all others, and then what waits for NVRTC."""
+    """Put files that wait for the emulator's compiler behind others, and then what waits for NVRTC."""
     if World().size == 1:
         waits = {}
         for item in items:
@@ -27,8 +27,10 @@ def pytest_collection_modifyitems(items):
 def _wait(item):
     fixtures = getattr(item, "fixturenames", ())
     if "compilations" in fixtures:
+        return 3
+    if "cupy" in fixtures:
         return 2
-    return int("cupy" in fixtures or item.path.name == "test_under_mpirun.py")
+    return int(item.path.name == "test_under_mpirun.py")  # the longest, beside which the others find room
 
 
 def pytest_collection_finish(session):
