@@ -15,7 +15,7 @@ PROGRAM = str(Path(__file__).with_name("soak.py"))
 
 
 @pytest.mark.parametrize("library", ["this", "other", "lanes"])
-@pytest.mark.parametrize("calls", [300, pytest.param(20_000, marks=pytest.mark.long)])
+@pytest.mark.parametrize("calls", [1000, pytest.param(20_000, marks=pytest.mark.long)])
 def test_healthy_calls(calls, library):
     python = other_python() if library == "other" else sys.executable
     arguments = ["-W", "error", "-m", "mpi4py", PROGRAM, str(calls)]

@@ -221,6 +221,20 @@ def test_simulated_sums_keep_their_targets(monkeypatch):
             assert chosen < 1.05 * min(times), (case, channels)
 
 
+@pytest.mark.launch
+def test_overlap(tmp_path):
+    script = str(REPOSITORY / "scripts" / "benchmarks" / "overlap.py")
+    _, status, output = launch(
+        sys.executable, 2, ["-m", "mpi4py", script, "--quick", "--output", str(tmp_path)], 120
+    )
+    assert status == 0, output
+    (path,) = tmp_path.glob("overlap-*-quick-*.json")
+    record = json.loads(path.read_text())
+    assert record["ranks"] == 2
+    assert list(record["ms"]) == ["computing", "sums", "behind", "started", "tested"]
+    assert record["ms"]["behind"] > record["ms"]["sums"] > 0
+
+
 def test_accuracy(tmp_path):
     if reason := cuda_emulator.available():
         pytest.skip(reason)
