@@ -3,8 +3,7 @@
     compute-sanitizer --tool memcheck --error-exitcode 1 python scripts/sanitize.py
 
 Results are compared with NumPy's in float64. Every array has its own allocation, so that a step over its end
-is a step out of bounds. From CuPy 14.2 on, kernels that have been compiled before are taken from its cache on
-disk; an older one, which keeps none that are named by expressions, compiles them again in every process:
+is a step out of bounds. Kernels that have been compiled before are taken from CuPy's cache on disk:
 
     python scripts/sanitize.py --compile    # compiles all, in parallel; prints registers and local memory
 

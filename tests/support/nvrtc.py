@@ -204,6 +204,14 @@ def compile_source(
         )
 
 
+def entries(source: str, architecture: int) -> set[str]:
+    """Return what the kernels of a source are called in its PTX."""
+    includes = [f"-I{_folder() / folder}" for folder in ("include", "include/cccl")]
+    with _Program(source) as program:
+        program.compile([f"-arch=compute_{architecture}", *OPTIONS, *includes], ())
+        return set(re.findall(r"\.entry (\w+)\(", program.output("PTX").decode()))
+
+
 def _with_counts(kernel: Kernel, counted: machine_code.Counts | None) -> Kernel:
     if counted is None:
         return kernel

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, TypeAlias
 import cupy
 import numpy as np
 
-from cupy_syncbn.backends.cuda import kernels
+from cupy_syncbn.backends.cuda import kernels, symbols
 from cupy_syncbn.backends.cuda.launch import THREADS, Launch, launch_for
 from cupy_syncbn.backends.interface import Affine, BatchSums, Epilogue, ParameterSums, Reduced, Running
 
@@ -84,9 +84,19 @@ def _multiprocessors(device: int) -> int:
 
 @functools.cache
 def _kernel(file: str, name: str) -> Any:
-    """Return a kernel: compiled at its first launch on a device; CuPy's cache on disk has it from 14.2 on."""
-    module = cupy.RawModule(code=kernels.source(file), options=kernels.OPTIONS, name_expressions=(name,))
-    return module.get_function(name)
+    """Return a kernel, compiled at its first launch on a device unless CuPy has it on disk."""
+    code = kernels.source(file)
+    if _keeps_expressions():
+        module = cupy.RawModule(code=code, options=kernels.OPTIONS, name_expressions=(name,))
+        return module.get_function(name)
+    module = cupy.RawModule(code=code + symbols.instantiation(name), options=kernels.OPTIONS)
+    return module.get_function(symbols.symbol(name))
+
+
+def _keeps_expressions() -> bool:
+    """Tell whether this CuPy keeps on disk what was compiled for name_expressions."""
+    major, minor, *_ = cupy.__version__.split(".")
+    return (int(major), int(minor)) >= (14, 2)
 
 
 class _Workspace:

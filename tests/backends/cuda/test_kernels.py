@@ -17,7 +17,7 @@ from test_launch import accesses
 
 import cuda_emulator as emulator
 from cupy_syncbn import SingleProcessGroup, sync_batch_norm, sync_batch_norm_backward
-from cupy_syncbn.backends.cuda import kernels
+from cupy_syncbn.backends.cuda import kernels, symbols
 from cupy_syncbn.backends.cuda import launch as launches
 from cupy_syncbn.backends.cuda.launch import THREADS, launch_for
 from cupy_syncbn.backends.interface import Affine, BatchSums, Epilogue, ParameterSums, Running
@@ -1214,3 +1214,30 @@ def test_more_than_2_to_the_31_elements(cupy, shape):
     if cupy.cuda.runtime.memGetInfo()[0] < 5 * 2 * np.prod(shape):
         pytest.skip("not enough memory for x, y, dy and dx")
     assert_periodic_step(cupy, shape, 1 << 22)
+
+
+@pytest.mark.parametrize(
+    ("version", "expressions"), [("13.6.0", False), ("14.1.1", False), ("15.0.0rc1", True)]
+)
+def test_sources_that_cupy_keeps_on_disk(cupy, monkeypatch, version, expressions):
+    """Before 14.2 those alone that are asked for without expressions: they make the instance themselves."""
+    asked = []
+
+    class Module:
+        def __init__(self, **arguments):
+            asked.append(arguments)
+
+        def get_function(self, name):
+            return name
+
+    monkeypatch.setattr(cupy, "__version__", version)
+    monkeypatch.setattr(cupy, "RawModule", Module)
+    for file, name in kernels.normalize("float16", 8, True, False, "RELU"), kernels.centered_squares():
+        found = the_backend()._kernel.__wrapped__(file, name)
+        assert found == (name if expressions else symbols.symbol(name))
+        (arguments,), asked[:] = asked, []
+        code, options = kernels.source(file), {"options": kernels.OPTIONS}
+        if expressions:
+            assert arguments == {"code": code, **options, "name_expressions": (name,)}
+        else:
+            assert arguments == {"code": code + symbols.instantiation(name), **options}

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import pytest
 
-from cupy_syncbn.backends.cuda import kernels
+from cupy_syncbn.backends.cuda import kernels, symbols
 from support import machine_code, nvrtc
 from support.launcher import REPOSITORY
 from support.missing import skip_without
@@ -328,3 +328,15 @@ def test_variants_that_the_sweep_tries(compiler, options):
     assert sum(n for access, n in kernel.accesses.items() if re.match(r"st\.global\..*v4", access)) == stores
     assert any(".cs." in access for access in kernel.accesses) == ("-DSTREAMING_STORES" in options)
     assert not list(facts_of_resources(kernel, Instance.parse(name), 90))
+
+
+@pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.long)])
+@pytest.mark.parametrize("file", kernels.FILES)
+def test_symbols_are_what_instances_are_called(compiler, file, every):
+    """In a source that makes one itself, as older releases of CuPy get it."""
+    for dtype in kernels.TYPES:
+        names = kernels.instances(file, dtype)
+        for name in names if every else (names[0], names[-1]):
+            found = nvrtc.entries(kernels.source(file) + symbols.instantiation(name), 90)
+            assert found - {symbols.CENTERED_SQUARES} == {symbols.symbol(name)} - {symbols.CENTERED_SQUARES}
+            assert symbols.symbol(name) in found
