@@ -490,7 +490,7 @@ def test_wrapping_forgets(world, rng):
     """A forward before it, as of a trial, had other weights."""
     model = network(rng)
     model.layers.append(BatchNorm1d(C, dtype="float64"))
-    ((x, dy),) = draw(rng, world, 1)
+    ((x, dy),) = draw(rng, world, 1, shape=(3 * world.size, C), split="even")  # of which each rank needs two
     model(x)
     parallel = DistributedDataParallel(model)
     with pytest.raises(RuntimeError, match="forward"):
