@@ -266,6 +266,11 @@ def compile_job(job: Job) -> Compiled:
     return compiled
 
 
+def prepare(job: Job) -> None:
+    """Let `compile_job` find a result: what another process returns would be memory of the tests' own."""
+    compile_job(job)
+
+
 @functools.cache
 def _cache() -> Path:
     default = Path(tempfile.gettempdir(), f"cupy_syncbn-nvrtc-{os.getuid()}")

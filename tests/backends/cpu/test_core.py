@@ -801,6 +801,17 @@ def repeat(call, times, is_wrong):
         raise AssertionError("it was taken")
 
 
+def left_behind(call, times, is_wrong):
+    """Return the bytes that Python has more of after some calls."""
+    tracemalloc.start()
+    try:
+        before, _ = tracemalloc.get_traced_memory()
+        repeat(call, times, is_wrong)
+        return tracemalloc.get_traced_memory()[0] - before
+    finally:
+        tracemalloc.stop()
+
+
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("most", [1000, pytest.param(10_000, marks=pytest.mark.long)])
 def test_calls_leave_nothing_behind(dtype, most, same_level):
@@ -811,13 +822,10 @@ def test_calls_leave_nothing_behind(dtype, most, same_level):
         watched = [*arguments, *arrays_in(arguments), TYPES[dtype], None, True, TypeError, ValueError, tuple]
         counts = [sys.getrefcount(each) for each in watched]
         gc.collect(0)
-        tracemalloc.start()
-        try:
-            before, _ = tracemalloc.get_traced_memory()
-            repeat(call, min(times, 200), is_wrong)
-            left = tracemalloc.get_traced_memory()[0] - before
-        finally:
-            tracemalloc.stop()
+        for _ in range(3):  # the thread of what is compiled ahead may take some, but not each time
+            left = left_behind(call, min(times, 200), is_wrong)
+            if left < 2000:
+                break
         assert left < 2000, f"{label} leaves {left} bytes behind"
         in_use = resident()
         repeat(call, times, is_wrong)

@@ -39,7 +39,7 @@ def pytest_collection_finish(session):
     session.stash[POOL] = pool = start_pool()
     for library in _emulators_libraries(session.items):
         pool.submit(cuda_emulator.build_all, [library])  # a test that needs one finds it, or the error
-    session.stash[RESULTS] = {job: pool.submit(nvrtc.compile_job, job) for job in _nvrtcs_jobs(session.items)}
+    session.stash[RESULTS] = {job: pool.submit(nvrtc.prepare, job) for job in _nvrtcs_jobs(session.items)}
 
 
 def _emulators_libraries(items):
