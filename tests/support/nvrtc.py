@@ -113,6 +113,10 @@ def _folder() -> Path:
     return Path(str(metadata.distribution(PACKAGES[0]).locate_file("nvidia/cu13")))
 
 
+def _includes() -> list[str]:
+    return [f"-I{_folder() / folder}" for folder in ("include", "include/cccl")]
+
+
 def _library_file() -> Path:
     return _folder() / "lib" / "libnvrtc.so.13"
 
@@ -188,9 +192,8 @@ def compile_source(
     CompileError
         With NVRTC's log, if the source or a name is in error.
     """
-    includes = [f"-I{_folder() / folder}" for folder in ("include", "include/cccl")]
     with _Program(source) as program:
-        program.compile([f"-arch=sm_{architecture}", *options, "--ptxas-options=-v", *includes], names)
+        program.compile([f"-arch=sm_{architecture}", *options, "--ptxas-options=-v", *_includes()], names)
         log, ptx, cubin = (program.output(kind) for kind in ("ProgramLog", "PTX", "CUBIN"))
         found = _kernels(log.decode(), ptx.decode())
         mangled = {program.mangled(name): name for name in names}
@@ -206,9 +209,8 @@ def compile_source(
 
 def entries(source: str, architecture: int) -> set[str]:
     """Return what the kernels of a source are called in its PTX."""
-    includes = [f"-I{_folder() / folder}" for folder in ("include", "include/cccl")]
     with _Program(source) as program:
-        program.compile([f"-arch=compute_{architecture}", *OPTIONS, *includes], ())
+        program.compile([f"-arch=compute_{architecture}", *OPTIONS, *_includes()], ())
         return set(re.findall(r"\.entry (\w+)\(", program.output("PTX").decode()))
 
 

@@ -832,7 +832,8 @@ def test_calls_leave_nothing_behind(dtype, most, same_level):
         times = 50 if is_wrong and most < 10_000 else most  # there are hundreds of wrong ones
         repeat(call, 3, is_wrong)
         watched = [*arguments, *arrays_in(arguments), TYPES[dtype], None, True, TypeError, ValueError, tuple]
-        for _ in range(4):  # the thread of what is compiled ahead leaves some as well, but not each time
+        # The thread of what is compiled ahead leaves some as well, but not each time. Planted bugs meet none.
+        for _ in range(1 if threading.active_count() == 1 else 4):
             found = left_behind(call, times, is_wrong, watched)
             if not found:
                 break
