@@ -215,13 +215,15 @@ def forward(
     if plan.uses_batch:
         step.needed += plan.has_squares
         vector, local_sums = backend.statistics(x, call.trailer(peers))  # -> (4C + 1 + trailer,)
-        step.sum(vector)
+        mailbox = step.sum(vector, kernel_follows=True)
         squares = None
         if plan.has_squares:  # once more, about the mean of all ranks
             step.expect(call.channels + trailer.LENGTH)
-            squares = backend.centered_squares(local_sums, vector, step.trailer())  # -> (C + trailer,)
-            step.sum(squares)
-        batch = BatchSums(vector, squares, peers.size)
+            squares = backend.centered_squares(
+                local_sums, vector, step.trailer(), mailbox
+            )  # -> (C + trailer,)
+            mailbox = step.sum(squares, kernel_follows=True)
+        batch = BatchSums(vector, squares, peers.size, mailbox)
 
     affine = Affine(arguments.weight, arguments.bias, settings.eps)
     length = 2 * call.channels + trailer.LENGTH
@@ -312,18 +314,17 @@ def backward(
         dy, x, normalization, dresidual, step.call.trailer(peers)
     )  # -> (2C + trailer,)
 
-    if plan.training:
-        step.sum(global_sums)
+    mailbox = step.sum(global_sums, kernel_follows=True) if plan.training else 0
     is_reduced = grad_reduction != "none"
     scale = 1 / peers.size if grad_reduction == "mean" else 1.0
     sums = global_sums if plan.training else None if saved.batch is None else local_sums
     if plan.training or not is_reduced:
         vector = global_sums if is_reduced else local_sums
         parameters = ParameterSums(vector, scale, plan.weight_type, plan.bias_type)
-        weight, bias = backend.input_gradient(gradient, x, normalization, dx, sums, parameters)
+        weight, bias = backend.input_gradient(gradient, x, normalization, dx, sums, parameters, mailbox)
     else:  # each rank's statistics are its own, and so are the factors of its gradients
         parameters = ParameterSums(local_sums, 1.0, _summed(plan.weight_type), _summed(plan.bias_type))
-        weight, bias = backend.input_gradient(gradient, x, normalization, dx, sums, parameters)
+        weight, bias = backend.input_gradient(gradient, x, normalization, dx, sums, parameters, mailbox)
         weight, bias = _sum_parameters(global_sums, weight, bias, scale, plan, step)
     if is_copy:
         result[...] = layout.as_batch(dx)

@@ -28,6 +28,8 @@ class BatchSums(NamedTuple):
     squares: Array | None = None
     """The second vector, of float64 data."""
     ranks: int = 1
+    mailbox: int = 0
+    """As an argument of `Backend.input_gradient`, for the trailer of the last of these sums."""
 
 
 class Affine(NamedTuple):
@@ -90,10 +92,12 @@ class Backend(Protocol):
     def statistics(self, x: Array, trailer: tuple[float, ...]) -> tuple[Array, Any]:
         """Reduce `x` to the vector of the forward; also return the argument of `centered_squares`."""
 
-    def centered_squares(self, local_sums: Any, vector: Array, trailer: tuple[float, ...]) -> Array:
+    def centered_squares(
+        self, local_sums: Any, vector: Array, trailer: tuple[float, ...], mailbox: int
+    ) -> Array:
         """Return the second vector of float64 data, ``[Σ(x - mean)² (C) | trailer]``.
 
-        The mean is that of the `vector` which the ranks have added up.
+        The mean is that of the `vector` which the ranks have added up, whose trailer is for the mailbox.
         """
 
     def normalize(
@@ -128,8 +132,11 @@ class Backend(Protocol):
         dx: Array,
         sums: Array | None,
         parameters: ParameterSums,
+        mailbox: int,
     ) -> tuple[Array | None, Array | None]:
         """Write dx, which may be `gradient`, by the vector `sums`, None where the statistics were constants.
 
+        `mailbox` is an address in the host's memory to which a kernel copies the trailer of `sums`; 0 where
+        the host has seen that, as always on a CPU.
         Returns the gradients of weight and bias in the types asked for, None for None.
         """

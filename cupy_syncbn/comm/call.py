@@ -81,6 +81,8 @@ class Collective(SimpleNamespace, contextlib.AbstractContextManager["Collective"
     """Whether, after the first sum, the other ranks wait in messages that no trailer ends."""
     _done = 0
     _length = -1  # not entered yet
+    _mailed: tuple[Array, Array] | None = None
+    """The trailer of a sum that the next kernel copies to a mailbox, and that."""
 
     def enter(self, call: Call, group: ProcessGroup, length: int, arrays: tuple[Any, ...] = ()) -> None:
         """Say what call this is, and in which sum the other ranks wait."""
@@ -101,10 +103,17 @@ class Collective(SimpleNamespace, contextlib.AbstractContextManager["Collective"
         return self.call.trailer(self.group)
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        return None if error is None else self.fail(error)
+        if error is not None:
+            self.fail(error)
+        elif self._mailed:
+            self._look_behind_kernel()
 
     def fail(self, error: BaseException) -> None:
         """Tell the other ranks of an error, if they wait for this one, and name the call in a timeout."""
+        if self._mailed:  # who knows if the kernel was launched
+            ending, self._mailed = self._mailed[0], None
+            with contextlib.suppress(Exception):  # such as no memory, or an error of the GPU
+                self._raise_fault_later(ending)
         if self._length < 0:
             try:
                 self.enter(*self.describe())
@@ -122,23 +131,35 @@ class Collective(SimpleNamespace, contextlib.AbstractContextManager["Collective"
             elif done < self.needed:
                 self._tell_others(error)
 
-    def sum(self, vector: Array) -> None:
-        """Replace `vector` by its sum, and raise the error that its trailer tells of (**collective**)."""
+    def sum(self, vector: Array, kernel_follows: bool = False) -> int:
+        """Replace `vector` by its sum, and raise the error that its trailer tells of (**collective**).
+
+        Where a GPU has the sum, and the host does not wait for it, the trailer is looked at later. If
+        `kernel_follows`, the next kernel copies it to the host, at the address returned, if that is not 0:
+        so no copy stands between the two.
+        """
         group = self.group
         size = group.size
         if size == 1:
-            return
+            return 0
+        if self._mailed:
+            self._look_behind_kernel()
         ending = group.allreduce_checked(vector)[FAULT:]
         self._done += 1
         if type(ending) is not np.ndarray:
-            self._raise_fault_later(ending)
-            return
+            mailbox = group.mailbox() if kernel_follows else None
+            if mailbox is None:
+                self._raise_fault_later(ending)
+                return 0
+            self._mailed = ending, mailbox
+            return int(mailbox.ctypes.data)
         fault, low, low_square, high, high_square = found = ending.tolist()
         # As `trailer.is_sound`, without a call of it.
         if fault or size * low_square != low * low or size * high_square != high * high:
             error = self._fault(found, details=True)
             _note_hearers(error, group)
             raise error
+        return 0
 
     def _tell_others(self, error: Exception) -> None:
         """Join the sum in which the other ranks wait, with a fault flag: they raise RemoteRankError."""
@@ -178,9 +199,15 @@ class Collective(SimpleNamespace, contextlib.AbstractContextManager["Collective"
             "all ranks must call the same layers in the same order"
         )
 
-    def _raise_fault_later(self, ending: Array) -> None:
+    def _look_behind_kernel(self) -> None:
+        """Let the group look at a mailbox, when the kernel has ended that was launched since the sum."""
+        if self._mailed:
+            (ending, mailbox), self._mailed = self._mailed, None
+            self._raise_fault_later(ending, mailbox)
+
+    def _raise_fault_later(self, ending: Array, mailbox: Array | None = None) -> None:
         call, group = self.call, self.group
-        group.defer(ending, functools.partial(_check, call, group), call)
+        group.defer(ending, functools.partial(_check, call, group), call, mailbox)
 
 
 def _check(call: Call, group: ProcessGroup, ending: list[float]) -> None:

@@ -121,8 +121,17 @@ class ProcessGroup(ABC):
     def abandon(self, error: BaseException) -> None:  # noqa: B027, most have no messages to leave
         """Leave messages in which the other ranks wait, after an error here, and tell them."""
 
-    def defer(self, trailer: Array, check: Callable[[list[float]], None], call: object) -> None:
-        """Show the trailer of a sum on the GPU to `check`, which may raise: now, or by NCCL later."""
+    def mailbox(self) -> Array | None:
+        """Return memory of the host for a trailer, which `defer` looks at later; None if it never does."""
+        return None
+
+    def defer(
+        self, trailer: Array, check: Callable[[list[float]], None], call: object, mailbox: Array | None = None
+    ) -> None:
+        """Show the trailer of a sum on the GPU to `check`, which may raise: now, or by NCCL later.
+
+        Work that has been enqueued on the current stream copies it to the mailbox, if there is one.
+        """
         check(trailer.tolist())
 
     def check_errors(self) -> None:  # noqa: B027, most have nothing to do
@@ -344,8 +353,13 @@ class MPIProcessGroup(ProcessGroup):
     def abandon(self, error: BaseException) -> None:
         self._opened().leave(error)
 
-    def defer(self, trailer: Array, check: Callable[[list[float]], None], call: object) -> None:
-        self._transport.defer(trailer, check, call)
+    def mailbox(self) -> Array | None:
+        return self._transport.mailbox()
+
+    def defer(
+        self, trailer: Array, check: Callable[[list[float]], None], call: object, mailbox: Array | None = None
+    ) -> None:
+        self._transport.defer(trailer, check, call, mailbox)
 
     def check_errors(self) -> None:
         if "_transport" in vars(self):

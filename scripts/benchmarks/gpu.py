@@ -483,7 +483,7 @@ class Kernels:
         global_sums, local_sums, gradient = self.sums[i]
         parameters = ParameterSums(local_sums, 1.0, self.weight.dtype, self.bias.dtype)
         return self.backend.input_gradient(
-            gradient, self.x[i], self.normalization[i], self.dx[i], global_sums, parameters
+            gradient, self.x[i], self.normalization[i], self.dx[i], global_sums, parameters, 0
         )
 
     def copy(self, i: int) -> None:

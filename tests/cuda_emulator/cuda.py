@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 
 from . import work
-from .runtime import EmulatorError
+from .runtime import EmulatorError, native
 
 _INVALID_DEVICE, _NOT_READY, _STREAM_CAPTURE_UNSUPPORTED, _CAPTURED_EVENT = 101, 600, 900, 907
 
@@ -280,7 +280,10 @@ _pinned = weakref.WeakValueDictionary()  # address: memory
 def alloc_pinned_memory(size):
     """Return poisoned host memory with the buffer protocol; as CuPy's, it is larger than asked for."""
     nbytes = max(1, -(-size // _PINNED_UNIT)) * _PINNED_UNIT
-    memory = _pinned_type(nbytes)()
+    # Of the runtime, as kernels may read and write it.
+    address = native().emu_allocate(nbytes, b"pinned memory", ctypes.byref(ctypes.c_void_p()))
+    memory = _pinned_type(nbytes).from_address(address)
+    weakref.finalize(memory, native().emu_free, address).atexit = False
     ctypes.memset(memory, 0xFF, nbytes)
     pinned.allocations += 1
     _pinned[memory.ptr] = memory
@@ -292,13 +295,18 @@ def _pinned_type(nbytes):
     return type("PinnedMemoryPointer", (ctypes.c_ubyte * nbytes,), properties)
 
 
+def find_pinned(address):
+    """Return the pinned memory that `address` lies in, or None."""
+    return next((m for base, m in list(_pinned.items()) if base <= address < base + len(m)), None)
+
+
 def when_copied(array):
     """Return a function that returns an array of the host when a copy to or from it takes place.
 
     CUDA copies pinned memory when the stream comes to it, and knows nothing of who has freed it since.
     """
     address = array.ctypes.data
-    memory = next((m for base, m in list(_pinned.items()) if base <= address < base + len(m)), None)
+    memory = find_pinned(address)
     if memory is None:
         return lambda: array
     owner, offset = weakref.ref(memory), address - memory.ptr

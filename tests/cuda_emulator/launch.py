@@ -3,11 +3,12 @@
 import ctypes
 import functools
 import subprocess
+import weakref
 
 import numpy as np
 
 from . import build, prepass
-from .cuda import Device, submit
+from .cuda import Device, find_pinned, submit
 from .device_array import ndarray
 from .runtime import (
     ALLOW_EXITED,
@@ -145,8 +146,14 @@ class RawKernel:
         arrays = {
             number: array._for_work() for number, array in enumerate(args) if isinstance(array, ndarray)
         }
+        pinned = {number: weakref.ref(memory) for number, memory in self._pinned_among(args)}
 
         def launch():
+            for number, memory in pinned.items():
+                if memory() is None:
+                    raise EmulatorError(
+                        f"{self.name}: argument {number}, pinned memory, was freed before the launch"
+                    )
             self._launch(grid, block, arrays, packed, config)
 
         submit(launch)
@@ -208,12 +215,18 @@ class RawKernel:
             return self._pack_array(number, argument, parameter)
         scalar = _as_cupy_packs(argument)
         if parameter.is_pointer:
-            if scalar.dtype == np.int64 and scalar == 0:
-                return ctypes.c_void_p(0)
+            if scalar.dtype == np.int64 and (scalar == 0 or find_pinned(scalar)):
+                return ctypes.c_void_p(int(scalar))
             self._refuse(number, parameter, f"{scalar.dtype.name} {scalar}, no address")
         if scalar.dtype.name != parameter.dtype:
             self._refuse(number, parameter, f"{scalar.dtype.name} {scalar}")
         return ctypes.create_string_buffer(scalar.tobytes(), scalar.itemsize)
+
+    def _pinned_among(self, args):
+        """Return the arguments that are addresses of pinned memory, with their numbers."""
+        for number, (argument, parameter) in enumerate(zip(args, self._parameters, strict=True)):
+            if parameter.is_pointer and isinstance(argument, int) and argument:
+                yield number, find_pinned(argument)
 
     def _pack_array(self, number, array, parameter):
         if not parameter.is_pointer:

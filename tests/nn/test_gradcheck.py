@@ -162,7 +162,7 @@ def test_wrong_gradient_is_found(world, rng, monkeypatch):
     monkeypatch.setattr(
         operations,
         "input_gradient",
-        lambda g, x, n, dx, sums, parameters: whole(g, x, n, dx, None, parameters),
+        lambda g, x, n, dx, sums, parameters, mailbox: whole(g, x, n, dx, None, parameters, mailbox),
     )
     with pytest.raises(AssertionError, match="'x'"):
         check(world, rng, "training", "none", (None, False, True, False, ()), "even", "cpu")

@@ -193,7 +193,7 @@ def compute(operations, case, inputs, given=None):
     if case.training:
         of_ranks, squares = (given or results)["vector"].copy(), None
         if x.dtype.itemsize == 8:
-            results["squares"] = operations.centered_squares(local, of_ranks, TRAILER)
+            results["squares"] = operations.centered_squares(local, of_ranks, TRAILER, 0)
             squares = (given or results)["squares"].copy()
         batch = BatchSums(of_ranks, squares)
     tracked = np.array(case.seed % 9)
@@ -226,6 +226,7 @@ def compute(operations, case, inputs, given=None):
         dx,
         of_ranks if case.training else None,
         ParameterSums(of_ranks, 1 / 3, *types),
+        0,
     )  # fmt: skip
     results |= {"dx": dx} | ({} if weight is None else {"dweight": dweight, "dbias": dbias})
     memory.check()

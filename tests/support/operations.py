@@ -49,7 +49,7 @@ def local_batch(operations, x):
     assert_identical(vector[-5:], np.array(TRAILER))
     squares = None
     if x.dtype.itemsize == 8:
-        squares = operations.centered_squares(local_sums, vector, TRAILER)
+        squares = operations.centered_squares(local_sums, vector, TRAILER, 0)
         assert_identical(squares[-5:], np.array(TRAILER))
     return BatchSums(vector, squares)
 
@@ -88,7 +88,7 @@ def backward(operations, done, dy, *, scale=1.0, weight_type=np.float64, bias_ty
     assert not np.shares_memory(local_sums, sums)
     parameters = ParameterSums(local_sums, scale, weight_type, bias_type)
     used = None if done.batch is None else sums
-    dweight, dbias = operations.input_gradient(gradient, done.x, done.normalization, dx, used, parameters)
+    dweight, dbias = operations.input_gradient(gradient, done.x, done.normalization, dx, used, parameters, 0)
     return Backward(dx, dresidual, dweight, dbias, sums)
 
 

@@ -98,7 +98,9 @@ def statistics(x: Array, trailer: tuple[float, ...]) -> tuple[Array, _LocalSums]
     return np.concatenate([*sums, [n, *trailer]]), local
 
 
-def centered_squares(local_sums: _LocalSums, vector: Array, trailer: tuple[float, ...]) -> Array:
+def centered_squares(
+    local_sums: _LocalSums, vector: Array, trailer: tuple[float, ...], mailbox: int
+) -> Array:
     """Return the vector [Σ(x - mean)² (C) | trailer] about the mean over all ranks, for float64 data."""
     n, shift, sum_, square = local_sums
     mean, _, _ = moments(vector, shift.size)
@@ -277,6 +279,7 @@ def input_gradient(
     dx: Array,
     sums: Array | None,
     parameters: ParameterSums,
+    mailbox: int,
 ) -> tuple[Array | None, Array | None]:
     """Write dx, and return the gradients of weight and bias.
 

@@ -265,12 +265,12 @@ def statistics(x: Array, trailer: tuple[float, ...]) -> tuple[Array, _Local | No
     return vector, local
 
 
-def centered_squares(local: _Local, vector: Array, trailer: tuple[float, ...]) -> Array:
+def centered_squares(local: _Local, vector: Array, trailer: tuple[float, ...], mailbox: int) -> Array:
     """Return the vector [Σ(x - mean)² (C) | trailer] about the mean over all ranks, for float64 data."""
     C = local.sums.shape[1]
     squares = cupy.empty(C + len(trailer), "float64")
     _kernel(*kernels.centered_squares())(
-        (-(-C // THREADS),), _BLOCK, (local.sums, vector, local.n, C, squares, *map(float, trailer))
+        (-(-C // THREADS),), _BLOCK, (local.sums, vector, local.n, C, squares, *map(float, trailer), mailbox)
     )
     return squares
 
@@ -302,7 +302,7 @@ def normalize(
     x: Array, y: Array, batch: BatchSums | None, running: Running | None, affine: Affine, epilogue: Epilogue
 ) -> tuple[_Normalization, list[Callable[[], object]]]:
     """Write y by the statistics of the batch, which update the running ones, or without one by these."""
-    vector, squares, ranks = batch or (None, None, 0)
+    vector, squares, ranks, mailbox = batch or (None, None, 0, NULL)
     mean, var, tracked, momentum = running or (None, None, None, 0.0)
     weight, bias, eps = affine
     residual: Any = epilogue.residual
@@ -341,6 +341,7 @@ def normalize(
             passes.as_slope(slope or 0.0),
             saved,
             counters,
+            mailbox,
         ),
     )
     activation = kernels.activation_of(slope, inverted=epilogue.in_place)
@@ -392,6 +393,7 @@ def input_gradient(
     dx: Array,
     sums: Array | None,
     parameters: ParameterSums,
+    mailbox: int,
 ) -> tuple[Array | None, Array | None]:
     """Write dx, and return the gradients of weight and bias."""
     C = x.shape[1]
@@ -416,6 +418,7 @@ def input_gradient(
             NULL if dweight is None else dweight,
             NULL if dbias is None else dbias,
             _flags(x.dtype, weight_type, bias_type),
+            mailbox,
         ),
     )
     return dweight, dbias

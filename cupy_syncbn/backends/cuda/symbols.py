@@ -13,12 +13,12 @@ from cupy_syncbn.backends.cuda.kernels import ACTIVATIONS, INVERTED
 
 PARAMETERS = {
     "statistics": "PKT_xxxxxxxxPdS3_dddddS3_Pj",
-    "normalize": "PKT_PS1_S3_PhxxxxxxxxPKdS7_PKvS9_PvSA_PxxdxdN13AccumulatorOfIS1_E4typeEPdPj",
+    "normalize": "PKT_PS1_S3_PhxxxxxxxxPKdS7_PKvS9_PvSA_PxxdxdN13AccumulatorOfIS1_E4typeEPdPjSD_",
     "reduce_gradients": "PKT_S3_PS1_PKhxxxxxxxxPKdN13AccumulatorOfIS1_E4typeEPdSC_dddddSC_Pj",
-    "input_gradient": "PKT_S3_PS1_PKhxxxxxxxxPKdN13AccumulatorOfIS1_E4typeES8_S8_dPvSC_x",
+    "input_gradient": "PKT_S3_PS1_PKhxxxxxxxxPKdN13AccumulatorOfIS1_E4typeES8_S8_dPvSC_xPd",
 }
 """The kernels' parameters for data of a built-in type; tests compare them with NVRTC's."""
-CENTERED_SQUARES = "_Z16centered_squaresPKdS0_dxPdddddd"
+CENTERED_SQUARES = "_Z16centered_squaresPKdS0_dxPddddddS1_"
 
 _BUILT_IN = {"float": "f", "double": "d"}
 _DIGITS = string.digits + string.ascii_uppercase

@@ -64,7 +64,12 @@ class Transport(ABC):
         vector[FAULT:] = trailer
         return self.allreduce_checked(import_cupy().asarray(vector))
 
-    def defer(self, trailer: Array, check: Callable[[list[float]], None], call: object) -> None:
+    def mailbox(self) -> Array | None:
+        return None
+
+    def defer(
+        self, trailer: Array, check: Callable[[list[float]], None], call: object, mailbox: Array | None = None
+    ) -> None:
         check(trailer.tolist())
 
     def check_errors(self) -> None:  # noqa: B027, most have raised them

@@ -19,6 +19,7 @@ from cupy_syncbn.arrays import import_cupy
 from cupy_syncbn.comm.clock import RunningClock
 from cupy_syncbn.comm.errors import CollectiveTimeoutError
 from cupy_syncbn.comm.small_objects import SIZE, number_of
+from cupy_syncbn.comm.trailer import LENGTH
 from cupy_syncbn.comm.transports.base import Array, HostGroup, Transport, missing_for_cupy
 
 _PERIOD = 0.1  # seconds between two looks at the operations
@@ -86,13 +87,21 @@ class NCCL(Transport):
         if buffer.size:
             self._operations.enqueue(enqueue, buffer, import_cupy().cuda.get_current_stream())
 
-    def defer(self, trailer: Array, check: Callable[[list[float]], None], call: object) -> None:
-        cupy = import_cupy()
-        pinned = np.frombuffer(cupy.cuda.alloc_pinned_memory(trailer.nbytes), trailer.dtype, trailer.size)
-        pinned[:] = 0
-        trailer.get(out=pinned, blocking=False)
-        operation = _Operation(call, lambda: check(pinned.tolist()))
-        if not self._operations.add(operation, cupy.cuda.get_current_stream()):
+    def mailbox(self) -> Array:
+        # CUDA lets kernels write to pinned memory at the address that the host has for it.
+        memory = import_cupy().cuda.alloc_pinned_memory(LENGTH * np.dtype(np.float64).itemsize)
+        mailbox = np.frombuffer(memory, np.float64, LENGTH)
+        mailbox[:] = 0  # of a graph that was captured and not launched, nothing is wrong
+        return mailbox
+
+    def defer(
+        self, trailer: Array, check: Callable[[list[float]], None], call: object, mailbox: Array | None = None
+    ) -> None:
+        told = self.mailbox() if mailbox is None else mailbox
+        if mailbox is None:
+            trailer.get(out=told, blocking=False)
+        operation = _Operation(call, lambda: check(told.tolist()))
+        if not self._operations.add(operation, import_cupy().cuda.get_current_stream()):
             self._captured.append(operation)
 
     def check_errors(self) -> None:

@@ -319,7 +319,7 @@ def test_bits_of_the_cuda_kernels(cupy, dtype, shape, epilogue, training):
     inputs = inputs_of(case)
     C = shape[1]
     vector, local = native.statistics(inputs.x, trailer)
-    squares = native.centered_squares(local, vector, trailer) if dtype == "float64" else None
+    squares = native.centered_squares(local, vector, trailer, 0) if dtype == "float64" else None
     results, given = [], None
     for operations, take, host in (native, np.array, np.asarray), (cuda, cupy.asarray, lambda a: a.get()):
         x, dy, added, weight, bias, mean, var = (None if a is None else take(a) for a in inputs)
@@ -339,7 +339,7 @@ def test_bits_of_the_cuda_kernels(cupy, dtype, shape, epilogue, training):
         given = host(sums) if given is None else given
         parameters = ParameterSums(take(given), 1 / 3, weight.dtype, bias.dtype)
         used = take(given) if training else None
-        dweight, dbias = operations.input_gradient(gradient, x, normalization, dx, used, parameters)
+        dweight, dbias = operations.input_gradient(gradient, x, normalization, dx, used, parameters, 0)
         found = {"y": y, "dx": dx, "dweight": dweight, "dbias": dbias, "mean": mean, "var": var}
         found |= {"tracked": tracked} | ({"dresidual": dresidual} if residual else {})
         results.append({name: host(array) for name, array in found.items()})
@@ -474,7 +474,7 @@ def calls_of(dtype):
     squares = np.ones(3)
     tracked = np.array(3)
     y, dresidual, dx = (np.full_like(x, 7) for _ in "123")
-    batch, running = (vector, squares, 1), (mean, var, tracked, 0.1)
+    batch, running = (vector, squares, 1, 0), (mean, var, tracked, 0.1)
     affine, epilogue = (weight, bias, 1e-5), (residual, 0.0, False)
     record, _ = _core.normalize(x, np.empty_like(x), batch, running, affine, epilogue)
     sums, _, gradient = _core.reduce_gradients(dy, x, record, np.empty_like(x), TRAILER)
@@ -502,7 +502,7 @@ def calls_of(dtype):
     calls = {
         "statistics": ((x, TRAILER), {0: {(): [w for w in tensor(x) if not is_right(w)]}, 1: of_trailer}),
         "centered_squares": (
-            (local, vector, TRAILER),
+            (local, vector, TRAILER, 0),
             {0: {(): wrong_vectors(local)}, 1: {(): wrong_vectors(vector)}, 2: of_trailer},
         ),
         "normalize": (
@@ -547,7 +547,7 @@ def calls_of(dtype):
             },
         ),
         "input_gradient": (
-            (gradient, x, record, dx, sums, parameters),
+            (gradient, x, record, dx, sums, parameters, 0),
             {
                 0: {(): tensor(gradient)},
                 1: {(): tensor(x)},
@@ -580,8 +580,8 @@ def calls_of(dtype):
         ("normalize", (x, y, batch, running, affine, (front, 0.0, False)), 1, [front, *shifted]),
         ("reduce_gradients", (front, x, record, dresidual, TRAILER), 3, [front, *shifted]),
         ("reduce_gradients", (dy, front, record, dresidual, TRAILER), 3, [front, *shifted]),
-        ("input_gradient", (front, x, record, dx, sums, parameters), 3, shifted),
-        ("input_gradient", (gradient, front, record, dx, sums, parameters), 3, [front, *shifted]),
+        ("input_gradient", (front, x, record, dx, sums, parameters, 0), 3, shifted),
+        ("input_gradient", (gradient, front, record, dx, sums, parameters, 0), 3, [front, *shifted]),
     ]
     return calls, overlaps
 
@@ -703,7 +703,7 @@ def test_sizes_beyond_memory(shape):
     for call in (
         lambda: _core.statistics(x, TRAILER),
         lambda: _core.normalize(x, x, None, running, (None, None, 0.0), (None, 0.0, False)),
-        lambda: _core.normalize(x, x, (vector, None, 1), None, (None, None, 0.0), (x[:], 0.0, False)),
+        lambda: _core.normalize(x, x, (vector, None, 1, 0), None, (None, None, 0.0), (x[:], 0.0, False)),
         lambda: _core.reduce_gradients(x, x, (vector, None, False, None, False), None, TRAILER),
     ):
         try:
@@ -745,14 +745,14 @@ def test_the_lock_is_released():
     try:
         y = np.empty_like(x)
         vector, _ = _core.statistics(x, TRAILER)
-        batch, affine = (vector, None, 1), (None, None, 1e-5)
+        batch, affine = (vector, None, 1, 0), (None, None, 1e-5)
         record, _ = _core.normalize(x, y, batch, None, affine, (None, 0.0, False))
         sums, _, g = _core.reduce_gradients(x, x, record, None, TRAILER)
         passes = {
             "statistics": lambda: _core.statistics(x, TRAILER),
             "normalize": lambda: _core.normalize(x, y, batch, None, affine, (None, 0.0, False)),
             "reduce_gradients": lambda: _core.reduce_gradients(x, x, record, None, TRAILER),
-            "input_gradient": lambda: _core.input_gradient(g, x, record, y, sums, (sums, 1.0, None, None)),
+            "input_gradient": lambda: _core.input_gradient(g, x, record, y, sums, (sums, 1.0, None, None), 0),
         }
         # On a busy machine the thread may not come in time: it has many turns.
         for name, function in passes.items():
@@ -848,14 +848,16 @@ def test_calls_leave_no_memory_behind():
 
     def call_all():
         vector, _ = _core.statistics(x, TRAILER)
-        record, _ = _core.normalize(x, y, (vector, None, 1), running, (None, None, 0.1), (None, None, False))
+        record, _ = _core.normalize(
+            x, y, (vector, None, 1, 0), running, (None, None, 0.1), (None, None, False)
+        )
         sums, _, g = _core.reduce_gradients(x, x, record, None, TRAILER)
-        _core.input_gradient(g, x, record, y, sums, (sums, 1.0, None, None))
+        _core.input_gradient(g, x, record, y, sums, (sums, 1.0, None, None), 0)
         for wrong in ("i4", "O"):
             with pytest.raises(TypeError):
-                _core.input_gradient(g, x, record, y, sums, (sums, 1.0, wrong, None))
+                _core.input_gradient(g, x, record, y, sums, (sums, 1.0, wrong, None), 0)
             with pytest.raises(TypeError):
-                _core.normalize(x, y, (vector, None, 1), running, (None, None, 0.1), (None, wrong, False))
+                _core.normalize(x, y, (vector, None, 1, 0), running, (None, None, 0.1), (None, wrong, False))
 
     for _ in range(50):
         call_all()
@@ -918,12 +920,12 @@ def test_more_than_2_to_the_31_elements(shape):
     sums, _, gradient = native.reduce_gradients(x, x, plain, None, TRAILER)
     np.testing.assert_allclose(sums[:C], mean * count, rtol=1e-4)
     parameters = ParameterSums(sums, 1.0, None, None)
-    native.input_gradient(gradient, x, plain, y, sums, parameters)
+    native.input_gradient(gradient, x, plain, y, sums, parameters, 0)
     for part, cut in zip(parts, cuts, strict=True):
         out, unused = np.empty_like(cut), np.empty_like(cut)
         record = specification.normalize(cut, unused, batch, None, affine, Epilogue())[0]
         given = specification.reduce_gradients(cut, cut, record, None, TRAILER).gradient
-        specification.input_gradient(given, cut, record, out, sums, parameters)
+        specification.input_gradient(given, cut, record, out, sums, parameters, 0)
         assert_identical(np.ascontiguousarray(y[part]), out)
 
 
@@ -1008,6 +1010,6 @@ def test_few_values_among_2_to_the_31_zeros(walk, dtype):
             assert gradient is dy  # of 16 bits behind a leaky ReLU: y can be written over
         y.fill(np.nan)
         parameters = ParameterSums(few_sums, 1.0, None, None)
-        native.input_gradient(gradient, x, record, y, few_sums, parameters)
-        specification.input_gradient(few_gradient, few_x, few_record, few_dx, few_sums, parameters)
+        native.input_gradient(gradient, x, record, y, few_sums, parameters, 0)
+        specification.input_gradient(few_gradient, few_x, few_record, few_dx, few_sums, parameters, 0)
         check(y, few_dx, "dx")

@@ -506,21 +506,60 @@ def test_momentum(cupy, dtypes, momentum):
                 assert_close(var.get(), reference.running_var)
 
 
-@pytest.mark.parametrize(
-    "trailer",
-    [(1.0, 7, 49, 5, 25), (0.0, 7, 50, 5, 25), (0.0, 7, 49, 5, 26), (np.nan, 7, 49, 5, 25)],
-    ids=str,
-)
-def test_fault_of_another_rank(cupy, trailer):
-    """The host may learn of it later: running statistics stay as they were."""
-    backend, step = the_backend(), make_step((5, 33, 7))
-    x, y = cupy.asarray(step.x), cupy.empty(step.x.shape, "float32")
+UNSOUND = [(1.0, 7, 49, 5, 25), (0.0, 7, 50, 5, 25), (0.0, 7, 49, 5, 26), (np.nan, 7, 49, 5, 25)]
+
+
+def assert_unchanged_by(cupy, dtypes, *trailers):
+    """Running statistics stay as they were, if the trailers of the sums tell of a fault."""
+    backend, step = the_backend(), make_step((5, 33, 7), dtypes)
+    x, y = cupy.asarray(step.x), cupy.empty(step.x.shape, step.x.dtype)
     arrays = cupy.array(step.running_mean), cupy.array(step.running_var), cupy.array(np.int64(3))
-    vector, _ = backend.statistics(x, trailer)
-    backend.normalize(x, y, BatchSums(vector), Running(*arrays), Affine(), Epilogue())
+    vector, local = backend.statistics(x, trailers[0])
+    squares = backend.centered_squares(local, vector, trailers[1], 0) if local else None
+    backend.normalize(x, y, BatchSums(vector, squares), Running(*arrays), Affine(), Epilogue())
     assert_identical(arrays[0].get(), step.running_mean)
     assert_identical(arrays[1].get(), step.running_var)
     assert int(arrays[2]) == 3
+
+
+@pytest.mark.parametrize("trailer", UNSOUND, ids=str)
+def test_fault_of_another_rank(cupy, trailer):
+    """The host may learn of it later; of the two sums of float64 data either may tell of it."""
+    assert_unchanged_by(cupy, "float32", trailer)
+    assert_unchanged_by(cupy, "float64", trailer, TRAILER)
+    assert_unchanged_by(cupy, "float64", TRAILER, trailer)
+
+
+def assert_mailboxes(cupy, dtypes, shape):
+    """Each kernel behind a sum copies the trailer of that one, and nothing else, to the host."""
+    backend, step, boxes = the_backend(), make_step(shape, dtypes), []
+    first, second, third = ((float(rank), 7.0 * rank, 49.0, 5.0 + rank, 25.0) for rank in range(3))
+
+    def mailbox():
+        boxes.append(np.frombuffer(cupy.cuda.alloc_pinned_memory(512), "float64", 64))
+        boxes[-1][:] = -1
+        return boxes[-1].ctypes.data
+
+    x, dy = cupy.asarray(as_3d(step, step.x)), cupy.asarray(as_3d(step, step.dy))
+    y, dx = cupy.empty(x.shape, x.dtype), cupy.empty(x.shape, x.dtype)
+    vector, local = backend.statistics(x, first)
+    squares, told = None, [first]
+    if local:
+        squares, told = backend.centered_squares(local, vector, second, mailbox()), [first, second]
+    batch = BatchSums(vector, squares, 1, mailbox())
+    normalization, _ = backend.normalize(x, y, batch, None, Affine(), Epilogue())
+    sums, _, gradient = backend.reduce_gradients(dy, x, normalization, None, third)
+    backend.input_gradient(gradient, x, normalization, dx, sums, ParameterSums(sums), mailbox())
+    cupy.cuda.get_current_stream().synchronize()
+    for box, trailer in zip(boxes, [*told, third], strict=True):
+        np.testing.assert_array_equal(box, [*trailer, *[-1] * 59])
+
+
+@pytest.mark.parametrize("shape", [(40, 33, 5), (4, 600, 1), (3, 7, 1025), (0, 5, 3)], ids=str)
+@pytest.mark.parametrize("dtypes", DTYPES)
+def test_mailboxes(cupy, dtypes, shape):
+    with launched_with(items=1):
+        assert_mailboxes(cupy, dtypes, shape)
 
 
 def _channels_last_memory(cupy, a):
@@ -688,7 +727,7 @@ def test_ranks(cupy, dtypes, channels_last):
         vectors, squares = add_up(vectors), [None] * len(parts)
         if dtype == np.float64:
             squares = add_up(
-                [backend.centered_squares(*pair, TRAILER) for pair in zip(local, vectors, strict=True)]
+                [backend.centered_squares(*pair, TRAILER, 0) for pair in zip(local, vectors, strict=True)]
             )
         ys, dxs, dresiduals = ([cupy.empty(x.shape, dtype) for x in xs] for _ in range(3))
         weight, bias = cupy.asarray(step.weight), cupy.asarray(step.bias)
@@ -716,7 +755,7 @@ def test_ranks(cupy, dtypes, channels_last):
             gradients, xs, normalizations, dxs, totals, local_sums, strict=True
         ):
             for found, sums in ((averaged, (total, 1 / len(parts))), (unreduced, (local, 1.0))):
-                found.append(backend.input_gradient(*arguments, total, ParameterSums(*sums, *types)))
+                found.append(backend.input_gradient(*arguments, total, ParameterSums(*sums, *types), 0))
 
     for total in vectors[0], squares[0], totals[0]:
         if total is not None:

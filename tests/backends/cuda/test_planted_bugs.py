@@ -13,8 +13,11 @@ import numpy as np
 import pytest
 from test_kernels import (
     LAUNCHES,
+    UNSOUND,
     aligned,
+    assert_mailboxes,
     assert_step,
+    assert_unchanged_by,
     assert_vector,
     assert_walk,
     assert_zeros_block,
@@ -33,6 +36,7 @@ from cuda_emulator import EmulatorError, schedule
 from cupy_syncbn.backends.cuda import kernels
 from support.compare import assert_close, assert_identical
 from support.graphs import check_capture_by_hand, check_captured_step
+from support.operations import TRAILER
 
 pytestmark = pytest.mark.mpi_skip
 
@@ -88,6 +92,16 @@ def check_weights_close_to_zero(cupy):
         assert_identical(results[name], array)
 
 
+def check_faults(cupy):
+    for trailers in (UNSOUND[0], TRAILER), (TRAILER, UNSOUND[0]):
+        assert_unchanged_by(cupy, "float64", *trailers)
+
+
+def check_mailboxes(cupy):
+    with launched_with(items=1):
+        assert_mailboxes(cupy, "float64", (40, 33, 5))
+
+
 CHECKS = {
     "rows": functools.partial(check_statistics, shape=(3, 3, 1025)),
     "columns": functools.partial(check_statistics, shape=(56, 36, 1)),
@@ -120,6 +134,8 @@ CHECKS = {
     "large values": check_large_values,
     "outliers first": check_outliers_first,
     "zeros": functools.partial(assert_zeros_block, residual=False),
+    "faults": check_faults,
+    "mailboxes": check_mailboxes,
 }
 
 
@@ -143,6 +159,45 @@ RACE = "data race"
 OUTSIDE = "out-of-bounds"
 
 IN_KERNELS = {
+    # Trailers
+    "a number too many for the host": Bug(
+        "statistics.cu", "threadIdx.x < TRAILER_LENGTH", "threadIdx.x <= TRAILER_LENGTH", "mailboxes", OUTSIDE
+    ),
+    "every block tells the host": Bug(
+        "normalize.cu",
+        "if (mailbox && part.index == 0 && part.split == 0)\n        tell_host(mailbox, squares",
+        "if (mailbox)\n        tell_host(mailbox, squares",
+        "mailboxes",
+        RACE,
+    ),
+    "every split tells the host": Bug(
+        "gradients.cu",
+        "if (mailbox && part.index == 0 && part.split == 0)",
+        "if (mailbox && part.index == 0)",
+        "mailboxes",
+        RACE,
+    ),
+    "the first trailer in place of the second": Bug(
+        "normalize.cu",
+        "tell_host(mailbox, squares ? squares + g.C : vector + 4 * g.C + 1)",
+        "tell_host(mailbox, vector + 4 * g.C + 1)",
+        "mailboxes",
+    ),
+    "a trailer that begins early": Bug(
+        "gradients.cu",
+        "tell_host(mailbox, sums + 2 * g.C)",
+        "tell_host(mailbox, sums + 2 * g.C - 1)",
+        "mailboxes",
+    ),
+    "a trailer that nobody tells the host": Bug(
+        "statistics.cu", "if (blockIdx.x == 0) tell_host(mailbox, vector + 4 * C + 1);", "", "mailboxes"
+    ),
+    "the second sum is not looked at": Bug(
+        "normalize.cu", " && (!squares || is_sound(squares + C, ranks))", "", "faults"
+    ),
+    "the first sum is not looked at": Bug(
+        "normalize.cu", "is_sound(vector + 4 * C + 1, ranks) && (!squares ||", "(!squares ||", "faults"
+    ),
     # Barriers, fences, counters
     "no barrier after the entries": Bug(
         "statistics.cu", "__syncthreads();  // publishes the entries", "", "rows", f"{RACE}|uninitialised"

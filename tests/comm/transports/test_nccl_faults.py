@@ -72,6 +72,67 @@ def test_fault_of_a_rank(world, rng, cupy, nccl, direction, found_by):
 
 
 @pytest.mark.mpi(min_size=2)
+def test_fault_between_the_sums_of_float64_data(world, rng, cupy, nccl, monkeypatch):
+    layer = nccl_layer(momentum=None, dtype="float64")
+    x = cupy.asarray(random_batch(rng, SHAPE, "float64"))
+    layer(x)
+    layer.process_group.check_errors()
+    before, faulty = state_of(layer), world.size - 1
+    if world.rank == faulty:
+        fail_in(monkeypatch, "centered_squares")
+        with pytest.raises(MemoryError, match="none left"):
+            layer(x)
+    else:
+        layer(x)
+    with pytest.raises(RemoteRankError, match=f"rank {faulty} failed before forward 1 of stem"):
+        layer.process_group.check_errors()
+    for actual, expected in zip(state_of(layer), before, strict=True):
+        assert_identical(actual, expected)
+
+
+def fail_in(monkeypatch, operation):
+    """Let an operation of the backend find no memory."""
+
+    def fail(*arguments):
+        raise MemoryError("none left")
+
+    from cupy_syncbn.backends.cuda import operations
+
+    monkeypatch.setattr(operations, operation, fail)
+
+
+@pytest.mark.mpi(min_size=2)
+@pytest.mark.parametrize(
+    ("dtype", "operation"),
+    [("float32", "normalize"), ("float32", "input_gradient"), ("float64", "centered_squares")],
+)
+def test_trailer_behind_which_no_kernel_follows(world, rng, cupy, nccl, monkeypatch, dtype, operation):
+    """A rank has no memory for it: the host learns all the same of another that failed before the sum."""
+    layer = nccl_layer(dtype=dtype)
+    x = cupy.asarray(random_batch(rng, SHAPE, dtype))
+    layer(x)
+    layer.process_group.check_errors()
+    direction, call = "forward", layer
+    if operation == "input_gradient":
+        direction, call = "backward", layer.backward
+    else:
+        layer.forget()
+    faulty = world.size - 1
+    if world.rank == 0:
+        fail_in(monkeypatch, operation)
+        with pytest.raises(MemoryError, match="none left"):
+            call(x)
+    elif world.rank == faulty:
+        with pytest.raises(TypeError, match="numpy"):
+            call(np.ones(SHAPE, dtype))
+    else:
+        call(x)
+    with pytest.raises(RemoteRankError, match=f"rank {faulty} failed before {direction}"):
+        layer.process_group.check_errors()
+    world.comm.Barrier()
+
+
+@pytest.mark.mpi(min_size=2)
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_ranks_in_different_calls(world, rng, cupy, nccl, dtype):
     group = new_group(transport="nccl", timeout=20)

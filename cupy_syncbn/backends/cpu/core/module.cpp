@@ -409,7 +409,7 @@ Reference statistics(Arguments arguments)
     return Reference(PyTuple_Pack(2, result.get(), sums.get()));
 }
 
-// centered_squares(local, vector, trailer) -> vector
+// centered_squares(local, vector, trailer, mailbox) -> vector
 Reference centered_squares(Arguments arguments)
 {
     const Array local("local", arguments[0]), sums("vector", arguments[1]);
@@ -511,8 +511,8 @@ Reference normalize(Arguments arguments)
     const Saved saved(values, C);
     *saved.count = 0;
     if (batch != Py_None) {
-        const double* vector = Array("vector", item(batch, 0, 3, "batch")).vector(4 * C + 1);
-        const Array second("squares", item(batch, 1, 3, "batch"), true);
+        const double* vector = Array("vector", item(batch, 0, 4, "batch")).vector(4 * C + 1);
+        const Array second("squares", item(batch, 1, 4, "batch"), true);
         const double* squares = second ? second.vector(C) : nullptr;
         *saved.count = vector[4 * C];
         for (i64 c = 0; c < C; ++c) {
@@ -602,7 +602,7 @@ Reference parameter_gradient(PyObject* type, i64 C, const double* values)
     return result;
 }
 
-// input_gradient(gradient, x, record, dx, sums, parameters) -> dweight, dbias
+// input_gradient(gradient, x, record, dx, sums, parameters, mailbox) -> dweight, dbias
 Reference input_gradient(Arguments arguments)
 {
     Backward backward(arguments[0], arguments[1], arguments[2]);
@@ -698,10 +698,10 @@ PyObject* call(PyObject*, Arguments arguments, Py_ssize_t count)
     }
 PyMethodDef methods[] = {
     METHOD("statistics", statistics, 2, "statistics($module, x, trailer, /)\n--\n\nSee backends.interface.Backend."),
-    METHOD("centered_squares", centered_squares, 3, "centered_squares($module, local, vector, trailer, /)\n--\n\nSee backends.interface.Backend."),
+    METHOD("centered_squares", centered_squares, 4, "centered_squares($module, local, vector, trailer, mailbox, /)\n--\n\nSee backends.interface.Backend."),
     METHOD("normalize", normalize, 6, "normalize($module, x, y, batch, running, affine, epilogue, /)\n--\n\nSee backends.interface.Backend."),
     METHOD("reduce_gradients", reduce_gradients, 5, "reduce_gradients($module, dy, x, record, dresidual, trailer, /)\n--\n\nSee backends.interface.Backend."),
-    METHOD("input_gradient", input_gradient, 6, "input_gradient($module, gradient, x, record, dx, sums, parameters, /)\n--\n\nSee backends.interface.Backend."),
+    METHOD("input_gradient", input_gradient, 7, "input_gradient($module, gradient, x, record, dx, sums, parameters, mailbox, /)\n--\n\nSee backends.interface.Backend."),
     METHOD("as_kernel_input", as_kernel_input, 1, "as_kernel_input($module, x, /)\n--\n\nSee backends.interface.Backend."),
     METHOD("update", write_running, 4, "update($module, running_mean, running_var, num_batches_tracked, values, /)\n--\n\nWrite new running statistics."),
     METHOD("levels", levels, 0, "levels($module, /)\n--\n\nReturn the instruction sets, and whether this processor has them."),

@@ -93,6 +93,7 @@ struct Geometry {
         long long splits
 
 // The end of each vector that the ranks add up, see comm/trailer.py: a sum that is not sound tells of a fault.
+constexpr int TRAILER_LENGTH = 5;
 #define TRAILER double fault, double low, double low_square, double high, double high_square
 __device__ __forceinline__ void write_trailer(double* to, TRAILER)
 {
@@ -111,6 +112,15 @@ __device__ __forceinline__ bool is_sound(const double* trailer, long long ranks)
     // All are read at once: && would wait for each.
     return (trailer[0] == 0) & (ranks * trailer[2] == trailer[1] * trailer[1])
         & (ranks * trailer[4] == trailer[3] * trailer[3]);
+}
+
+// Write the trailer of a sum, which the host looks at when the kernel has ended, to memory of the host, if there is any.
+// One block calls this: so no copy stands between the sum and the kernel.
+//
+// mailbox   [5] pinned memory, or null
+__device__ __forceinline__ void tell_host(double* mailbox, const double* trailer)
+{
+    if (mailbox && threadIdx.x < TRAILER_LENGTH) mailbox[threadIdx.x] = trailer[threadIdx.x];
 }
 
 // a / b for a below 2^16, by a reciprocal: an integer division has three times the instructions. Half off a

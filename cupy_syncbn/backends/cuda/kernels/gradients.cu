@@ -218,12 +218,13 @@ struct Apply : Gradient<T, V, COLUMNS, RESIDUAL, ACTIVATION> {
 // sums             [2 * C] sum_dy and sum_dy_xmu over the batch of the statistics; null if they were constants
 // parameter_sums   [2 * C] those that the gradients of weight and bias are of; these are scaled by parameter_scale
 // dweight, dbias   [C] or null, of the types told by flags
+// mailbox          [5] or null: the host's, for the trailer of `sums`
 template <typename T, int V, bool COLUMNS, bool RESIDUAL, Activation ACTIVATION>
 __global__ void __launch_bounds__(THREADS, MIN_BLOCKS<V>)
     input_gradient(const T* dy, const T* __restrict__ x, T* dx,
                    const unsigned char* __restrict__ mask, GEOMETRY, const double* __restrict__ saved, Accumulator<T> slope,
                    const double* sums, const double* parameter_sums, double parameter_scale,
-                   void* __restrict__ dweight, void* __restrict__ dbias, long long flags)
+                   void* __restrict__ dweight, void* __restrict__ dbias, long long flags, double* mailbox)
 {
     using A = Accumulator<T>;
     const Geometry g = {N, C, S, lanes, group, per_split, groups, splits};
@@ -231,6 +232,8 @@ __global__ void __launch_bounds__(THREADS, MIN_BLOCKS<V>)
     __shared__ A staged[3 * MAX_GROUP];
     __shared__ A factors[MAX_GROUP];
     __shared__ A constants[MAX_GROUP];
+
+    if (mailbox && part.index == 0 && part.split == 0) tell_host(mailbox, sums + 2 * g.C);
 
     Apply<T, V, COLUMNS, RESIDUAL, ACTIVATION> body;
     body.stage(g, part, saved, staged);

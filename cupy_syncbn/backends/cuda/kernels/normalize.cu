@@ -55,6 +55,12 @@ template <typename T, int V, bool COLUMNS, bool RESIDUAL, Activation ACTIVATION>
     }
 };
 
+// Whether the sums that the statistics are made of are right: of float64 data there are two.
+__device__ __forceinline__ bool are_sound(const double* vector, const double* squares, long long C, long long ranks)
+{
+    return is_sound(vector + 4 * C + 1, ranks) && (!squares || is_sound(squares + C, ranks));
+}
+
 // x, y, residual   [N, C, S]; y may be x; residual is null without RESIDUAL
 // mask             a byte per vector: bit e tells of element e whether the activation blocks it. Null unless RESIDUAL
 //                  and an ACTIVATION, as without a residual the backward computes it again
@@ -67,13 +73,14 @@ template <typename T, int V, bool COLUMNS, bool RESIDUAL, Activation ACTIVATION>
 // saved            [4 * C + 1]: mean, invstd, scale, offset, and the count over all ranks; in place mean and invstd are
 //                  those of z, see formulas.h
 // counter          [1]: zero before the launch and after it; null unless num_batches_tracked goes up
+// mailbox          [5] or null: the host's, for the trailer of the squares, or of the vector where there are none
 template <typename T, int V, bool COLUMNS, bool RESIDUAL, Activation ACTIVATION>
 __global__ void __launch_bounds__(THREADS, MIN_BLOCKS<V>)
     normalize(const T* x, T* y, const T* __restrict__ residual, unsigned char* __restrict__ mask, GEOMETRY,
               const double* __restrict__ vector, const double* __restrict__ squares, const void* __restrict__ weight,
               const void* __restrict__ bias, void* running_mean, void* running_var, long long* num_batches_tracked,
               long long flags, double momentum, long long ranks, double eps, Accumulator<T> slope,
-              double* __restrict__ saved, unsigned int* counter)
+              double* __restrict__ saved, unsigned int* counter, double* mailbox)
 {
     using A = Accumulator<T>;
     const Geometry g = {N, C, S, lanes, group, per_split, groups, splits};
@@ -82,6 +89,8 @@ __global__ void __launch_bounds__(THREADS, MIN_BLOCKS<V>)
     __shared__ A scales[MAX_GROUP];
     __shared__ A offsets[MAX_GROUP];
 
+    if (mailbox && part.index == 0 && part.split == 0)
+        tell_host(mailbox, squares ? squares + g.C : vector + 4 * g.C + 1);
     const bool updates = ranks > 0 && part.split == 0;  // the running statistics, if the sums are sound
     for (int k = threadIdx.x; k < part.channels; k += THREADS) {
         const long long c = part.channel + k;
@@ -109,7 +118,7 @@ __global__ void __launch_bounds__(THREADS, MIN_BLOCKS<V>)
         saved[3 * g.C + c] = step.offset;
         if (c == 0) saved[4 * g.C] = count;
         // Looked at only here: what the walk needs waits for no more than its own sums.
-        if (updates && count > 0 && is_sound(vector + 4 * g.C + 1, ranks)) {
+        if (updates && count > 0 && are_sound(vector, squares, g.C, ranks)) {
             const double share = momentum < 0 ? 1.0 / (*num_batches_tracked + 1) : momentum;
             const double old_mean = read_parameter<T>(running_mean, flags & MEAN_IS_FLOAT, c);
             const double old_var = read_parameter<T>(running_var, flags & VAR_IS_FLOAT, c);
@@ -126,7 +135,7 @@ __global__ void __launch_bounds__(THREADS, MIN_BLOCKS<V>)
         if (atomicAdd(counter, 1u) == g.groups - 1) {
             __threadfence();
             *counter = 0;
-            if (vector[4 * g.C] > 0 && is_sound(vector + 4 * g.C + 1, ranks)) ++*num_batches_tracked;
+            if (vector[4 * g.C] > 0 && are_sound(vector, squares, g.C, ranks)) ++*num_batches_tracked;
         }
     }
 

@@ -207,11 +207,13 @@ __global__ void __launch_bounds__(THREADS, MIN_BLOCKS<V>)
 // local     [3, C] from `statistics`
 // vector    [4 * C + 6] of all ranks
 // squares   [C + 5]
+// mailbox   [5] or null: the host's, for the trailer of the vector
 // Launch: one thread per channel.
 __global__ void __launch_bounds__(THREADS)
     centered_squares(const double* __restrict__ local, const double* __restrict__ vector, double n, long long C,
-               double* __restrict__ squares, TRAILER)
+               double* __restrict__ squares, TRAILER, double* mailbox)
 {
+    if (blockIdx.x == 0) tell_host(mailbox, vector + 4 * C + 1);
     const long long c = static_cast<long long>(blockIdx.x) * THREADS + threadIdx.x;
     if (c < C)
         squares[c] = centered_square(moments_of(vector, c, C).mean, n, local[c], local[C + c], local[2 * C + c]);
