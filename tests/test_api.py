@@ -69,7 +69,7 @@ NO_ERRORS_WITHIN_OTHERS = {"interop.jax.BatchNormState", "interop.jax.init_state
 
 _INTERNAL_TO_GROUPS = (
     "abandon", "allreduce_checked", "allreduce_owned", "broadcast_owned", "defer", "is_given_up",
-    "next_model", "tell_fault",
+    "mailbox", "next_model", "tell_fault",
 )  # fmt: skip
 _INTERNAL_TO_MPI = (
     "allreduce_into", "broadcast_into", "gather_numbers", "gather_objects", "broadcast_object", "messages",

@@ -16,6 +16,15 @@ FORMULA double exact_product(double a, double b) { return a * b; }
 FORMULA double exact_difference(double a, double b) { return a - b; }
 #endif
 
+// Have these values loaded here, all under way at once. A GPU's compiler would load each where it is used, and wait there.
+#ifdef __CUDA_ARCH__
+FORMULA void have_one(double& value) { asm volatile("" : "+d"(value)); }
+FORMULA void have_one(float& value) { asm volatile("" : "+f"(value)); }
+#else
+template <typename Value> FORMULA void have_one(Value&) {}
+#endif
+template <typename... Values> FORMULA void have(Values&... values) { (have_one(values), ...); }
+
 // --- The vector of the forward; see backends/vector.py ------------------------------------------------------------------
 
 // Round to 12 significant bits, by Veltkamp's splitting (Dekker 1971). Contracted to fused multiply-adds, which have no
@@ -40,21 +49,32 @@ FORMULA void write_sums(double* vector, long long c, long long C, double n, doub
     vector[3 * C + c] = square + 2 * pivot * sum;
 }
 
+// What the vector has of a channel.
+struct ChannelSums {
+    double n_pivot, n_pivot_square, sum, square, count;
+};
+
+FORMULA ChannelSums sums_of(const double* vector, long long c, long long C)
+{
+    ChannelSums sums = {vector[c], vector[C + c], vector[2 * C + c], vector[3 * C + c], vector[4 * C]};
+    have(sums.n_pivot, sums.n_pivot_square, sums.sum, sums.square, sums.count);
+    return sums;
+}
+
 struct ChannelMoments {
     double mean, m2, count;  // m2 = Σ(x - mean)²
 };
 
 // Return the moments of a channel from the sum of the ranks' vectors.
-FORMULA ChannelMoments moments_of(const double* vector, long long c, long long C)
+FORMULA ChannelMoments moments_of(const ChannelSums& of)
 {
-    const double pivot_sum = vector[c], pivot_square = vector[C + c];
-    const double sum = vector[2 * C + c], square = vector[3 * C + c], count = vector[4 * C];
-    const double n = fmax(count, 1.0);
-    const double pivot = round_to_12_bits(pivot_sum / n);
-    const double rest = pivot_sum - n * pivot;  // exact, as are the products in the next line but one
-    const double shifted = rest + sum;
-    const double m2 = (pivot_square - pivot * pivot_sum) - pivot * rest + (square - 2 * pivot * sum - shifted * shifted / n);
-    return {pivot + shifted / n, m2, count};
+    const double n = fmax(of.count, 1.0);
+    const double pivot = round_to_12_bits(of.n_pivot / n);
+    const double rest = of.n_pivot - n * pivot;  // exact, as are the products in the next line but one
+    const double shifted = rest + of.sum;
+    const double m2 = (of.n_pivot_square - pivot * of.n_pivot) - pivot * rest
+        + (of.square - 2 * pivot * of.sum - shifted * shifted / n);
+    return {pivot + shifted / n, m2, of.count};
 }
 
 // Return Σ(x - mean)² from a rank's sums about `shift` (Chan, Golub and LeVeque 1983): for float64 data.

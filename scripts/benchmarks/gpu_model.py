@@ -11,7 +11,8 @@ multiprocessor), how launch.py shares a tensor among blocks, and the figures of 
 block is
 
     fixed = CPI * instructions outside of the main loop, or their float64 if its pipe takes longer
-            + WAIT * round trips to memory + CPI * instructions for each further row of the sums over a block
+            + WAIT * round trips to memory
+            + CPI * instructions of the sums over a block, for each further row and each halving of a warp
     turn  = LOADED latency * SLACK, in which a thread does the loads of UNROLL vectors
 
 and memory, the issue of instructions, or a pipe limits how fast the blocks go on together. A launch takes
@@ -37,7 +38,7 @@ from cpu import resnet50
 from measure import RESULTS, geometric_mean, table
 
 from cupy_syncbn.backends.cuda import kernels
-from cupy_syncbn.backends.cuda.launch import THREADS, Launch, launch_for, resident
+from cupy_syncbn.backends.cuda.launch import MIN_BLOCKS, THREADS, Launch, launch_for
 
 Shape = tuple[int, ...]
 
@@ -117,6 +118,8 @@ class Kernel(NamedTuple):
     """Vectors of each tensor that a thread loads at once."""
     counted: dict[str, Any]
     gpu: Gpu
+    file: str
+    """Of the counts."""
     blocks: int | None
     """A multiprocessor that are launched, where there is work for them; None for as many as now."""
 
@@ -124,7 +127,7 @@ class Kernel(NamedTuple):
         """Return its launch on a tensor."""
         multiprocessors = self.gpu.multiprocessors
         if self.blocks is not None:  # of which launch.py knows no more than their product with others
-            multiprocessors = multiprocessors * self.blocks // resident(kernels.vector_width(itemsize))
+            multiprocessors = multiprocessors * self.blocks // MIN_BLOCKS
         return launch_for(view, itemsize, True, multiprocessors)
 
     @property
@@ -141,11 +144,15 @@ class Kernel(NamedTuple):
             self.residual and self.name == "reduce_gradients"
         )
 
-    def fixed_cycles(self, rows: int) -> float:
-        """Return the fixed cost of a block; `rows` are what a thread adds up of a channel."""
+    def fixed_cycles(self, sums: BlockSums) -> float:
+        """Return the fixed cost of a block."""
         counted, warps = self.counted, THREADS // 32
         around = max(CPI * counted["around"], warps * counted["float64"] / self.gpu.fp64)
-        return float(around + WAIT * counted["waits"] + CPI * (counted["row"] or 0) * max(rows - 1, 0))
+        adding = (counted["row"] or 0) * max(sums.rows - 1, 0)
+        if sums.own:
+            adding += counted.get("own") or 0
+        adding += (counted.get("step") or 0) * sums.steps
+        return float(around + WAIT * counted["waits"] + CPI * adding)
 
     def limits(self) -> dict[str, float]:
         """Return the shares of the copy's bandwidth that each limit allows on a tensor without an end."""
@@ -184,15 +191,31 @@ def kernel_on(name: str, dtype: str, columns: bool, variant: str, gpu: Gpu, file
     if counted is None:
         return None
     unroll = 4 if name == "statistics" or (name == "normalize" and not residual) else 2
-    return Kernel(name, residual, unroll, counted, gpu, BLOCKS_BEFORE if file == BEFORE else None)
+    return Kernel(name, residual, unroll, counted, gpu, file, BLOCKS_BEFORE if file == BEFORE else None)
 
 
-def rows_of(launch: Launch, S: int) -> int:
-    """Return how many values of a channel one thread adds up at the end of a block."""
+class BlockSums(NamedTuple):
+    """How a block adds up the sums of its threads, by channel."""
+
+    rows: int
+    """Values of a channel that one thread adds up."""
+    own: bool
+    """Whether each thread adds up its own before."""
+    steps: int
+    """Halvings of the threads of a channel."""
+
+
+def sums_of(launch: Launch, S: int, file: str) -> BlockSums:
+    """Return how the blocks of a launch add up."""
     if not launch.columns:
-        return THREADS // 32
+        return BlockSums(THREADS // 32, False, 0)
     height = THREADS // launch.lanes
-    return height if S == 1 else -(-height * S // 32)
+    if file == BEFORE:
+        return BlockSums(height if S == 1 else -(-height * S // 32), False, 0)
+    own = S % launch.width == 0 and launch.width > 1
+    steps = min(5, int(math.log2(THREADS)) - math.ceil(math.log2(launch.group)))
+    values = height * S // (launch.width if own else 1)
+    return BlockSums(-(-values // 2**steps), own, steps)
 
 
 class Prediction(NamedTuple):
@@ -215,7 +238,7 @@ def predict(
     moved = N * C * S * itemsize * sum(kernel.tensors)
     streamed = moved / (bandwidth * min(kernel.limits().values()))
     items = launch.per_split / (THREADS // launch.lanes if launch.columns else THREADS)
-    fixed = (kernel.fixed_cycles(rows_of(launch, view[2])) if cycles is None else cycles) / clock
+    fixed = (kernel.fixed_cycles(sums_of(launch, view[2], kernel.file)) if cycles is None else cycles) / clock
     turns = math.ceil(items / kernel.unroll) * SLACK * gpu.latency / clock
     rounds = launch.blocks / (gpu.multiprocessors * kernel.resident)
     if rounds <= 1:  # nothing streams while all begin

@@ -53,8 +53,8 @@ html_theme_options = {
 # Members of ProcessGroup and its kinds that only the package itself uses: tests/test_api.py has the methods.
 INTERNAL = {
     "abandon", "allreduce_checked", "allreduce_into", "allreduce_owned", "broadcast_into", "broadcast_object",
-    "broadcast_owned", "defer", "gather_numbers", "gather_objects", "is_given_up", "messages", "next_model",
-    "tell_fault",
+    "broadcast_owned", "defer", "gather_numbers", "gather_objects", "is_given_up", "mailbox", "messages",
+    "next_model", "tell_fault",
 }  # fmt: skip
 
 

@@ -215,7 +215,7 @@ def test_traffic_of_the_layer(gpu):
 
 @pytest.mark.parametrize(
     ("shape", "channels_last"),
-    [((8, 4, 32, 32), False), ((8, 4, 45, 45), False), ((6, 16, 8, 8), True), ((2048, 8), False)],
+    [((8, 4, 32, 32), False), ((8, 4, 45, 45), False), ((24, 16, 8, 8), True), ((6144, 8), False)],
 )
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("variant", ["plain", "relu", "add+relu"])

@@ -52,9 +52,31 @@ def test_time_of_one_round(model):
     found = model.predict(kernel, shape, 4, False, cycles=7000)
     assert found.seconds == pytest.approx(cycles / 1.83e9 + 2e-6)
     assert found.share == pytest.approx(2 * 64 * 1024 * 4 / 4.3e12 / found.seconds)
-    counted, waits = kernel.counted, model.WAIT * kernel.counted["waits"]
-    expected = 4.5 * counted["around"] + waits + 4.5 * 7 * counted["row"]
-    assert kernel.fixed_cycles(rows=8) == pytest.approx(expected)
+
+
+def test_fixed_cost_of_a_block(model):
+    kernel = model.kernel_on("statistics", "float32", True, "plain", model.GPUS["H200"])
+    counted = kernel.counted
+    waits = model.WAIT * counted["waits"]
+    for rows, own, steps in (1, False, 0), (8, False, 2), (4, True, 5):
+        adding = (rows - 1) * counted["row"] + own * counted["own"] + steps * counted["step"]
+        expected = 4.5 * (counted["around"] + adding) + waits
+        assert kernel.fixed_cycles(model.BlockSums(rows, own, steps)) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("view", "itemsize", "expected"),
+    [
+        ((1 << 15, 256, 1), 4, (4, False, 2)),  # 16 lanes side by side and 16 rows; 4 threads a channel
+        ((1 << 15, 64, 1), 2, (8, False, 2)),  # 8 and 32
+        ((32, 256, 784), 4, (7, True, 5)),  # 196 vectors of a channel side by side
+        ((32, 2048, 49), 4, (4, False, 5)),  # 98 lanes have 8 channels, in 2 rows: 98 values each, 32 threads
+        ((32, 64, 3136), 4, (8, False, 0)),  # row by row
+    ],
+)
+def test_sums_over_a_block(model, view, itemsize, expected):
+    launch = launch_for(view, itemsize, True, 132)
+    assert tuple(model.sums_of(launch, view[2], model.NOW)) == expected
 
 
 def test_large_tensors_go_at_the_limits_of_the_gpu(model):
@@ -70,7 +92,8 @@ def test_large_tensors_go_at_the_limits_of_the_gpu(model):
 def test_float64_is_what_small_gpus_lack(model):
     kernel = model.kernel_on("statistics", "float16", True, "plain", model.GPUS["H200"])
     poor = kernel._replace(gpu=model.GPUS["RTX 4090"])
-    added = poor.fixed_cycles(1) - kernel.fixed_cycles(1)
+    sums = model.BlockSums(1, False, 0)
+    added = poor.fixed_cycles(sums) - kernel.fixed_cycles(sums)
     assert added == pytest.approx(8 * 16 * kernel.counted["float64"] - 4.5 * kernel.counted["around"])
 
 

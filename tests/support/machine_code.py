@@ -49,6 +49,8 @@ class Round(NamedTuple):
     multiply_adds: int
     stages: int
     """Values a channel that are written to shared memory before."""
+    entries: int
+    """Pairs of sums a thread that are written there behind."""
 
 
 class Counts(NamedTuple):
@@ -75,6 +77,10 @@ class Profile(NamedTuple):
     """Round trips to memory outside of it, one after the other: groups of loads, fences, atomics."""
     row: float | None
     """Instructions for another value of a channel, where a block adds up those of its threads."""
+    own: int | None
+    """Instructions by which each thread adds up its own values, where they are of one channel."""
+    step: int | None
+    """Instructions by which two halves of the threads of a channel add up, where their number varies."""
 
 
 def disassemble(cubin: bytes) -> dict[str, list[Block]]:
@@ -122,22 +128,19 @@ def _blocks(text: str) -> list[Block]:
     return blocks
 
 
+_ENTRY = r"LDS\.128"
 _LOAD, _STORE, _MULTIPLY_ADD = r"LDG\.E(?!.*STRONG).*\.128", r"STG\.E.*\.128", r"[FD]FMA"
 
 
 def count(blocks: list[Block], full: Round) -> Counts | None:
     """Return the counts of a function whose loop does this in a round; None if none does."""
     heads = {j for i, block in enumerate(blocks) for j in block.followers if j <= i}
-    rounds = [
-        (sum(len(blocks[i].instructions) for i in path), head)
-        for head in heads
-        if (path := _round(blocks, head, full))
-    ]
+    rounds = [(_length(blocks, path), head) for head in heads if (path := _round(blocks, head, full))]
     if not rounds:
         return None
     _, head = min(rounds)
     path = _round(blocks, head, full)
-    loop = sum(len(blocks[i].instructions) for i in path)
+    loop = _length(blocks, path)
     profile = _profile(blocks, head, path, full)
     return Counts(loop / full.vectors, _distances(blocks, 0)[head], profile)
 
@@ -149,11 +152,18 @@ def _round(blocks: list[Block], head: int, full: Round) -> list[int]:
 
 
 def _path(
-    blocks: list[Block], start: int, ends: Collection[int], needs: dict[str, int], without: str | None = None
+    blocks: list[Block],
+    start: int,
+    ends: Collection[int],
+    needs: dict[str, int],
+    without: str | None = None,
+    keep_end: bool = False,
+    the_first_end: bool = False,
 ) -> list[int]:
     """Return the blocks of the shortest path to one of the ends, which it leaves out; or nothing.
 
-    On the path there are at least so many instructions of each pattern, and none of the last one.
+    On the path there are at least so many instructions of each pattern, and none of the last one. With
+    `keep_end` the end is among the blocks; it may have to be the first end that the path comes to.
     """
     does = [tuple(block.count(pattern) for pattern in needs) for block in blocks]
     enough = tuple(needs.values())
@@ -162,9 +172,10 @@ def _path(
     while waiting:
         length, i, done, path = heapq.heappop(waiting)
         if i in ends and path:
-            if done == enough:
-                return list(path)
-            if i == start:
+            last = does[i] if keep_end else (0,) * len(needs)
+            if all(a + b >= need for a, b, need in zip(done, last, enough, strict=True)):
+                return [*path, i] if keep_end else list(path)
+            if i == start or the_first_end:
                 continue
         if (i, done) in seen or (without and blocks[i].count(without)):
             continue
@@ -203,14 +214,33 @@ def _profile(blocks: list[Block], head: int, loop: list[int], full: Round) -> Pr
     # sums, and perhaps of the five numbers behind these; running statistics are left out.
     needs, without = {"STS": full.stages, "BAR": int(full.stages > 0)}, None
     if is_normalize:
-        sums, without = r"LDG\.E\.64.*CONSTANT", r"LDG(?!.*CONSTANT)(?!.*\.128)"
+        sums, without = r"LDG\.E\.64.*CONSTANT", r"LDG(?!.*CONSTANT)(?!.*\.128)|ATOMG"
         needs[r"LDG\.E\.(U16\.)?CONSTANT"] = 2
         entry = _path(blocks, 0, {head}, needs | {sums: 10}, without)
         entry = entry or _path(blocks, 0, {head}, needs | {sums: 5}, without)
     else:
         entry = _path(blocks, 0, {head}, needs)
     ends = {i for i in outside if blocks[i].count("EXIT")}
-    rest = _path(blocks, head, ends, {"BAR": 3, "LDS": 2, "MEMBAR": 1, "ATOMG": 1} if adds_up else {})
+    rest = _path(blocks, head, ends, {})
+    own = step = row = None
+    if adds_up:  # up to the barrier behind the entries, to the one behind the sums of a channel, and on
+        barriers = {i for i in outside if blocks[i].count("BAR")}
+
+        def up_to_barrier(start: int, needs: dict[str, int], the_next: bool = True) -> list[int]:
+            return _path(blocks, start, barriers - {start}, needs, keep_end=True, the_first_end=the_next)
+
+        own_barriers = 3 if full.kernel == "statistics" else 1  # that of the entries, and the pivots' two
+        before = up_to_barrier(head, {r"STS\.128": full.entries, "BAR": own_barriers}, the_next=False)
+        if not before:
+            return None
+        sums, one_step, two_steps = (up_to_barrier(before[-1], {_ENTRY: 1, "SHFL": 4 * n}) for n in range(3))
+        behind = sums and _path(blocks, sums[-1], ends, {"BAR": 2, "MEMBAR": 1, "ATOMG": 1})
+        if not behind:
+            return None
+        rest = [*before[:-1], *sums[:-1], *behind]
+        own = _own(blocks, outside, full.entries)
+        step = _length(blocks, two_steps) - _length(blocks, one_step)
+        row = _row(blocks, set(outside))
     if not entry or not rest:
         return None
     around = [each for i in (*entry, *rest) for each in blocks[i].instructions]
@@ -218,34 +248,56 @@ def _profile(blocks: list[Block], head: int, loop: list[int], full: Round) -> Pr
         {pipe: number / full.vectors for pipe, number in sorted(pipes.items())},
         len(around),
         sum(pipe_of(each.operation) in ("fp64", "cvt64") for each in around),
-        _waits(around),
-        _row(blocks, set(outside)) if adds_up else None,
+        sum(_waits([each for i in part for each in blocks[i].instructions]) for part in (entry, rest)),
+        row,
+        own,
+        step,
     )
 
 
+def _own(blocks: list[Block], outside: list[int], entries: int) -> int:
+    """Return the instructions of the block in which a thread adds up its entries; 0 if all do that."""
+    sums = 2 * (entries - 1)
+    found = (blocks[i] for i in outside if sums and not blocks[i].count("LDG"))
+    does = (b for b in found if b.count("DADD") >= sums and b.count(r"STS\.128") == 1)
+    return min((len(b.instructions) for b in does), default=0)
+
+
+def _length(blocks: list[Block], path: list[int]) -> int:
+    return sum(len(blocks[i].instructions) for i in path)
+
+
 def _waits(instructions: list[Instruction]) -> int:
-    """Return how often a path waits for memory: at a fence, an atomic, or the first use of loaded values."""
+    """Return how often a path waits for memory: at a fence, an atomic, or the first use of loaded values.
+
+    Loads of the main loop that the path leads past load nothing there: others write to their registers. What
+    is loaded before the loop and used behind it is waited for in the loop, if at all.
+    """
     waits, loaded = 0, set[str]()
     for each in instructions:
-        registers = re.findall(r"\bR\d+", each.operands)
+        first, *others = (re.findall(r"\bR\d+", operand) for operand in each.operands.split(", "))
+        is_store = re.match("ST", each.operation)
+        used = {register for operand in others + [first] * bool(is_store) for register in operand}
         if re.match("MEMBAR|ATOMG", each.operation):
             waits += 1
-        elif loaded.intersection(registers):
+        elif loaded & used:
             waits += 1
             loaded.clear()
+        if not is_store:
+            loaded -= set(first)
         if re.match("LDG", each.operation):
-            loaded.add(registers[0])
+            loaded.update(first)
     return waits
 
 
 def _row(blocks: list[Block], outside: set[int]) -> float | None:
-    """Return the fewest instructions of a loop behind the main one for each two values in shared memory."""
+    """Return the fewest instructions of a loop behind the main one for each entry in shared memory."""
     found = []
     for head in {j for i in outside for j in blocks[i].followers if j <= i and j in outside}:
-        path = _path(blocks, head, {head}, {"LDS": 2})
+        path = _path(blocks, head, {head}, {_ENTRY: 1})
         if path and outside.issuperset(path) and not any(blocks[i].count("BAR|LDG") for i in path):
-            values = sum(blocks[i].count("LDS") for i in path) / 2
-            found.append(sum(len(blocks[i].instructions) for i in path) / values)
+            entries = sum(blocks[i].count(_ENTRY) for i in path)
+            found.append(_length(blocks, path) / entries)
     return min(found, default=None)
 
 
@@ -280,10 +332,13 @@ def round_of(name: str) -> Round | None:
     stages = {
         "statistics": 0,
         "normalize": 3,
-        "reduce_gradients": columns * (2 + computes_mask),
-        "input_gradient": columns * (2 + computes_mask) + 2,
+        "reduce_gradients": 2 + computes_mask,
+        "input_gradient": 2 + computes_mask + 2,
     }[kernel]
-    return Round(kernel, vectors, vectors * reads, vectors * writes, vectors * int(width) * adds, stages)
+    entries = int(width) if columns else 1
+    return Round(
+        kernel, vectors, vectors * reads, vectors * writes, vectors * int(width) * adds, stages, entries
+    )
 
 
 def counts(cubin: bytes, names: dict[str, str]) -> Iterator[tuple[str, Counts | None]]:

@@ -9,7 +9,7 @@ import functools
 import math
 from typing import NamedTuple
 
-from cupy_syncbn.backends.cuda.kernels import REGISTERS, vector_width
+from cupy_syncbn.backends.cuda.kernels import vector_width
 
 THREADS = 256
 """Threads per block, as in common.cuh."""
@@ -18,6 +18,12 @@ BLOCKS = 1
 """For each that a multiprocessor surely has room for, where there is work for them. More would begin as
 others end, and each costs what it does before and after its vectors."""
 
+MIN_BLOCKS = 3
+"""Blocks for which a multiprocessor has the registers, as in common.cuh."""
+
+AMPLE = 100 << 10
+"""Bytes of shared memory per multiprocessor that MIN_BLOCKS need at most: GPUs since Ampere have them."""
+
 MIN_ITEMS = 4
 """Vectors per thread: as many as it loads at once. Fewer would cost more time for the sum over blocks."""
 
@@ -25,12 +31,18 @@ MAX_ITEMS = 64
 """Vectors per thread: the length of its sums in float32, whose rounding errors grow with it. 64 keep the
 variance within 1e-6, and give a block 64 KiB to 256 KiB to read."""
 
+MAX_SPLITS = 65535
+"""The most blocks that CUDA takes in the grid's second direction."""
+
 ROW_BYTES = 256
 """Bytes of a matrix row that a block reads: two cache lines. Wider blocks would have more channels, and more
 sums to pass on for the same number of elements."""
 
 SMALL_MAP = 64
 """Threads side by side that the maps of several channels should fill; one map may need up to THREADS."""
+
+MAX_GROUP = 256
+"""Channels per block, as in common.cuh."""
 
 
 class Launch(NamedTuple):
@@ -51,9 +63,9 @@ class Launch(NamedTuple):
         return self.groups * self.splits
 
 
-def resident(width: int) -> int:
-    """Return the blocks that a multiprocessor surely has room for: MIN_BLOCKS of common.cuh."""
-    return 65536 // (THREADS * REGISTERS[width])
+def resident(width: int, shared: int) -> int:
+    """Return the blocks that a multiprocessor has room for, by its registers and `shared` bytes of memory."""
+    return max(1, min(MIN_BLOCKS, shared // (16 * THREADS * width)))  # two float64 sums for each element
 
 
 def _ceil(a: int, b: int) -> int:
@@ -61,14 +73,21 @@ def _ceil(a: int, b: int) -> int:
 
 
 @functools.lru_cache(maxsize=1024)
-def launch_for(shape: tuple[int, int, int], itemsize: int, aligned: bool, multiprocessors: int) -> Launch:
+def launch_for(
+    shape: tuple[int, int, int], itemsize: int, aligned: bool, multiprocessors: int, shared: int = AMPLE
+) -> Launch:
     """Shape the launch for a contiguous tensor of `shape` (N, C, S), with S = 1 for channels-last data.
 
-    Tensors are `aligned` if all of them begin at multiples of 16 bytes.
+    Tensors are `aligned` if all of them begin at multiples of 16 bytes. Each of the GPU's multiprocessors has
+    `shared` bytes of shared memory.
     """
     N, C, S = shape
     width = vector_width(itemsize) if aligned else 1
-    columns = _columns(C, S, itemsize, width)
+
+    def room() -> int:
+        return multiprocessors * BLOCKS * resident(width, shared)
+
+    columns = _columns(C, S, itemsize, width, room())
     if columns:
         width, lanes, group = columns
         unit = THREADS // lanes
@@ -82,13 +101,16 @@ def launch_for(shape: tuple[int, int, int], itemsize: int, aligned: bool, multip
             )
         steps = _ceil(N * max(S // width, 1), unit)
     groups = _ceil(C, group)
-    items = _ceil(steps, max(1, multiprocessors * BLOCKS * resident(width) // groups))
-    items = min(max(items, MIN_ITEMS), MAX_ITEMS)
+    items = _ceil(steps, max(1, room() // groups))
+    items = max(min(max(items, MIN_ITEMS), MAX_ITEMS), _ceil(steps, MAX_SPLITS))
     return Launch(columns is not None, width, lanes, group, items * unit, groups, max(1, _ceil(steps, items)))
 
 
-def _columns(C: int, S: int, itemsize: int, width: int) -> tuple[int, int, int] | None:
-    """Return the width of vectors, lanes and group for the matrix (N, C*S); None to walk row by row."""
+def _columns(C: int, S: int, itemsize: int, width: int, room: int) -> tuple[int, int, int] | None:
+    """Return the width of vectors, lanes and group for the matrix (N, C*S); None to walk row by row.
+
+    The GPU has `room` for so many blocks at once.
+    """
     width = width if C * S % width == 0 else 1
     if S == 1:
         vectors = C // width
@@ -101,5 +123,9 @@ def _columns(C: int, S: int, itemsize: int, width: int) -> tuple[int, int, int] 
     long_rows = S // vector_width(itemsize) >= 16
     if lanes > THREADS or (width < vector_width(itemsize) and long_rows):
         return None
-    several = min(max(1, SMALL_MAP // lanes), _ceil(C, channels))
+    groups = _ceil(C, channels)
+    several = max(
+        SMALL_MAP // lanes, _ceil(groups, room)
+    )  # groups that find no room would begin as others end
+    several = max(1, min(several, groups, THREADS // lanes, MAX_GROUP // channels))
     return width, several * lanes, several * channels

@@ -77,9 +77,10 @@ def check_device(x: Array) -> None:
 
 
 @functools.cache
-def _multiprocessors(device: int) -> int:
-    count: int = cupy.cuda.Device(device).attributes["MultiProcessorCount"]
-    return count
+def _multiprocessors(device: int) -> tuple[int, int]:
+    """Return how many there are, and the bytes of shared memory that each has."""
+    attributes = cupy.cuda.Device(device).attributes
+    return attributes["MultiProcessorCount"], attributes["MaxSharedMemoryPerMultiprocessor"]
 
 
 @functools.cache
@@ -182,11 +183,11 @@ class _Passes:
 
     def __init__(self, shape: tuple[int, int, int], dtype: Any, aligned: bool, device: int) -> None:
         N, C, S = shape if shape[2] else (0, shape[1], 1)  # of tensors without elements
-        self.launch = launch_for((N, C, S), dtype.itemsize, aligned, _multiprocessors(device))
+        self.launch = launch_for((N, C, S), dtype.itemsize, aligned, *_multiprocessors(device))
         self.type_name: str = dtype.name
         self.as_slope: Callable[[float], Any] = float if dtype.itemsize == 8 else np.float32
         """Makes an argument of the type Accumulator of common.cuh."""
-        self.blocks = (self.launch.blocks,)
+        self.blocks = (self.launch.groups, self.launch.splits)
         self.geometry = (N, C, S, *self.launch[2:])
         """The arguments GEOMETRY of common.cuh."""
         width = self.launch.width

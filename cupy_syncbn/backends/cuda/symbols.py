@@ -13,7 +13,7 @@ from cupy_syncbn.backends.cuda.kernels import ACTIVATIONS, INVERTED
 
 PARAMETERS = {
     "statistics": "PKT_xxxxxxxxPdS3_dddddS3_Pj",
-    "normalize": "PKT_PS1_S3_PhxxxxxxxxPKdS7_PKvS9_PvSA_PxxdxdN13AccumulatorOfIS1_E4typeEPdPjSD_",
+    "normalize": "PKT_PS1_S3_PhxxxxxxxxPKdS7_PKvS9_PvSA_PxxdxdN13AccumulatorOfIS1_E4typeEPdPjSF_",
     "reduce_gradients": "PKT_S3_PS1_PKhxxxxxxxxPKdN13AccumulatorOfIS1_E4typeEPdSC_dddddSC_Pj",
     "input_gradient": "PKT_S3_PS1_PKhxxxxxxxxPKdN13AccumulatorOfIS1_E4typeES8_S8_dPvSC_xPd",
 }

@@ -76,12 +76,12 @@ template <class A> void step(const Header& header)
 
     const double count = header.is_training ? n : 0;
     each_channel(squares.size(), [&](i64 c) {
-        squares[c] = centered_square(moments_of(vector.data(), c, C).mean, n, shift[c], sum[c], square[c]);
+        squares[c] = centered_square(moments_of(sums_of(vector.data(), c, C)).mean, n, shift[c], sum[c], square[c]);
     });
     write(squares);
     if (header.is_training)
         each_channel(C, [&](i64 c) {
-            const ChannelMoments moments = moments_of(vector.data(), c, C);
+            const ChannelMoments moments = moments_of(sums_of(vector.data(), c, C));
             mean[c] = moments.mean;
             var[c] = variance_of(sizeof(A) == 8 ? squares[c] : moments.m2, moments.count);
         });

@@ -1101,9 +1101,10 @@ __global__ void visit(GEOMETRY, const long long* parts, long long slots, long lo
 // What each of `every` blocks takes itself to be: [blocks / every, 5]
 template <bool REVERSE> __global__ void take_part(GEOMETRY, long long every, long long* parts)
 {
-    if (blockIdx.x % every) return;
+    const long long block = blockIdx.y * static_cast<long long>(gridDim.x) + blockIdx.x;
+    if (block % every) return;
     const Part part = part_of_block<REVERSE>({N, C, S, lanes, group, per_split, groups, splits});
-    long long* to = parts + blockIdx.x / every * 5;
+    long long* to = parts + block / every * 5;
     to[0] = part.index;
     to[1] = part.split;
     to[2] = part.splits;
@@ -1161,7 +1162,7 @@ def assert_walk(cupy, name):
     geometry = *shape, *launch[2:]
     assert np.prod(shape, dtype=object) > 2**31
     blocks = interesting_blocks(shape, launch)
-    slots = 160
+    slots = 160 + launch.per_split * launch.lanes // THREADS
     parts = cupy.asarray(np.array(blocks, np.int64))
     visits = cupy.zeros((len(blocks), THREADS, slots, 3), "int64")
     counts = cupy.zeros((len(blocks), THREADS), "int32")
@@ -1197,7 +1198,7 @@ def test_parts_of_huge_grids(cupy, name, reverse):
     every = launch.blocks // 50
     parts = cupy.zeros((launch.blocks // every + 1, 5), "int64")
     kernel = probe(cupy).get_function(f"take_part<{str(reverse).lower()}>")
-    kernel((launch.blocks,), (1,), (*shape, *launch[2:], every, parts))
+    kernel((launch.groups, launch.splits), (1,), (*shape, *launch[2:], every, parts))
     for i, part in enumerate(parts.get().tolist()[: -(-launch.blocks // every)]):
         block = launch.blocks - 1 - i * every if reverse else i * every
         split, index = divmod(block, launch.groups)

@@ -105,6 +105,7 @@ def check_mailboxes(cupy):
 CHECKS = {
     "rows": functools.partial(check_statistics, shape=(3, 3, 1025)),
     "columns": functools.partial(check_statistics, shape=(56, 36, 1)),
+    "whole vectors": functools.partial(check_statistics, shape=(20, 6, 36)),
     "small maps": functools.partial(check_statistics, shape=(40, 8, 3)),
     "many splits": functools.partial(check_statistics, shape=(960, 40, 1)),
     "clipped": functools.partial(check_statistics, shape=(21, 264, 1), launch="one_split"),
@@ -161,21 +162,17 @@ OUTSIDE = "out-of-bounds"
 IN_KERNELS = {
     # Trailers
     "a number too many for the host": Bug(
-        "statistics.cu", "threadIdx.x < TRAILER_LENGTH", "threadIdx.x <= TRAILER_LENGTH", "mailboxes", OUTSIDE
+        "statistics.cu", "i < TRAILER_LENGTH;", "i <= TRAILER_LENGTH;", "mailboxes", OUTSIDE
     ),
-    "every block tells the host": Bug(
+    "every group tells the host": Bug(
         "normalize.cu",
-        "if (mailbox && part.index == 0 && part.split == 0)\n        tell_host(mailbox, squares",
-        "if (mailbox)\n        tell_host(mailbox, squares",
+        "if (part.split == 0 && c == 0) {",
+        "if (part.split == 0 && k == 0) {",
         "mailboxes",
         RACE,
     ),
-    "every split tells the host": Bug(
-        "gradients.cu",
-        "if (mailbox && part.index == 0 && part.split == 0)",
-        "if (mailbox && part.index == 0)",
-        "mailboxes",
-        RACE,
+    "every group of the backward tells the host": Bug(
+        "gradients.cu", "if (c == 0) tell_host", "if (k == 0) tell_host", "mailboxes", RACE
     ),
     "the first trailer in place of the second": Bug(
         "normalize.cu",
@@ -190,7 +187,7 @@ IN_KERNELS = {
         "mailboxes",
     ),
     "a trailer that nobody tells the host": Bug(
-        "statistics.cu", "if (blockIdx.x == 0) tell_host(mailbox, vector + 4 * C + 1);", "", "mailboxes"
+        "statistics.cu", "tell_host(mailbox, vector + 4 * C + 1);", "", "mailboxes"
     ),
     "the second sum is not looked at": Bug(
         "normalize.cu", " && (!squares || is_sound(squares + C, ranks))", "", "faults"
@@ -201,6 +198,19 @@ IN_KERNELS = {
     # Barriers, fences, counters
     "no barrier after the entries": Bug(
         "statistics.cu", "__syncthreads();  // publishes the entries", "", "rows", f"{RACE}|uninitialised"
+    ),
+    "no barrier after the pivots": Bug(
+        "statistics.cu", "__syncthreads();  // publishes the pivots", "", "columns", f"{RACE}|uninitialised"
+    ),
+    "no barrier after the pivots are read": Bug(
+        "statistics.cu", "__syncthreads();  // all have read the pivots", "", "columns", RACE
+    ),
+    "the pivots of the group's first channels alone": Bug(
+        "statistics.cu",
+        "if (threadIdx.x < part.channels) staged",
+        "if (threadIdx.x < 8) staged",
+        "columns",
+        "uninitialised",
     ),
     "no barrier after the partials": Bug(
         "statistics.cu", "__syncthreads();  // publishes the partials within the block", "", "columns", RACE
@@ -249,7 +259,7 @@ IN_KERNELS = {
     ),
     "no barrier after the constants of the forward": Bug(
         "gradients.cu",
-        "if (COLUMNS) __syncthreads();  // publishes what was staged",
+        "__syncthreads();  // publishes what was staged",
         "",
         "step columns",
         f"{RACE}|uninitialised",
@@ -269,8 +279,8 @@ IN_KERNELS = {
     ),
     "all threads write in all rounds of the last block": Bug(
         "statistics.cu",
-        "if (number < threads) {\n            entries[threadIdx.x]",
-        "{\n            entries[threadIdx.x]",
+        "if (number < threads) shared[threadIdx.x] =",
+        "shared[threadIdx.x] =",
         "many splits",
         RACE,
     ),
@@ -324,7 +334,11 @@ IN_KERNELS = {
         f"{RACE}|{OUTSIDE}",
     ),
     "the reversed block is off by one": Bug(
-        "normalize.cu", "(g.splits) - 1 - blockIdx.x", "(g.splits) - blockIdx.x", "step rows", "uninitialised"
+        "normalize.cu",
+        "(g.splits) - 1 - blockIdx.y",
+        "(g.splits) - blockIdx.y",
+        "step rows",
+        f"{OUTSIDE}|uninitialised",
     ),
     "no edges": Bug("normalize.cu", "if (g.S % V == 0) return;", "return;", "step rows"),
     "an edge too many": Bug(
@@ -369,12 +383,42 @@ IN_KERNELS = {
         "                s -= S;\n                ++y;",
         "                s -= S;",
         "small maps",
+        f"{OUTSIDE}|uninitialised",
     ),
-    "half a warp is added up": Bug("statistics.cu", "int distance = 16;", "int distance = 8;", "rows"),
+    "the lanes of a channel are not all added up": Bug(
+        "statistics.cu", "distance >= jobs;", "distance > jobs;", "columns"
+    ),
+    "channels have more lanes than there are": Bug(
+        "statistics.cu",
+        "- __clz(THREADS - 1), 5) : 5;",
+        "- __clz(THREADS - 1) + 1, 5) : 5;",
+        "clipped",
+        "uninitialised",
+    ),
+    "channels are not side by side": Bug(
+        "statistics.cu", "(in_warp & jobs - 1)", "lane % jobs", "columns", RACE
+    ),
+    "an entry is not where its thread has put it": Bug(
+        "statistics.cu", "return all[i ^ (i / 8 % W)];", "return all[i];", "columns"
+    ),
+    "a thread leaves out one of its entries": Bug(
+        "statistics.cu",
+        "for (int w = 1; w < W; ++w) {\n            sum.x",
+        "for (int w = 2; w < W; ++w) {\n            sum.x",
+        "whole vectors",
+    ),
+    "entries of a thread are added up twice": Bug(
+        "statistics.cu",
+        "S = is_whole ? columns / W : columns;",
+        "S = columns;",
+        "whole vectors",
+        f"{OUTSIDE}|uninitialised",
+    ),
+    "half a warp is added up": Bug("statistics.cu", "distance = WARP / 2;", "distance = WARP / 4;", "rows"),
     "half a warp takes part": Bug(
         "statistics.cu",
-        "__shfl_xor_sync(0xffffffffu",
-        "__shfl_xor_sync(0xffffu",
+        "sums[0] += __shfl_xor_sync(0xffffffffu",
+        "sums[0] += __shfl_xor_sync(0xffffu",
         "rows",
         "not in its own mask",
     ),
@@ -434,7 +478,7 @@ IN_KERNELS = {
     ),
     # Elements
     "the residual is dropped": Bug(
-        "normalize.cu", "value += static_cast<A>(loaded.residual.values[e]);", ";", "masked columns"
+        "normalize.cu", "value += widen(loaded.residual.values[e]);", ";", "masked columns"
     ),
     "a mask byte an element": Bug(
         "normalize.cu",
@@ -460,7 +504,11 @@ IN_KERNELS = {
         "gradients.cu", "return value <= 0;", "return value < 0;", "zeros"
     ),
     "float32 parameters are read as 16 bits": Bug(
-        "normalize.cu", "if (is_float) return static_cast<const float*>(values)[i];", "", "wide parameters"
+        "normalize.cu",
+        "if (sizeof(T) == 2 && is_float) return static_cast<const float*>(values)[i];",
+        "",
+        "wide parameters",
+        RACE,
     ),
     "the mean's share of the gradient is dropped": Bug(
         "gradients.cu",

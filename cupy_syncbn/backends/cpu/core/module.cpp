@@ -419,7 +419,7 @@ Reference centered_squares(Arguments arguments)
     double* squares;
     Reference result = new_vector_with(arguments[2], C, &squares);
     for (i64 c = 0; c < C; ++c)
-        squares[c] = centered_square(moments_of(vector, c, C).mean, of_rank[3 * C], of_rank[c], of_rank[C + c], of_rank[2 * C + c]);
+        squares[c] = centered_square(moments_of(sums_of(vector, c, C)).mean, of_rank[3 * C], of_rank[c], of_rank[C + c], of_rank[2 * C + c]);
     return result;
 }
 
@@ -516,7 +516,7 @@ Reference normalize(Arguments arguments)
         const double* squares = second ? second.vector(C) : nullptr;
         *saved.count = vector[4 * C];
         for (i64 c = 0; c < C; ++c) {
-            const ChannelMoments moments = moments_of(vector, c, C);
+            const ChannelMoments moments = moments_of(sums_of(vector, c, C));
             saved.mean[c] = moments.mean;
             var[c] = variance_of(squares ? squares[c] : moments.m2, moments.count);
         }

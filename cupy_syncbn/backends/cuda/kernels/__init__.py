@@ -10,8 +10,8 @@ from pathlib import Path
 OPTIONS = ("--std=c++17",)
 """Options of NVRTC beside the architecture."""
 
-REGISTERS = {2: 80, 4: 80, 8: 128, 1: 80}
-"""By elements per vector, the registers per thread that MIN_BLOCKS of common.cuh leaves."""
+REGISTERS = 80
+"""Per thread: those that MIN_BLOCKS of common.cuh leaves."""
 
 TYPES = {"float16": "__half", "bfloat16": "__nv_bfloat16", "float32": "float", "float64": "double"}
 """C++ names of the types of data."""

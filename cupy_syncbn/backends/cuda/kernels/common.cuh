@@ -3,7 +3,7 @@
 // A tensor is (N, C, S) with S adjacent elements per channel, contiguous; channels-last data is (N*S, C, 1).
 // A block of THREADS threads has one group of adjacent channels and one of several splits of their elements:
 //
-//   blockIdx.x = split * groups + group        (a sweep over the blocks is a sweep over memory)
+//   blockIdx.x = group, blockIdx.y = split     (a sweep over the blocks is a sweep over memory)
 //
 // There are two ways to walk them, chosen by the host (launch.py), and compiled as COLUMNS:
 //
@@ -23,23 +23,41 @@
 #define FORMULA __device__ __forceinline__
 #include "../../formulas.h"
 
+#ifdef __CUDA_ARCH__
+FORMULA void have_one(__half& value) { asm volatile("" : "+h"(reinterpret_cast<unsigned short&>(value))); }
+FORMULA void have_one(__nv_bfloat16& value) { asm volatile("" : "+h"(reinterpret_cast<unsigned short&>(value))); }
+#endif
+
 constexpr int THREADS = 256;
 constexpr int MAX_GROUP = 256;  // channels a group has at most
-static_assert(MAX_GROUP <= THREADS, "sum_by_channel finishes each channel by a thread");
-
-// Blocks that a multiprocessor must have room for: 3 leave 80 registers a thread, 2 leave 128. With 2, and four loads
-// of 16 bytes per thread under way, it still has 32 KiB in flight.
-template <int V> constexpr int MIN_BLOCKS = V == 8 ? 2 : 3;
+static_assert(MAX_GROUP <= THREADS, "a thread has each channel");
 
 // Vectors of 16 bytes that a thread loads at once, of all tensors together. gpu.py --sweep tries others.
 #ifndef LOADS
 #define LOADS 4
 #endif
 
+// Blocks that a multiprocessor must have room for: 3 leave 80 registers a thread, 2 leave 128.
+constexpr int MIN_BLOCKS = LOADS > 4 ? 2 : 3;
+
 // The type that data is computed in.
 template <typename T> struct AccumulatorOf { typedef float type; };
 template <> struct AccumulatorOf<double> { typedef double type; };
 template <typename T> using Accumulator = typename AccumulatorOf<T>::type;
+
+// Widen a value. A bfloat16 is the upper half of a float: CUDA's own conversion takes one instruction more, from sm_90 on.
+template <typename T> __device__ __forceinline__ Accumulator<T> widen(T value) { return static_cast<Accumulator<T>>(value); }
+template <> __device__ __forceinline__ float widen(__nv_bfloat16 value)
+{
+    const unsigned short upper = __bfloat16_as_ushort(value);
+#ifdef __CUDA_ARCH__
+    float wide;
+    asm("mov.b32 %0, {0, %1};" : "=f"(wide) : "h"(upper));
+    return wide;
+#else
+    return __uint_as_float(static_cast<unsigned int>(upper) << 16);
+#endif
+}
 
 // V adjacent elements, read and written at once.
 template <typename T, int V> struct alignas(sizeof(T) * V) Vector { T values[V]; };
@@ -63,14 +81,14 @@ template <typename T, int V> __device__ __forceinline__ void store(T* to, const 
 // A parameter or running statistic: of the data's type, or float32 beside 16-bit data.
 template <typename T> __device__ __forceinline__ double read_parameter(const void* values, bool is_float, long long i)
 {
-    if (is_float) return static_cast<const float*>(values)[i];
-    return static_cast<double>(static_cast<Accumulator<T>>(static_cast<const T*>(values)[i]));
+    if (sizeof(T) == 2 && is_float) return static_cast<const float*>(values)[i];
+    return static_cast<double>(widen(static_cast<const T*>(values)[i]));
 }
 
 template <typename T>
 __device__ __forceinline__ void write_parameter(void* values, bool is_float, long long i, double value)
 {
-    if (is_float)
+    if (sizeof(T) == 2 && is_float)
         static_cast<float*>(values)[i] = static_cast<float>(value);
     else
         static_cast<T*>(values)[i] = static_cast<T>(static_cast<Accumulator<T>>(value));
@@ -114,13 +132,15 @@ __device__ __forceinline__ bool is_sound(const double* trailer, long long ranks)
         & (ranks * trailer[4] == trailer[3] * trailer[3]);
 }
 
-// Write the trailer of a sum, which the host looks at when the kernel has ended, to memory of the host, if there is any.
-// One block calls this: so no copy stands between the sum and the kernel.
+// Write the trailer of a sum, which the host looks at when the kernel has ended, to memory of the host: so no copy stands
+// between the sum and the kernel. One thread of all calls this.
 //
 // mailbox   [5] pinned memory, or null
 __device__ __forceinline__ void tell_host(double* mailbox, const double* trailer)
 {
-    if (mailbox && threadIdx.x < TRAILER_LENGTH) mailbox[threadIdx.x] = trailer[threadIdx.x];
+    if (!mailbox) return;
+#pragma unroll
+    for (int i = 0; i < TRAILER_LENGTH; ++i) mailbox[i] = trailer[i];
 }
 
 // a / b for a below 2^16, by a reciprocal: an integer division has three times the instructions. Half off a
@@ -140,12 +160,9 @@ struct Part {
 // The second pass over a tensor takes the blocks in reverse: the last ones of the first pass left their data in L2.
 template <bool REVERSE> __device__ __forceinline__ Part part_of_block(const Geometry& g)
 {
-    const unsigned int groups = static_cast<unsigned int>(g.groups);  // a division of 64 bits is a call
-    const unsigned int block = REVERSE ? groups * static_cast<unsigned int>(g.splits) - 1 - blockIdx.x : blockIdx.x;
-    const unsigned int split = block / groups;
     Part part;
-    part.index = block - split * groups;
-    part.split = split;
+    part.index = REVERSE ? static_cast<unsigned int>(g.groups) - 1 - blockIdx.x : blockIdx.x;
+    part.split = REVERSE ? static_cast<unsigned int>(g.splits) - 1 - blockIdx.y : blockIdx.y;
     part.splits = g.splits;
     part.channel = part.index * g.group;
     part.channels = static_cast<int>(min(g.group, g.C - part.channel));
@@ -312,60 +329,92 @@ __device__ __forceinline__ void channels_of(const Geometry& g, const Part& part,
     }
 }
 
-// Lanes of a warp that sum one channel together: all, unless each column is a channel.
-__device__ __forceinline__ int lanes_a_channel(const Geometry& g, bool columns) { return columns && g.S == 1 ? 1 : 32; }
+// Two sums for each element of the vectors of each thread, in shared memory.
+//
+// Elements change places with their neighbours, so that there are few conflicts of banks: neither do eight threads side
+// by side meet, which write, nor eight columns side by side, which are read.
+template <int W> struct Entries {
+    double2* all;
 
-__device__ __forceinline__ double sum_over_lanes(double value, int lanes)
-{
-    if (lanes == 1) return value;
-#pragma unroll
-    for (int distance = 16; distance > 0; distance /= 2) value += __shfl_xor_sync(0xffffffffu, value, distance);
-    return value;
-}
+    // Element i of those of all threads, W of each.
+    __device__ __forceinline__ double2& at(unsigned int i) const { return all[i ^ (i / 8 % W)]; }
+    // Element w of this thread.
+    __device__ __forceinline__ double2& operator[](int w) const
+    {
+        return all[threadIdx.x * W + (w ^ (threadIdx.x * W / 8 % W))];
+    }
+};
 
 // Add up two values of every element of every thread, by channel, over the block and then over the splits.
 //
-// write     called with (to): writes this thread's two values of the channel of element w of its vectors to
-//           to[w * THREADS] and to[(CHANNELS + w) * THREADS], for all w < CHANNELS
+// write     called with (entries): writes this thread's two values of the channel of element w of its vectors to
+//           entries[w], for all w < CHANNELS
 // partials  [splits][C][2]: the sums of the blocks
 // counters  [groups]: how many blocks of a group are done; zero before the launch and after it
-// finish    called with (channel, sum of the first, sum of the second) by one thread of the last block of a group
-//           for each of its channels. Returns whether this block was the last.
+// finish    called with (channel, sum of the first, sum of the second) in the last block of a group, for each of its
+//           channels by the thread of its number in the group. Returns whether this block was the last.
 template <int V, bool COLUMNS, typename Write, typename Finish>
 __device__ __forceinline__ bool sum_by_channel(const Geometry& g, const Part& part, double* partials,
                                                unsigned int* counters, Write write, Finish finish)
 {
-    constexpr int W = CHANNELS<V, COLUMNS>;
+    constexpr int W = CHANNELS<V, COLUMNS>, WARP = 32;
     constexpr int AT_ONCE = 6;  // more would take registers from the walk
-    __shared__ double entries[2 * W * THREADS];
-    const int lanes = static_cast<int>(g.lanes), height = quotient(THREADS, lanes);
-    const int width = lanes_a_channel(g, COLUMNS), lane = threadIdx.x % width, first = threadIdx.x / width;
-    const int S = COLUMNS ? static_cast<int>(g.S) : 1, jobs = THREADS / width;
-    write(entries + threadIdx.x);
+    __shared__ double2 shared[W * THREADS];
+    const Entries<W> entries = {shared};
+    write(entries);
+    // Adjacent entries of a channel: S of them, or those of its vectors, which each thread adds up by itself.
+    const int columns = COLUMNS ? static_cast<int>(g.S) : 1;
+    const bool is_whole = W > 1 && columns % W == 0;
+    const int stride = is_whole ? W : 1, S = is_whole ? columns / W : columns;
+    if (is_whole) {
+        double2 sum = entries[0];
+#pragma unroll
+        for (int w = 1; w < W; ++w) {
+            sum.x += entries[w].x;
+            sum.y += entries[w].y;
+        }
+        entries[0] = sum;
+    }
     __syncthreads();  // publishes the entries
-    // Each lane begins at an element s of row y of its channel, and goes on by so many rows and elements.
-    const int first_y = quotient(lane, S), first_s = lane - first_y * S;
-    const int step_y = quotient(width, S), step_s = width - step_y * S;
-    for (int k = first; k < part.channels; k += jobs) {
-        double sums[2] = {0, 0};
+    // As many lanes of a warp share a channel as there are for each. Channels are side by side, as their columns are.
+    const int power = COLUMNS ? min(__clz(static_cast<int>(g.group) - 1) - __clz(THREADS - 1), 5) : 5;
+    const unsigned int width = 1u << power, jobs = WARP >> power, in_warp = threadIdx.x % WARP;
+    const int lane = in_warp >> 5 - power, k = threadIdx.x / WARP * jobs + (in_warp & jobs - 1);
+    double sums[2] = {0, 0};
+    const auto add = [&](const double2& entry) {
+        sums[0] += entry.x;
+        sums[1] += entry.y;
+    };
+    if (!COLUMNS && k == 0) {
+#pragma unroll
+        for (int y = 0; y < THREADS; y += WARP) add(entries.at(y + lane));
+    } else if (COLUMNS && k < part.channels) {
+        const int lanes = static_cast<int>(g.lanes), height = quotient(THREADS, lanes), row = lanes * W;
+        // Each begins at an entry s of row y of its channel, and goes on by so many rows and entries.
+        const int first_y = quotient(lane, S), first_s = lane - first_y * S;
+        const int step_y = quotient(width, S), step_s = width - step_y * S;
+        const int step = step_y * row + step_s * stride, wrap = row - columns;
+        int i = first_y * row + k * columns + first_s * stride;
         for (int y = first_y, s = first_s; y < height;) {
-            const int column = k * S + s;
-            const double* entry = entries + column % W * THREADS + y * lanes + column / W;
-            sums[0] += entry[0];
-            sums[1] += entry[W * THREADS];
+            add(entries.at(i));
             y += step_y;
             s += step_s;
+            i += step;
             if (s >= S) {
                 s -= S;
                 ++y;
+                i += wrap;
             }
         }
+    }
+    for (unsigned int distance = WARP / 2; distance >= jobs; distance /= 2) {
+        sums[0] += __shfl_xor_sync(0xffffffffu, sums[0], distance);
+        sums[1] += __shfl_xor_sync(0xffffffffu, sums[1], distance);
+    }
+    if (lane == 0 && k < part.channels) {
         double* to = partials + (part.split * g.C + part.channel + k) * 2;
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            sums[i] = sum_over_lanes(sums[i], width);
-            if (lane == 0) to[i] = sums[i];
-        }
+        to[0] = sums[0];
+        to[1] = sums[1];
     }
     __syncthreads();  // publishes the partials within the block
     if (part.splits > 1) {
@@ -381,12 +430,12 @@ __device__ __forceinline__ bool sum_by_channel(const Geometry& g, const Part& pa
     }
     // The whole grid waits for this block: as many threads share the splits of a channel as there are, and each has
     // several loads under way. They are from L2: an L1 cache does not see the writes of other multiprocessors.
-    const int k = threadIdx.x % part.channels, number = threadIdx.x / part.channels;
+    const int number = quotient(threadIdx.x, part.channels), channel = threadIdx.x - number * part.channels;
     const int splits = static_cast<int>(part.splits);
-    int threads = min(splits, THREADS / part.channels);
-    double sums[2] = {0, 0};
+    int threads = min(splits, quotient(THREADS, part.channels));
+    sums[0] = sums[1] = 0;
     if (number < threads) {
-        const double2* from = reinterpret_cast<const double2*>(partials) + number * g.C + part.channel + k;
+        const double2* from = reinterpret_cast<const double2*>(partials) + number * g.C + part.channel + channel;
         const long long step = threads * g.C;
         for (int left = splits - number; left > 0; left -= AT_ONCE * threads, from += AT_ONCE * step) {
             double2 loaded[AT_ONCE] = {};
@@ -402,16 +451,13 @@ __device__ __forceinline__ bool sum_by_channel(const Geometry& g, const Part& pa
     }
     for (int rest; threads > 1; threads = rest) {
         rest = (threads + 1) / 2;
-        if (number < threads) {
-            entries[threadIdx.x] = sums[0];
-            entries[THREADS + threadIdx.x] = sums[1];
-        }
+        if (number < threads) shared[threadIdx.x] = {sums[0], sums[1]};
         __syncthreads();  // publishes the sums; what is read of them here is not written to in the next round
         if (number + rest < threads) {
-            sums[0] += entries[threadIdx.x + rest * part.channels];
-            sums[1] += entries[THREADS + threadIdx.x + rest * part.channels];
+            sums[0] += shared[threadIdx.x + rest * part.channels].x;
+            sums[1] += shared[threadIdx.x + rest * part.channels].y;
         }
     }
-    if (number == 0) finish(part.channel + k, sums[0], sums[1]);
+    if (number == 0) finish(part.channel + channel, sums[0], sums[1]);
     return true;
 }

@@ -10,7 +10,7 @@
 //
 // Traffic: dy and x once each, then dy and x once more and dx; dresidual once, and the mask, if there are any. The
 // blocks of the second kernel go through memory in the reverse order of the first, whose last reads may be in L2.
-// Launch: THREADS threads, groups * splits blocks.
+// Launch: THREADS threads, groups by splits blocks.
 #include "common.cuh"
 
 // The values that both kernels load, and the gradient behind the activation.
@@ -43,56 +43,51 @@ template <typename T, int V, bool COLUMNS, bool RESIDUAL, Activation ACTIVATION>
     // What was normalized, or its z.
     template <int WIDTH> __device__ __forceinline__ A input(const Loaded<WIDTH>& loaded, int e) const
     {
-        const A value = static_cast<A>(loaded.x.values[e]);
+        const A value = widen(loaded.x.values[e]);
         if constexpr (INVERTS) return before_leaky_relu(value, inverse_slope);
         return value;
     }
 
     template <int WIDTH> __device__ __forceinline__ A gradient(const Loaded<WIDTH>& loaded, int e) const
     {
-        const A value = static_cast<A>(loaded.dy.values[e]);
+        const A value = widen(loaded.dy.values[e]);
         if constexpr (ACTIVATION != IDENTITY) {
             const int w = COLUMNS ? e : 0;
             bool blocked;
             if constexpr (RESIDUAL)
                 blocked = loaded.blocked >> e & 1;
             else if constexpr (INVERTS)
-                blocked = is_blocked<ACTIVATION>(static_cast<A>(loaded.x.values[e]));  // it keeps the sign
+                blocked = is_blocked<ACTIVATION>(widen(loaded.x.values[e]));  // it keeps the sign
             else
                 blocked = is_blocked<ACTIVATION>(
-                    affine(static_cast<A>(loaded.x.values[e]), shift[w], scale[w], offset[w]));
+                    affine(widen(loaded.x.values[e]), shift[w], scale[w], offset[w]));
             return let_through<ACTIVATION>(value, blocked, slope);
         }
         return value;
     }
 
-    // COLUMNS: each constant is read and converted by one thread, for all of the block. A barrier comes next.
-    __device__ __forceinline__ void stage(const Geometry& g, const Part& part, const double* saved, A* staged) const
+    // Each constant is read and converted by one thread, for all of the block. A barrier comes next. Returns the mean.
+    //
+    // c   the channel, number k of the block
+    __device__ __forceinline__ double stage(const Geometry& g, int k, long long c, const double* saved, A* staged) const
     {
-        if constexpr (COLUMNS)
-            for (int k = threadIdx.x; k < part.channels; k += THREADS) {
-                staged[k] = static_cast<A>(saved[part.channel + k]);
-                staged[MAX_GROUP + k] = static_cast<A>(saved[2 * g.C + part.channel + k]);
-                if constexpr (COMPUTES_MASK)
-                    staged[2 * MAX_GROUP + k] = static_cast<A>(saved[3 * g.C + part.channel + k]);
-            }
+        double mean = saved[c], scale = saved[2 * g.C + c], offset = COMPUTES_MASK ? saved[3 * g.C + c] : 0;
+        have(mean, scale, offset);
+        staged[k] = static_cast<A>(mean);
+        staged[MAX_GROUP + k] = static_cast<A>(scale);
+        if constexpr (COMPUTES_MASK) staged[2 * MAX_GROUP + k] = static_cast<A>(offset);
+        return mean;
     }
 
     // Take the constants of this thread's channels.
-    __device__ __forceinline__ void take(const Geometry& g, const Part& part, const double* saved, const A* staged,
-                                         const int (&channels)[W])
+    __device__ __forceinline__ void take(const int (&channels)[W], const A* staged)
     {
 #pragma unroll
-        for (int w = 0; w < W; ++w)
-            if constexpr (COLUMNS) {
-                shift[w] = staged[channels[w]];
-                scale[w] = staged[MAX_GROUP + channels[w]];
-                if constexpr (COMPUTES_MASK) offset[w] = staged[2 * MAX_GROUP + channels[w]];
-            } else {
-                shift[w] = static_cast<A>(saved[part.channel]);
-                scale[w] = static_cast<A>(saved[2 * g.C + part.channel]);
-                if constexpr (COMPUTES_MASK) offset[w] = static_cast<A>(saved[3 * g.C + part.channel]);
-            }
+        for (int w = 0; w < W; ++w) {
+            shift[w] = staged[channels[w]];
+            scale[w] = staged[MAX_GROUP + channels[w]];
+            if constexpr (COMPUTES_MASK) offset[w] = staged[2 * MAX_GROUP + channels[w]];
+        }
     }
 };
 
@@ -119,7 +114,7 @@ struct Reduce : Gradient<T, V, COLUMNS, RESIDUAL, ACTIVATION> {
     }
 
     // See sum_by_channel.
-    __device__ __forceinline__ void write(double* to) const
+    __device__ __forceinline__ void write(const Entries<Base::W>& entries) const
     {
         constexpr int W = Base::W;
 #pragma unroll
@@ -132,8 +127,7 @@ struct Reduce : Gradient<T, V, COLUMNS, RESIDUAL, ACTIVATION> {
                     products += product[e];
                 }
             }
-            to[w * THREADS] = total;
-            to[(W + w) * THREADS] = products;
+            entries[w] = {total, products};
         }
     }
 };
@@ -145,7 +139,7 @@ struct Reduce : Gradient<T, V, COLUMNS, RESIDUAL, ACTIVATION> {
 // local_sums         [2 * C] the same, which stays this rank's
 // partials  [splits, C, 2], counters [groups]: see sum_by_channel
 template <typename T, int V, bool COLUMNS, bool RESIDUAL, Activation ACTIVATION>
-__global__ void __launch_bounds__(THREADS, MIN_BLOCKS<V>)
+__global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
     reduce_gradients(const T* __restrict__ dy, const T* __restrict__ x, T* __restrict__ dresidual,
                      const unsigned char* __restrict__ mask, GEOMETRY, const double* __restrict__ saved, Accumulator<T> slope,
                      double* __restrict__ global_sums, double* __restrict__ local_sums, TRAILER,
@@ -165,15 +159,16 @@ __global__ void __launch_bounds__(THREADS, MIN_BLOCKS<V>)
     body.mask = mask;
     body.slope = slope;
     if (body.INVERTS) body.inverse_slope = 1 / slope;
-    body.stage(g, part, saved, staged);
-    if (COLUMNS) __syncthreads();  // publishes what was staged
+    const int k = threadIdx.x;
+    if (k < part.channels) body.stage(g, k, part.channel + k, saved, staged);
+    __syncthreads();  // publishes what was staged
     int channels[body.W];
     channels_of<V, COLUMNS>(g, part, channels);
-    body.take(g, part, saved, staged, channels);
+    body.take(channels, staged);
     walk<V, COLUMNS, LOADS / 2>(g, part, body);
 
     const bool is_last = sum_by_channel<V, COLUMNS>(
-        g, part, partials, counters, [&](double* to) { body.write(to); },
+        g, part, partials, counters, [&](auto entries) { body.write(entries); },
         [&](long long c, double sum, double product) {
             const double mean = saved[c];
             product = about_mean(product, sum, mean, static_cast<A>(mean));
@@ -220,7 +215,7 @@ struct Apply : Gradient<T, V, COLUMNS, RESIDUAL, ACTIVATION> {
 // dweight, dbias   [C] or null, of the types told by flags
 // mailbox          [5] or null: the host's, for the trailer of `sums`
 template <typename T, int V, bool COLUMNS, bool RESIDUAL, Activation ACTIVATION>
-__global__ void __launch_bounds__(THREADS, MIN_BLOCKS<V>)
+__global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
     input_gradient(const T* dy, const T* __restrict__ x, T* dx,
                    const unsigned char* __restrict__ mask, GEOMETRY, const double* __restrict__ saved, Accumulator<T> slope,
                    const double* sums, const double* parameter_sums, double parameter_scale,
@@ -233,23 +228,30 @@ __global__ void __launch_bounds__(THREADS, MIN_BLOCKS<V>)
     __shared__ A factors[MAX_GROUP];
     __shared__ A constants[MAX_GROUP];
 
-    if (mailbox && part.index == 0 && part.split == 0) tell_host(mailbox, sums + 2 * g.C);
-
     Apply<T, V, COLUMNS, RESIDUAL, ACTIVATION> body;
-    body.stage(g, part, saved, staged);
-    for (int k = threadIdx.x; k < part.channels; k += THREADS) {
+    const int k = threadIdx.x;
+    if (k < part.channels) {
         const long long c = part.channel + k;
-        const double mean = saved[c], invstd = saved[g.C + c], count = saved[4 * g.C];
+        double invstd = saved[g.C + c], count = 0, sum_dy = 0, sum_dy_xmu = 0;
         if (sums) {
-            const GradientStep<A> step = gradient_step_of<A>(sums[c], sums[g.C + c], count, mean, invstd);
+            count = saved[4 * g.C];
+            sum_dy = sums[c];
+            sum_dy_xmu = sums[g.C + c];
+        }
+        have(invstd, count, sum_dy, sum_dy_xmu);
+        const double mean = body.stage(g, k, c, saved, staged);
+        if (sums) {
+            const GradientStep<A> step = gradient_step_of<A>(sum_dy, sum_dy_xmu, count, mean, invstd);
             factors[k] = step.factor;
             constants[k] = step.constant;
         }
-        if (part.split > 0) continue;
-        if (dweight)
-            write_parameter<T>(dweight, flags & WEIGHT_IS_FLOAT, c,
-                               parameter_sums[g.C + c] * invstd * parameter_scale);
-        if (dbias) write_parameter<T>(dbias, flags & BIAS_IS_FLOAT, c, parameter_sums[c] * parameter_scale);
+        if (part.split == 0) {
+            if (c == 0) tell_host(mailbox, sums + 2 * g.C);
+            if (dweight)
+                write_parameter<T>(dweight, flags & WEIGHT_IS_FLOAT, c,
+                                   parameter_sums[g.C + c] * invstd * parameter_scale);
+            if (dbias) write_parameter<T>(dbias, flags & BIAS_IS_FLOAT, c, parameter_sums[c] * parameter_scale);
+        }
     }
     __syncthreads();  // publishes the constants
 
@@ -263,7 +265,7 @@ __global__ void __launch_bounds__(THREADS, MIN_BLOCKS<V>)
     if (body.INVERTS) body.inverse_slope = 1 / slope;
     int channels[body.W];
     channels_of<V, COLUMNS>(g, part, channels);
-    body.take(g, part, saved, staged, channels);
+    body.take(channels, staged);
     if (sums) {
 #pragma unroll
         for (int w = 0; w < body.W; ++w) {

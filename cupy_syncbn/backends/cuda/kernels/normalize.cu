@@ -8,7 +8,7 @@
 //
 // Traffic: x once, y once, the residual once, and with a residual before an activation a byte of mask a vector. The
 // blocks go through memory in the reverse order of `statistics`, whose last reads may still be in L2.
-// Launch: THREADS threads, groups * splits blocks, as for `statistics`.
+// Launch: THREADS threads, groups by splits blocks, as for `statistics`.
 #include "common.cuh"
 
 // Writes y; RESIDUAL: adds a residual; ACTIVATION: with `slope` below zero.
@@ -41,8 +41,8 @@ template <typename T, int V, bool COLUMNS, bool RESIDUAL, Activation ACTIVATION>
 #pragma unroll
         for (int e = 0; e < WIDTH; ++e) {
             const int w = COLUMNS ? e : 0;
-            A value = affine(static_cast<A>(loaded.x.values[e]), shift[w], scale[w], offset[w]);
-            if constexpr (RESIDUAL) value += static_cast<A>(loaded.residual.values[e]);
+            A value = affine(widen(loaded.x.values[e]), shift[w], scale[w], offset[w]);
+            if constexpr (RESIDUAL) value += widen(loaded.residual.values[e]);
             if constexpr (ACTIVATION != IDENTITY) {
                 const bool is = is_blocked<ACTIVATION>(value);
                 blocked |= static_cast<unsigned int>(is) << e;
@@ -75,7 +75,7 @@ __device__ __forceinline__ bool are_sound(const double* vector, const double* sq
 // counter          [1]: zero before the launch and after it; null unless num_batches_tracked goes up
 // mailbox          [5] or null: the host's, for the trailer of the squares, or of the vector where there are none
 template <typename T, int V, bool COLUMNS, bool RESIDUAL, Activation ACTIVATION>
-__global__ void __launch_bounds__(THREADS, MIN_BLOCKS<V>)
+__global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
     normalize(const T* x, T* y, const T* __restrict__ residual, unsigned char* __restrict__ mask, GEOMETRY,
               const double* __restrict__ vector, const double* __restrict__ squares, const void* __restrict__ weight,
               const void* __restrict__ bias, void* running_mean, void* running_var, long long* num_batches_tracked,
@@ -89,34 +89,43 @@ __global__ void __launch_bounds__(THREADS, MIN_BLOCKS<V>)
     __shared__ A scales[MAX_GROUP];
     __shared__ A offsets[MAX_GROUP];
 
-    if (mailbox && part.index == 0 && part.split == 0)
-        tell_host(mailbox, squares ? squares + g.C : vector + 4 * g.C + 1);
     const bool updates = ranks > 0 && part.split == 0;  // the running statistics, if the sums are sound
-    for (int k = threadIdx.x; k < part.channels; k += THREADS) {
+    const int k = threadIdx.x;
+    if (k < part.channels) {
         const long long c = part.channel + k;
-        double mean, var, count = 0;
+        double mean, var, count = 0, factor, constant;
+        const auto read_affine = [&] {
+            factor = weight ? read_parameter<T>(weight, flags & WEIGHT_IS_FLOAT, c) : 1;
+            constant = bias ? read_parameter<T>(bias, flags & BIAS_IS_FLOAT, c) : 0;
+        };
         if (vector) {
-            const ChannelMoments moments = moments_of(vector, c, g.C);
+            const ChannelSums sums = sums_of(vector, c, g.C);
+            const double square = squares ? squares[c] : 0;
+            read_affine();  // under way beside the sums
+            const ChannelMoments moments = moments_of(sums);
             mean = moments.mean;
             count = moments.count;
-            var = variance_of(squares ? squares[c] : moments.m2, count);
+            var = variance_of(squares ? square : moments.m2, count);
         } else {
             mean = read_parameter<T>(running_mean, flags & MEAN_IS_FLOAT, c);
             var = read_parameter<T>(running_var, flags & VAR_IS_FLOAT, c);
+            read_affine();
         }
-        double factor = weight ? read_parameter<T>(weight, flags & WEIGHT_IS_FLOAT, c) : 1;
         if (flags & IN_PLACE) factor = invertible(factor);
-        const double constant = bias ? read_parameter<T>(bias, flags & BIAS_IS_FLOAT, c) : 0;
         const Step<A> step = step_of<A>(mean, var, eps, factor, constant);
         shifts[k] = step.shift;
         scales[k] = step.scale;
         offsets[k] = step.offset;
-        if (part.split > 0) continue;
-        saved[c] = flags & IN_PLACE ? constant : mean;
-        saved[g.C + c] = flags & IN_PLACE ? 1 / factor : step.invstd;
-        saved[2 * g.C + c] = step.scale;
-        saved[3 * g.C + c] = step.offset;
-        if (c == 0) saved[4 * g.C] = count;
+        if (part.split == 0) {
+            saved[c] = flags & IN_PLACE ? constant : mean;
+            saved[g.C + c] = flags & IN_PLACE ? 1 / factor : step.invstd;
+            saved[2 * g.C + c] = step.scale;
+            saved[3 * g.C + c] = step.offset;
+        }
+        if (part.split == 0 && c == 0) {
+            saved[4 * g.C] = count;
+            tell_host(mailbox, squares ? squares + g.C : vector + 4 * g.C + 1);
+        }
         // Looked at only here: what the walk needs waits for no more than its own sums.
         if (updates && count > 0 && are_sound(vector, squares, g.C, ranks)) {
             const double share = momentum < 0 ? 1.0 / (*num_batches_tracked + 1) : momentum;

@@ -10,7 +10,7 @@
 //
 // about the pivot rounded to 12 bits, for the reason given in backends/__init__.py.
 //
-// Traffic: the tensor once, and 32 bytes per channel and split. Launch: THREADS threads, groups * splits blocks.
+// Traffic: the tensor once, and 32 bytes per channel and split. Launch: THREADS threads, groups by splits blocks.
 #include "common.cuh"
 
 template <typename A> __device__ __forceinline__ A median(A a, A b, A c)
@@ -22,10 +22,17 @@ template <typename A> __device__ __forceinline__ A median(A a, A b, A c)
 template <typename A> __device__ __forceinline__ A finite_or_zero(A value) { return isfinite(value) ? value : A(0); }
 
 // The first value of a channel, about which the sums of the threads are united.
-template <typename T> __device__ __forceinline__ double pivot_of(const T* x, const Geometry& g, long long channel)
+template <typename T> __device__ __forceinline__ Accumulator<T> as_pivot(T value) { return finite_or_zero(widen(value)); }
+
+// Load the pivot of a channel. Each thread has one, which is under way beside the first vectors.
+template <typename T, bool COLUMNS>
+__device__ __forceinline__ T load_pivot(const T* x, const Geometry& g, const Part& part)
 {
-    if (g.N * g.S == 0) return 0;
-    return finite_or_zero(static_cast<double>(static_cast<Accumulator<T>>(x[channel * g.S])));
+    T pivot = static_cast<T>(Accumulator<T>(0));
+    const unsigned int column = COLUMNS ? threadIdx.x * static_cast<unsigned int>(g.S) : 0;
+    if (threadIdx.x < part.channels && g.N > 0) pivot = x[part.channel * g.S + column];
+    have(pivot);
+    return pivot;
 }
 
 // Sums of one thread.
@@ -35,9 +42,9 @@ template <typename T, int V, bool COLUMNS> struct Moments {
     template <int WIDTH> using Loaded = Vector<T, WIDTH>;
 
     const T* x;
-    A shift[W];
+    A shift[W] = {};
     A sum[V] = {}, square[V] = {};
-    long long count = 0;  // values summed about each shift
+    int count = 0;  // values summed about each shift
     bool has_shift = false, may_recentre = true;
 
     template <int WIDTH> __device__ __forceinline__ Loaded<WIDTH> load(const Place& place) const
@@ -52,10 +59,10 @@ template <typename T, int V, bool COLUMNS> struct Moments {
         has_shift = true;
 #pragma unroll
         for (int w = 0; w < W; ++w) {
-            shift[w] = static_cast<A>(loaded[0].values[w]);
+            shift[w] = widen(loaded[0].values[w]);
             if constexpr (UNROLL > 2)
                 if (is_there[1] && is_there[2])
-                    shift[w] = median(shift[w], static_cast<A>(loaded[1].values[w]), static_cast<A>(loaded[2].values[w]));
+                    shift[w] = median(shift[w], widen(loaded[1].values[w]), widen(loaded[2].values[w]));
             shift[w] = finite_or_zero(shift[w]);
         }
     }
@@ -64,11 +71,11 @@ template <typename T, int V, bool COLUMNS> struct Moments {
     {
         if (!has_shift) {  // in the edges of a row, whose thread found no vector
             has_shift = true;
-            shift[0] = finite_or_zero(static_cast<A>(loaded.values[0]));
+            shift[0] = finite_or_zero(widen(loaded.values[0]));
         }
 #pragma unroll
         for (int e = 0; e < WIDTH; ++e) {
-            const A difference = static_cast<A>(loaded.values[e]) - shift[COLUMNS ? e : 0];
+            const A difference = widen(loaded.values[e]) - shift[COLUMNS ? e : 0];
             sum[e] += difference;
             square[e] += difference * difference;
         }
@@ -76,7 +83,7 @@ template <typename T, int V, bool COLUMNS> struct Moments {
     }
 
     // The sums about shift w.
-    __device__ __forceinline__ void totals(int w, double& of_differences, double& of_squares) const
+    template <typename Sum> __device__ __forceinline__ void totals(int w, Sum& of_differences, Sum& of_squares) const
     {
         of_differences = sum[w];
         of_squares = square[w];
@@ -97,11 +104,11 @@ template <typename T, int V, bool COLUMNS> struct Moments {
         bool is_far = false;
 #pragma unroll
         for (int w = 0; w < W; ++w) {
-            double differences, squares;
+            A differences, squares;
             totals(w, differences, squares);
-            if (!(may_recentre && differences * differences > 0.93 * count * squares && isfinite(squares))) continue;
+            if (!(may_recentre && differences * differences > A(0.93) * count * squares && isfinite(squares))) continue;
             is_far = true;
-            shift[w] += static_cast<A>(differences / count);
+            shift[w] += differences / count;
         }
         may_recentre = false;
         if (!is_far) return false;
@@ -112,14 +119,14 @@ template <typename T, int V, bool COLUMNS> struct Moments {
     }
 };
 
-// Adds Σ(x - pivot) and Σ(x - pivot)² in float64, to where sum_by_channel wants them.
+// Adds Σ(x - pivot) and Σ(x - pivot)² in float64 to the entries of sum_by_channel.
 template <typename T, int V, bool COLUMNS> struct WideMoments {
     template <int WIDTH> struct Loaded {};
 
     const T* x;
     const Geometry& g;
     const Part& part;
-    double* to;
+    Entries<CHANNELS<V, COLUMNS>> entries;
 
     template <int WIDTH> __device__ __forceinline__ Loaded<WIDTH> load(const Place&) const { return {}; }
 
@@ -130,38 +137,46 @@ template <typename T, int V, bool COLUMNS> struct WideMoments {
 #pragma unroll 1  // rarely run: the registers are for the rest of the kernel
         for (int e = 0; e < WIDTH; ++e) {
             const int w = COLUMNS ? e : 0;
-            const double pivot = pivot_of(x, g, part.channel + channel_of<V, COLUMNS>(g, part, w));
-            const double difference = static_cast<double>(static_cast<Accumulator<T>>(x[place.element + e])) - pivot;
-            to[w * THREADS] += difference;
-            to[(CHANNELS<V, COLUMNS> + w) * THREADS] += difference * difference;
+            const double pivot = as_pivot(x[(part.channel + channel_of<V, COLUMNS>(g, part, w)) * g.S]);
+            const double difference = static_cast<double>(widen(x[place.element + e])) - pivot;
+            entries[w].x += difference;
+            entries[w].y += difference * difference;
         }
     }
 };
 
-// Write the sums of a thread, moved to the pivots of the channels, to where sum_by_channel wants them.
+// Write the sums of a thread, moved to the pivots of the channels, to the entries of sum_by_channel.
 template <typename T, int V, bool COLUMNS>
 __device__ __forceinline__ void write_about_pivots(const Moments<T, V, COLUMNS>& moments, const Geometry& g,
-                                                   const Part& part, double* to)
+                                                   const Part& part, T pivot,
+                                                   const Entries<CHANNELS<V, COLUMNS>>& entries)
 {
+    using A = Accumulator<T>;
     constexpr int W = CHANNELS<V, COLUMNS>;
     bool finite = true;
     int channels[W];
     channels_of<V, COLUMNS>(g, part, channels);
+    // The pivots go to all threads by the memory of the entries.
+    A* staged = reinterpret_cast<A*>(entries.all);
+    A pivots[W];
+    if (threadIdx.x < part.channels) staged[threadIdx.x] = as_pivot(pivot);
+    __syncthreads();  // publishes the pivots
+#pragma unroll
+    for (int w = 0; w < W; ++w) pivots[w] = staged[channels[w]];
+    __syncthreads();  // all have read the pivots
 #pragma unroll
     for (int w = 0; w < W; ++w) {
         double sum, square;
         moments.totals(w, sum, square);
-        const double pivot = pivot_of(moments.x, g, part.channel + channels[w]);
-        const double distance = moments.has_shift ? static_cast<double>(moments.shift[w]) - pivot : 0;
+        const double distance = static_cast<double>(moments.shift[w]) - pivots[w];
         const double moved = sum + moments.count * distance;
-        to[w * THREADS] = moved;
-        to[(W + w) * THREADS] = square + distance * (sum + moved);
+        entries[w] = {moved, square + distance * (sum + moved)};
         finite &= isfinite(square);
     }
     // Differences above 1e19 have squares beyond float32: once more, in float64.
     if (sizeof(Accumulator<T>) == 4 && !finite) {
-        for (int i = 0; i < 2 * W; ++i) to[i * THREADS] = 0;
-        WideMoments<T, V, COLUMNS> wide = {moments.x, g, part, to};
+        for (int w = 0; w < W; ++w) entries[w] = {0, 0};
+        WideMoments<T, V, COLUMNS> wide = {moments.x, g, part, entries};
         walk<V, COLUMNS, 1>(g, part, wide);
     }
 }
@@ -171,13 +186,15 @@ __device__ __forceinline__ void write_about_pivots(const Moments<T, V, COLUMNS>&
 // vector    [4 * C + 6] for the ranks to add up, ending in the trailer
 // partials  [splits, C, 2], counters [groups]: see sum_by_channel
 template <typename T, int V, bool COLUMNS>
-__global__ void __launch_bounds__(THREADS, MIN_BLOCKS<V>)
+__global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
     statistics(const T* __restrict__ x, GEOMETRY, double* __restrict__ local, double* __restrict__ vector, TRAILER,
                double* partials, unsigned int* counters)
 {
     const Geometry g = {N, C, S, lanes, group, per_split, groups, splits};
     const Part part = part_of_block<false>(g);
 
+
+    const T pivot = load_pivot<T, COLUMNS>(x, g, part);
     Moments<T, V, COLUMNS> moments;
     moments.x = x;
     do
@@ -186,15 +203,15 @@ __global__ void __launch_bounds__(THREADS, MIN_BLOCKS<V>)
 
     const double n = static_cast<double>(g.N * g.S);
     const bool is_last = sum_by_channel<V, COLUMNS>(
-        g, part, partials, counters, [&](double* to) { write_about_pivots(moments, g, part, to); },
+        g, part, partials, counters, [&](auto entries) { write_about_pivots(moments, g, part, pivot, entries); },
         [&](long long c, double sum, double square) {
-            const double pivot = pivot_of(x, g, c);
+            const double first = as_pivot(pivot);
             if (local) {
-                local[c] = pivot;
+                local[c] = first;
                 local[g.C + c] = sum;
                 local[2 * g.C + c] = square;
             }
-            write_sums(vector, c, g.C, n, pivot, sum, square);
+            write_sums(vector, c, g.C, n, first, sum, square);
         });
     if (is_last && part.index == 0 && threadIdx.x == 0) {
         vector[4 * g.C] = n;
@@ -213,10 +230,11 @@ __global__ void __launch_bounds__(THREADS)
     centered_squares(const double* __restrict__ local, const double* __restrict__ vector, double n, long long C,
                double* __restrict__ squares, TRAILER, double* mailbox)
 {
-    if (blockIdx.x == 0) tell_host(mailbox, vector + 4 * C + 1);
     const long long c = static_cast<long long>(blockIdx.x) * THREADS + threadIdx.x;
     if (c < C)
-        squares[c] = centered_square(moments_of(vector, c, C).mean, n, local[c], local[C + c], local[2 * C + c]);
-    if (c == 0)
+        squares[c] = centered_square(moments_of(sums_of(vector, c, C)).mean, n, local[c], local[C + c], local[2 * C + c]);
+    if (c == 0) {
         write_trailer(squares + C, fault, low, low_square, high, high_square);
+        tell_host(mailbox, vector + 4 * C + 1);
+    }
 }
