@@ -7,8 +7,8 @@
 
 It takes what is counted in the machine code (results/gpu-model-counts.json, by tests/support/nvrtc.py
 --profiles; gpu-model-counts-before.json is of the engine of commit e61d519, which launched eight blocks a
-multiprocessor), how launch.py shares a tensor among blocks, and the figures of GPUs below. The time of a
-block is
+multiprocessor, and was counted then, without the halvings below), how launch.py shares a tensor among blocks,
+and the figures of GPUs below. The time of a block is
 
     fixed = CPI * instructions outside of the main loop, or their float64 if its pipe takes longer
             + WAIT * round trips to memory

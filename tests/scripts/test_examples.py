@@ -25,7 +25,11 @@ SABOTAGE = """
 import runpy, sys
 from cupy_syncbn.comm.call import Collective
 whole = Collective.sum
-Collective.sum = lambda self, vector: self.call.direction in ("forward", "backward") or whole(self, vector)
+
+def within_rank(self, vector, **options):
+    return 0 if self.call.direction in ("forward", "backward") else whole(self, vector, **options)
+
+Collective.sum = within_rank
 sys.argv.pop(0)
 runpy.run_path(sys.argv[0], run_name="__main__")
 """

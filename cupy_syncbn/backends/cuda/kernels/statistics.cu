@@ -193,7 +193,6 @@ __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
     const Geometry g = {N, C, S, lanes, group, per_split, groups, splits};
     const Part part = part_of_block<false>(g);
 
-
     const T pivot = load_pivot<T, COLUMNS>(x, g, part);
     Moments<T, V, COLUMNS> moments;
     moments.x = x;
