@@ -168,7 +168,7 @@ __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
     walk<V, COLUMNS, LOADS / 2>(g, part, body);
 
     const bool is_last = sum_by_channel<V, COLUMNS>(
-        g, part, partials, counters, [&](auto entries) { body.write(entries); },
+        g, part, partials, counters, [&](const Entries<CHANNELS<V, COLUMNS>>& entries) { body.write(entries); },
         [&](long long c, double sum, double product) {
             const double mean = saved[c];
             product = about_mean(product, sum, mean, static_cast<A>(mean));

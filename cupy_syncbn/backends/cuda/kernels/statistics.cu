@@ -202,7 +202,8 @@ __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
 
     const double n = static_cast<double>(g.N * g.S);
     const bool is_last = sum_by_channel<V, COLUMNS>(
-        g, part, partials, counters, [&](auto entries) { write_about_pivots(moments, g, part, pivot, entries); },
+        g, part, partials, counters,
+        [&](const Entries<CHANNELS<V, COLUMNS>>& entries) { write_about_pivots(moments, g, part, pivot, entries); },
         [&](long long c, double sum, double square) {
             const double first = as_pivot(pivot);
             if (local) {
