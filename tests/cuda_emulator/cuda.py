@@ -27,7 +27,7 @@ devices = SimpleNamespace(
         "MaxThreadsPerMultiProcessor": 2048,
         "MaxBlocksPerMultiprocessor": 32,
         "MaxSharedMemoryPerBlock": 48 << 10,
-        "MaxSharedMemoryPerMultiprocessor": 100 << 10,
+        "MaxSharedMemoryPerMultiprocessor": 164 << 10,
         "MaxGridDimX": 2**31 - 1,
         "MaxGridDimY": 65535,
         "MaxGridDimZ": 65535,

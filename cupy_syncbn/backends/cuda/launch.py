@@ -21,8 +21,8 @@ others end, and each costs what it does before and after its vectors."""
 MIN_BLOCKS = 3
 """Blocks for which a multiprocessor has the registers, as in common.cuh."""
 
-AMPLE = 100 << 10
-"""Bytes of shared memory per multiprocessor that MIN_BLOCKS need at most: GPUs since Ampere have them."""
+AMPLE = 164 << 10
+"""Bytes of shared memory per multiprocessor, of an A100: enough for MIN_BLOCKS of any kind."""
 
 MIN_ITEMS = 4
 """Vectors per thread: as many as it loads at once. Fewer would cost more time for the sum over blocks."""
@@ -65,7 +65,8 @@ class Launch(NamedTuple):
 
 def resident(width: int, shared: int) -> int:
     """Return the blocks that a multiprocessor has room for, by its registers and `shared` bytes of memory."""
-    return max(1, min(MIN_BLOCKS, shared // (16 * THREADS * width)))  # two float64 sums for each element
+    # Two float64 sums for each element, and the constants of a group.
+    return max(1, min(MIN_BLOCKS, shared // (16 * THREADS * width + 4096)))
 
 
 def _ceil(a: int, b: int) -> int:
