@@ -278,7 +278,7 @@ def test_minutes_begin_with_the_tests_that_are_left(machine, tmp_path):
 
 
 def test_rehearsal(tmp_path):
-    """All of it, on the emulator: a stage that cannot run is found here, and not on a GPU that is lent."""
+    """All of it, on the emulator: a stage that cannot run is found here, and not on a GPU."""
     command = ["bash", str(REPOSITORY / "scripts" / "gpu_check.sh"), "--rehearse", "--minutes", "9"]
     command += ["--output", str(tmp_path / "results"), "--logs", str(tmp_path / "logs")]
     environment = clean_environment(PYTHON=sys.executable, CUPY_SYNCBN_COMMIT="abc")
