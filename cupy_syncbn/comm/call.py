@@ -110,10 +110,11 @@ class Collective(SimpleNamespace, contextlib.AbstractContextManager["Collective"
 
     def fail(self, error: BaseException) -> None:
         """Tell the other ranks of an error, if they wait for this one, and name the call in a timeout."""
-        if self._mailed:  # who knows if the kernel was launched
-            ending, self._mailed = self._mailed[0], None
-            with contextlib.suppress(Exception):  # such as no memory, or an error of the GPU
-                self._raise_fault_later(ending)
+        if self._mailed:  # who knows if the kernel was launched, which writes the same numbers there
+            with contextlib.suppress(Exception):  # such as an error of the GPU
+                ending, mailbox = self._mailed
+                ending.get(out=mailbox, blocking=False)
+                self._look_behind_kernel()
         if self._length < 0:
             try:
                 self.enter(*self.describe())
@@ -201,9 +202,9 @@ class Collective(SimpleNamespace, contextlib.AbstractContextManager["Collective"
 
     def _look_behind_kernel(self) -> None:
         """Let the group look at a mailbox, when the kernel has ended that was launched since the sum."""
-        if self._mailed:
-            (ending, mailbox), self._mailed = self._mailed, None
-            self._raise_fault_later(ending, mailbox)
+        assert self._mailed
+        (ending, mailbox), self._mailed = self._mailed, None
+        self._raise_fault_later(ending, mailbox)
 
     def _raise_fault_later(self, ending: Array, mailbox: Array | None = None) -> None:
         call, group = self.call, self.group

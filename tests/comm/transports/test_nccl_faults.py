@@ -133,6 +133,32 @@ def test_trailer_behind_which_no_kernel_follows(world, rng, cupy, nccl, monkeypa
 
 
 @pytest.mark.mpi(min_size=2)
+@pytest.mark.parametrize("operation", ["normalize", "input_gradient"])
+def test_error_behind_a_kernel_that_tells_the_host(world, rng, cupy, nccl, streams, monkeypatch, operation):
+    """The kernel is still to come, and the memory that it writes to stays until then."""
+    from cupy_syncbn.backends.cuda import operations
+
+    layer = nccl_layer()
+    x = cupy.asarray(random_batch(rng, SHAPE))
+    layer(x)
+    layer.process_group.check_errors()
+    whole = getattr(operations, operation)
+
+    def launch_and_fail(*arguments):
+        whole(*arguments)
+        raise MemoryError("none left")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(operations, operation, launch_and_fail)
+        if operation == "normalize":
+            layer.forget()
+        with pytest.raises(MemoryError, match="none left"):
+            (layer if operation == "normalize" else layer.backward)(x)
+    layer.process_group.check_errors()
+    cupy.cuda.get_current_stream().synchronize()
+
+
+@pytest.mark.mpi(min_size=2)
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_ranks_in_different_calls(world, rng, cupy, nccl, dtype):
     group = new_group(transport="nccl", timeout=20)
