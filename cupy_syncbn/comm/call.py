@@ -81,8 +81,8 @@ class Collective(SimpleNamespace, contextlib.AbstractContextManager["Collective"
     """Whether, after the first sum, the other ranks wait in messages that no trailer ends."""
     _done = 0
     _length = -1  # not entered yet
-    _mailed: tuple[Array, Array] | None = None
-    """The trailer of a sum that the next kernel copies to a mailbox, and that."""
+    _mailed: tuple[Any, Array] | None = None
+    """The trailer of a sum, of CuPy, that the next kernel copies to a mailbox, and that."""
 
     def enter(self, call: Call, group: ProcessGroup, length: int, arrays: tuple[Any, ...] = ()) -> None:
         """Say what call this is, and in which sum the other ranks wait."""
